@@ -1,0 +1,75 @@
+"""The sub-commands of ``f2llm``, a file each, and the arguments that several of them take."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from f2llm_jax.errors import F2LLMError
+from f2llm_jax.texts import FORMATS
+
+if TYPE_CHECKING:
+    from f2llm_jax.encoder import Encoder
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """What ``load_model`` needs, and the limits of a call of ``Encoder.encode``."""
+    parser.add_argument("--model", required=True, metavar="M", help="release folder or hub id")
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation; default: %(default)s"
+    )
+    parser.add_argument("--dim", type=int, help="Matryoshka size: keep the first DIM values; default: all")
+    parser.add_argument("--max-length", type=int, metavar="N", help="cut texts to N tokens; default: the model's limit")
+    parser.add_argument("--batch-tokens", type=positive, metavar="N", help="tokens computed at a time")
+
+
+def add_prompt(parser: argparse.ArgumentParser, of: str, default: str) -> None:
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--prompt-name", metavar="NAME", help=f"the model's prompt to put before {of}; {default}")
+    group.add_argument("--prompt", metavar="TEXT", help=f"a text to put before {of}")
+
+
+def add_texts(parser: argparse.ArgumentParser, option: str) -> None:
+    """Arguments for ``read_texts``; ``option`` is --input or --corpus."""
+    parser.add_argument(option, required=True, metavar="FILE", help="texts as txt, jsonl, csv or parquet; - for stdin")
+    parser.add_argument(
+        f"{option}-format", choices=FORMATS, help="default: by the file's extension, and txt (a text a line) for stdin"
+    )
+    parser.add_argument("--field", default="text", help="column or key that holds the text; default: %(default)s")
+
+
+def add_progress(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--quiet", action="store_true", help="no progress bar")
+    group.add_argument("--progress", action="store_true", help="a progress bar even if stderr is no terminal")
+
+
+def show_progress(args: argparse.Namespace) -> bool:
+    return args.progress or (sys.stderr.isatty() and not args.quiet)
+
+
+def load_model(args: argparse.Namespace) -> Encoder:
+    from f2llm_jax.encoder import load
+
+    return load(args.model, dtype=args.dtype, revision=args.revision)
+
+
+@contextlib.contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """For imports that need one of the extras of pyproject.toml: without it, an error that says so."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise F2LLMError(f"{error.name} is not installed: pip install 'f2llm-jax[{extra}]'") from None
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number above 0."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return number

@@ -1,0 +1,140 @@
+"""Measure a model: on MTEB, or on retrieval and translation data of your own.
+
+Needs the extra [eval]: pip install 'f2llm-jax[eval]'.
+
+--mteb and --benchmark run MTEB's tasks with the official instructions; results go to RESULTS/results/MODEL/REVISION in
+MTEB's layout, and a run that was stopped goes on where it was.
+
+--retrieval takes a folder in BEIR's layout: corpus (_id, title, text), queries (_id, text) and qrels/test (query-id,
+corpus-id, score), each as .jsonl, .parquet, .tsv or .csv. --bitext takes a file with two columns of translations. Both
+encode once, and score every size of --dims and every output of --outputs from that:
+  float32   cosine similarity
+  int8      documents a byte per dimension
+  binary    queries and documents a bit per dimension, Hamming distance
+  rescored  binary search for four times as many, ordered by the float query and the documents' bits
+Results are printed as a table, and written to RESULTS as retrieval.json and .png, or bitext.json and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from f2llm_jax.commands import add_progress, positive, show_progress
+from f2llm_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from f2llm_jax.evaluation.embedders import Embedder
+    from f2llm_jax.evaluation.own_data import Report
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="release folder or hub id")
+    what = parser.add_argument_group("what to evaluate on (at least one)")
+    what.add_argument("--mteb", nargs="+", default=[], metavar="TASK", help="MTEB tasks")
+    what.add_argument("--benchmark", metavar="NAME", help='an MTEB benchmark, such as "MTEB(eng, v2)"')
+    what.add_argument("--retrieval", type=Path, metavar="DIR", help="a folder in BEIR's layout")
+    what.add_argument("--bitext", type=Path, metavar="FILE", help="a file of translations")
+    own = parser.add_argument_group("for --retrieval and --bitext")
+    own.add_argument("--dims", default="full", metavar="D,D,…", help="sizes, such as 8,64,full; default: %(default)s")
+    own.add_argument("--outputs", default="float32", metavar="O,O,…", help="default: %(default)s")
+    own.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        metavar="OTHER",
+        help="another model, side by side; st:NAME is loaded by sentence-transformers. May be given several times",
+    )
+    own.add_argument("--split", default="test", help="which judgements of --retrieval; default: %(default)s")
+    own.add_argument("--judged-only", action="store_true", help="leave out queries without a judgement")
+    own.add_argument("--columns", nargs=2, metavar=("A", "B"), help="of --bitext, if it has more than two")
+    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of the computation; default: %(default)s"
+    )
+    parser.add_argument("--dim", type=positive, help="for MTEB: the Matryoshka size; default: all")
+    parser.add_argument(
+        "--max-length", type=positive, metavar="N", help="cut texts to N tokens; default for MTEB: 8192"
+    )
+    parser.add_argument("--batch-tokens", type=positive, metavar="N", help="tokens computed at a time")
+    parser.add_argument(
+        "--instructions-of",
+        metavar="NAME",
+        help="whose instructions in MTEB's registry to use; default: MODEL's own, or F2LLM-v2's if it is not there",
+    )
+    add_progress(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    if not (args.mteb or args.benchmark or args.retrieval or args.bitext):
+        raise InputError("nothing to evaluate on: give --mteb, --benchmark, --retrieval or --bitext")
+    if args.mteb or args.benchmark:
+        _run_mteb(args)
+    if args.retrieval or args.bitext:
+        _run_own_data(args)
+
+
+def _run_mteb(args: argparse.Namespace) -> None:
+    from f2llm_jax.evaluation.mteb_adapter import evaluate_mteb, mteb_model, mteb_table, mteb_tasks
+
+    tasks = mteb_tasks(args.mteb, args.benchmark)
+    model = mteb_model(
+        args.model,
+        dtype=args.dtype,
+        dim=args.dim,
+        max_length=args.max_length,
+        batch_tokens=args.batch_tokens,
+        revision=args.revision,
+        instructions_of=args.instructions_of,
+    )
+    print(mteb_table(evaluate_mteb(model, tasks, args.results, show_progress=show_progress(args))))
+
+
+def _run_own_data(args: argparse.Namespace) -> None:
+    from f2llm_jax.evaluation.own_data import evaluate_bitext, evaluate_retrieval, parse_dims
+
+    dims, outputs = parse_dims(args.dims), args.outputs.split(",")
+    if args.retrieval:
+        _show(
+            args,
+            evaluate_retrieval(
+                _models(args),
+                args.retrieval,
+                split=args.split,
+                judged_only=args.judged_only,
+                dims=dims,
+                outputs=outputs,
+            ),
+        )
+    if args.bitext:
+        columns = tuple(args.columns) if args.columns else None
+        _show(args, evaluate_bitext(_models(args), args.bitext, columns=columns, dims=dims, outputs=outputs))
+
+
+def _models(args: argparse.Namespace) -> Iterator[Embedder]:
+    """MODEL and what it is compared with, loaded one after the other."""
+    from f2llm_jax.evaluation.embedders import load_embedder
+
+    for name in dict.fromkeys([args.model, *args.compare]):
+        yield load_embedder(
+            name,
+            dtype=args.dtype,
+            revision=args.revision if name == args.model else None,
+            instructions_of=args.instructions_of if name == args.model else None,
+            max_length=args.max_length,
+            batch_tokens=args.batch_tokens,
+            show_progress=show_progress(args),
+        )
+
+
+def _show(args: argparse.Namespace, report: Report) -> None:
+    from f2llm_jax.evaluation.report import plot, table, write_json
+
+    print(table(report))
+    args.results.mkdir(parents=True, exist_ok=True)
+    write_json(report, args.results / f"{report.task}.json")
+    plot(report, args.results / f"{report.task}.png")
+    print(f"{args.results / report.task}.json and .png written")

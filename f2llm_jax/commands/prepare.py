@@ -1,0 +1,102 @@
+"""Turn raw training data into tokenised TensorFlow Datasets.
+
+Reads a folder of Parquet files, one per dataset, with columns query, passage and negative_1, negative_2, … Writes
+  OUT/examples/1.0.0   TFDS in ArrayRecord, splits train and validation (99/1): query tokens, numbers of documents
+  OUT/documents/1.0.0  TFDS in ArrayRecord: the tokens of every distinct document, once
+  OUT/report.md, .json what was read, dropped, capped and kept
+
+A row is dropped if its query, its passage or one of its negatives is empty, or a negative equals the passage. Every
+text ends with the EOS, also when it is truncated. --stage 1 takes `Instruct: …\\nQuery: ` off the front of all texts.
+--stage 2 keeps texts as they are: queries of the released data carry their instructions; none are added to documents,
+as neither the data nor the paper says which tasks are symmetric.
+
+A dataset's task type comes from the table in configs/datasets.py, or from --task. GLOB is a dataset's name, with * for
+anything; @stage1 stands for the sources of stage 1, @overlapping for those that overlap MTEB (mkqa_*, sib200).
+
+OUT appears when it is complete, or not at all; after a kill, OUT.incomplete stands beside it, and the same command goes
+on there. What is written depends on the input and these options alone, not on --workers, --memory or interruptions.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from f2llm_jax.commands import add_progress, positive, show_progress
+from f2llm_jax.configs.datasets import Task
+from f2llm_jax.errors import F2LLMError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--raw", required=True, type=Path, metavar="DIR", help="a folder of .parquet files")
+    parser.add_argument("--tokenizer", required=True, metavar="M", help="release folder or hub id")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to write")
+    parser.add_argument("--stage", type=int, choices=(1, 2), default=2, help="default: %(default)s")
+    parser.add_argument(
+        "--cap", type=int, metavar="N", help="queries per source; default: 80000 in stage 2, none (0) in stage 1"
+    )
+    parser.add_argument(
+        "--source", action="append", default=[], metavar="GLOB", help="datasets under one cap, such as 'paracrawl_*'"
+    )
+    parser.add_argument("--include", action="append", metavar="GLOB", help="take these datasets alone")
+    parser.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="leave these datasets out")
+    parser.add_argument(
+        "--task", action="append", default=[], type=_task, metavar="GLOB=TASK", help="task type of datasets of your own"
+    )
+    parser.add_argument(
+        "--max-length", type=positive, default=2048, metavar="N", help="cut texts to N tokens; default: %(default)s"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the cap's choice and of the split")
+    parser.add_argument("--workers", type=positive, metavar="N", help="processes; default: one per core")
+    parser.add_argument(
+        "--memory", type=positive, default=512, metavar="MB", help="for finding equal documents; default: %(default)s"
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT, and drop unfinished work")
+    add_progress(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    prepare, totals = _load()
+    report = prepare(
+        args.raw,
+        args.tokenizer,
+        args.out,
+        stage=args.stage,
+        cap=args.cap,
+        sources=args.source,
+        include=args.include or ("*",),
+        exclude=args.exclude,
+        tasks=dict(args.task),
+        max_length=args.max_length,
+        seed=args.seed,
+        workers=args.workers,
+        memory=args.memory << 20,
+        force=args.force,
+        show_progress=show_progress(args),
+    )
+    sums = totals(report)
+    print(
+        f"{args.out}: {sums['train']} + {sums['validation']} examples, {report['documents']} distinct documents; "
+        f"{sums['dropped']} rows dropped, {sums['capped']} over the cap"
+    )
+
+
+def _load() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    try:
+        from f2llm_jax.train.prepare import prepare
+        from f2llm_jax.train.report import totals
+    except ModuleNotFoundError as error:
+        raise F2LLMError(f"{error.name} is not installed: pip install 'f2llm-jax[train]'") from None
+    return prepare, totals
+
+
+def _task(text: str) -> tuple[str, str]:
+    glob, separator, task = text.rpartition("=")
+    if not separator or task not in get_args(Task):
+        raise argparse.ArgumentTypeError(f"must be GLOB=TASK with TASK one of {', '.join(get_args(Task))}, not {text}")
+    return glob, task

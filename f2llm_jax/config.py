@@ -1,0 +1,184 @@
+"""The shape of a model, read from and written to a Hugging Face ``config.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from f2llm_jax.errors import ReleaseError, warn
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A Qwen3 dense decoder without its language-model head, under Hugging Face's names for its sizes.
+
+    ``head_dim`` is a size of its own: it is not ``hidden_size / num_attention_heads`` (320 / 16 in the 80M, where it
+    is 128). ``vocab_size`` counts rows of the embedding table, which may be more than the tokenizer has tokens.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 40960
+    dtype: str = "bfloat16"
+    """The dtype the weights were released in; what they are loaded in is the caller's choice."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "dtype" and not value > 0:
+                raise ValueError(f"{field.name} must be positive, not {value!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, not {self.head_dim}")
+
+    @property
+    def matryoshka_dims(self) -> tuple[int, ...]:
+        """The advised embedding sizes: powers of two from 8 below ``hidden_size``, and ``hidden_size`` itself.
+
+        These are the sizes the family is trained at (paper arXiv:2603.19223, Matryoshka section).
+        """
+        powers = [2**n for n in range(3, 31) if 2**n < self.hidden_size]
+        return (*powers, self.hidden_size)
+
+    @classmethod
+    def from_release(cls, path: str | Path) -> ModelConfig:
+        """Reads ``config.json`` of a release folder (or that file itself).
+
+        Raises:
+            ReleaseError: the file is missing, is not JSON, or describes something else than a Qwen3 dense decoder
+                with full attention.
+        """
+        path = Path(path)
+        file = path / "config.json" if path.is_dir() else path
+        return cls.from_hf(read_json(file), source=str(file))
+
+    @classmethod
+    def from_hf(cls, values: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
+        """Builds the config from the mapping in a ``config.json`` of transformers 4 or 5.
+
+        Args:
+            values: what the file holds.
+            source: its name, for messages.
+
+        Raises:
+            ReleaseError: a value is missing, or asks for something this model does not do.
+        """
+        _refuse_other_models(values, source)
+        required = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "rms_norm_eps",
+        )
+        missing = [name for name in required if values.get(name) is None]
+        if missing:
+            raise ReleaseError(f"{source}: missing {', '.join(missing)}")
+        _check_layer_types(values, source)
+        try:
+            return cls(
+                **{name: values[name] for name in required},
+                rope_theta=_rope_theta(values, source),
+                max_position_embeddings=values.get("max_position_embeddings", cls.max_position_embeddings),
+                dtype=values.get("dtype") or values.get("torch_dtype") or "float32",
+            )
+        except (TypeError, ValueError) as error:
+            raise ReleaseError(f"{source}: {error}") from error
+
+    def to_hf(self) -> dict[str, Any]:
+        """The mapping for a ``config.json`` that transformers 4.51 and later, and 5, read as the same model.
+
+        Both spellings of what changed between the two are written: ``rope_theta`` and ``rope_parameters``,
+        ``torch_dtype`` and ``dtype``.
+        """
+        sizes = dataclasses.asdict(self)
+        rope_theta, dtype = sizes.pop("rope_theta"), sizes.pop("dtype")
+        return {
+            "architectures": ["Qwen3Model"],
+            "model_type": "qwen3",
+            **sizes,
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "hidden_act": "silu",
+            "initializer_range": 0.02,
+            "layer_types": ["full_attention"] * self.num_hidden_layers,
+            "rope_parameters": {"rope_theta": rope_theta, "rope_type": "default"},
+            "rope_theta": rope_theta,
+            "sliding_window": None,
+            "tie_word_embeddings": True,
+            "dtype": dtype,
+            "torch_dtype": dtype,
+            "use_cache": True,
+            "use_sliding_window": False,
+        }
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Reads a JSON object; a missing or malformed file is a ReleaseError that names it."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ReleaseError(f"{file} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ReleaseError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ReleaseError(f"{file} should hold a JSON object, not a {type(values).__name__}")
+    return values
+
+
+def _refuse_other_models(values: Mapping[str, Any], source: str) -> None:
+    if values.get("model_type") != "qwen3":
+        raise ReleaseError(f"{source}: model_type is {values.get('model_type')!r}; only 'qwen3' is supported")
+    if values.get("hidden_act", "silu") != "silu":
+        raise ReleaseError(f"{source}: hidden_act is {values['hidden_act']!r}; only 'silu' is supported")
+    if values.get("attention_bias"):
+        raise ReleaseError(f"{source}: attention_bias is true; projections with a bias are not supported")
+
+
+def _check_layer_types(values: Mapping[str, Any], source: str) -> None:
+    num_layers, layer_types = values["num_hidden_layers"], values.get("layer_types")
+    if layer_types is None:
+        first_sliding = values.get("max_window_layers", num_layers)
+        if values.get("use_sliding_window") and values.get("sliding_window") and first_sliding < num_layers:
+            raise ReleaseError(
+                f"{source}: use_sliding_window makes layers {first_sliding}..{num_layers - 1} sliding_attention, "
+                "which is not supported"
+            )
+        return
+    if len(layer_types) < num_layers:
+        raise ReleaseError(f"{source}: layer_types has {len(layer_types)} entries for {num_layers} layers")
+    if len(layer_types) > num_layers:
+        # The released 80M was cut from a 28-layer model and still lists all 28.
+        warn(f"{source}: layer_types has {len(layer_types)} entries for {num_layers} layers; the rest is ignored")
+    others = sorted({str(kind) for kind in layer_types[:num_layers]} - {"full_attention"})
+    if others:
+        raise ReleaseError(f"{source}: layer_types has {', '.join(others)}; only full_attention is supported")
+
+
+def _rope_theta(values: Mapping[str, Any], source: str) -> float:
+    """transformers 4 has rope_theta at the top, transformers 5 inside rope_parameters; a default would be a guess."""
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ReleaseError(f"{source}: rope_type is {kind!r}; only the default rotary positions are supported")
+    theta = rope.get("rope_theta", values.get("rope_theta"))
+    if theta is None:
+        raise ReleaseError(f"{source}: no rope_theta, neither at the top level nor in rope_parameters")
+    return float(theta)

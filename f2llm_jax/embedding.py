@@ -1,0 +1,118 @@
+"""From tokens to embeddings, as pure functions of (params, batch)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from f2llm_jax.config import ModelConfig
+from f2llm_jax.errors import InputError
+from f2llm_jax.model import Backbone, Params
+
+
+class Batch(NamedTuple):
+    """Texts as rows of token ids, filled from the left.
+
+    Attributes:
+        tokens_bt: int32 [batch, length]; what follows a row's EOS may be anything, nothing depends on it.
+        lengths_b: int32 [batch], tokens of each row, EOS included; at least 1.
+    """
+
+    tokens_bt: jax.Array | np.ndarray
+    lengths_b: jax.Array | np.ndarray
+
+
+def eos_states(
+    params: Params,
+    batch: Batch,
+    *,
+    config: ModelConfig,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    kernel: str = "blocked",
+    remat: str = "none",
+) -> jax.Array:
+    """The final-norm hidden state of every row's EOS, unnormalised: what distillation compares.
+
+    Args:
+        params: the parameters, as ``init_params`` or ``load`` give them.
+        batch: the rows.
+        config: the sizes that belong to ``params``.
+        dtype: of the operands of matrix products.
+        kernel: the attention kernel.
+        remat: what a backward pass computes again, see ``model.REMAT_POLICIES``.
+
+    Returns:
+        float32 [batch, hidden].
+    """
+    backbone = Backbone(config, dtype=jnp.dtype(dtype), kernel=kernel, remat=remat)
+    states_btd = backbone.apply({"params": params}, batch.tokens_bt)
+    last_b11 = (batch.lengths_b - 1)[:, None, None]
+    return jnp.take_along_axis(states_btd, last_b11, axis=1)[:, 0]
+
+
+def embed(
+    params: Params,
+    batch: Batch,
+    *,
+    config: ModelConfig,
+    dim: int | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    kernel: str = "blocked",
+) -> jax.Array:
+    """Unit embeddings of the rows: EOS pooling, Matryoshka cut, L2 normalisation. Jittable and differentiable.
+
+    Args:
+        params, batch, config, dtype, kernel: as for ``eos_states``.
+        dim: keep the first ``dim`` values before normalising; ``None`` keeps all.
+
+    Returns:
+        float32 [batch, dim].
+
+    Raises:
+        InputError: ``dim`` is not within 1 … ``config.hidden_size``.
+    """
+    dim = check_dim(dim, config)
+    states_bd = eos_states(params, batch, config=config, dtype=dtype, kernel=kernel)
+    return matryoshka(states_bd, (dim,))[dim]
+
+
+def matryoshka(states_bd: jax.Array, dims: Iterable[int]) -> dict[int, jax.Array]:
+    """The Matryoshka heads: the first ``dim`` values of each state, normalised again, for every ``dim`` asked.
+
+    Args:
+        states_bd: [..., hidden] EOS states (or full-size embeddings: the result is the same).
+        dims: sizes, each within 1 … hidden.
+
+    Returns:
+        {dim: unit embeddings [..., dim]}, in the order asked.
+
+    Raises:
+        InputError: a size is not within 1 … hidden.
+    """
+    hidden = states_bd.shape[-1]
+    heads = {}
+    for dim in dims:
+        if not 1 <= dim <= hidden:
+            raise InputError(f"a Matryoshka dimension must be within 1..{hidden}, not {dim}")
+        heads[dim] = unit(states_bd[..., :dim])
+    return heads
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """x / max(‖x‖, 1e-12) over the last axis, in float32, as ``torch.nn.functional.normalize`` does."""
+    x = x.astype(jnp.float32)
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def check_dim(dim: int | None, config: ModelConfig) -> int:
+    """``dim``, or the full size for ``None``; anything outside 1 … hidden is an InputError that lists advised sizes."""
+    if dim is None:
+        return config.hidden_size
+    if isinstance(dim, bool) or not isinstance(dim, int) or not 1 <= dim <= config.hidden_size:
+        advised = ", ".join(map(str, config.matryoshka_dims))
+        raise InputError(f"dim must be a whole number within 1..{config.hidden_size}, not {dim!r}; advised: {advised}")
+    return dim

@@ -1,0 +1,307 @@
+"""The Encoder: texts in, embeddings out."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from f2llm_jax.batching import Buckets, batched
+from f2llm_jax.config import ModelConfig
+from f2llm_jax.convert.load import load_params, open_checkpoint
+from f2llm_jax.embedding import Batch, check_dim, embed
+from f2llm_jax.errors import InputError, warn
+from f2llm_jax.model import Params, to_bits
+from f2llm_jax.quantization import check_ranges, output_spec, quantize
+from f2llm_jax.release import find_release, read_release
+from f2llm_jax.sharding import BATCH_SPEC, padded_config
+from f2llm_jax.tokens import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+# Texts tokenised at a time: the unit in which tokenising runs ahead of computing.
+_CHUNK_TEXTS = 2048
+
+# Batches in flight: one computing, one queued behind it; a result is fetched when its successors are under way.
+_IN_FLIGHT = 2
+
+# Tokens of a full batch and device. A CPU core has its matrix units busy with few; more only spills its cache.
+_BATCH_TOKENS = {"cpu": 2048, "gpu": 32768, "tpu": 32768}
+
+_embed = jax.jit(embed, static_argnames=("config", "dim", "dtype", "kernel"))
+
+
+class Encoder:
+    """A model and its tokenizer. Made by ``load``.
+
+    Attributes:
+        params: the parameters, a nested dict of arrays for ``f2llm_jax.embed``; read-only.
+        config: the sizes.
+        tokenizer: ``f2llm_jax.tokens.Tokenizer``.
+        prompts: {name: text put before every input}.
+        default_prompt_name: the prompt that a plain ``encode`` uses, or None.
+        max_length: the default limit on tokens of a text, EOS included.
+        dtype: of the parameters and of the operands of matrix products.
+        mesh: where the parameters lie; None for one device.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        *,
+        prompts: dict[str, str] | None = None,
+        default_prompt_name: str | None = None,
+        max_length: int | None = None,
+        dtype: str = "float32",
+        mesh: Mesh | None = None,
+    ):
+        self._params = params
+        self._platform = next(iter(jax.tree.leaves(params)[0].devices())).platform
+        self._weights = to_bits(params) if self._platform == "cpu" and mesh is None else params
+        self.config = config
+        self.tokenizer = tokenizer
+        self.prompts = {"query": "", "document": "", **(prompts or {})}
+        self.default_prompt_name = default_prompt_name
+        self.max_length = max_length or config.max_position_embeddings
+        self.dtype = dtype
+        self.mesh = mesh
+
+    @property
+    def params(self) -> Params:
+        return self._params
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"Encoder(hidden_size={c.hidden_size}, layers={c.num_hidden_layers}, dtype={self.dtype}, mesh={self.mesh})"
+        )
+
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        dim: int | None = None,
+        max_length: int | None = None,
+        batch_tokens: int | None = None,
+        output: str = "float32",
+        ranges: np.ndarray | None = None,
+        show_progress: bool = False,
+    ) -> np.ndarray:
+        """Embeds texts.
+
+        Args:
+            texts: a list of strings, or one string.
+            prompt_name: which of ``prompts`` to put before each text; default ``default_prompt_name``.
+            prompt: the text to put before each; wins over ``prompt_name``.
+            dim: Matryoshka size: cut to the first ``dim`` values, then normalised. Default and limit: the hidden size.
+                Any size works; ``config.matryoshka_dims`` are those the family is trained at.
+            max_length: longer texts are cut to this many tokens, EOS included, and reported once per call as a warning.
+            batch_tokens: tokens computed at a time (rows · length); more takes more memory.
+            output: ``float32``; ``bfloat16``; ``int8`` (needs ``ranges``); ``binary`` or ``ubinary`` (a bit per
+                dimension, packed as sentence-transformers packs them).
+            ranges: float [2, dim] from ``int8_ranges``, for ``output="int8"``.
+            show_progress: a progress bar with texts/s and tokens/s on standard error.
+
+        Returns:
+            [n, dim] unit embeddings in the order of ``texts``; [n, ceil(dim / 8)] for packed bits; [dim] for a string.
+
+        Raises:
+            InputError: a text is not a string, or an argument is out of range; the message names it.
+        """
+        if not isinstance(texts, Iterable):
+            raise InputError(f"texts must be a list of strings or one string, not a {type(texts).__name__}")
+        single = isinstance(texts, str)
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InputError(f"text {index} is a {type(text).__name__}, not a string")
+            if not text.isascii() and _has_surrogates(text):
+                raise InputError(f"text {index} holds half of a surrogate pair, which is no character")
+        dim = check_dim(dim, self.config)
+        columns, dtype = output_spec(output, dim)
+        if output == "int8":
+            ranges = check_ranges(ranges, dim)
+        elif ranges is not None:
+            raise InputError(f"ranges are for output='int8', not for {output!r}")
+        if max_length is not None and not 1 <= max_length <= self.config.max_position_embeddings:
+            raise InputError(f"max_length must be within 1..{self.config.max_position_embeddings}, not {max_length}")
+        prefix = self._prompt(prompt_name, prompt)
+
+        result = np.empty((len(texts), columns), dtype)
+        embeddings = self._embeddings(
+            texts,
+            prefix,
+            dim,
+            max_length or self.max_length,
+            self._batch_tokens() if batch_tokens is None else batch_tokens,
+            show_progress,
+        )
+        for rows, embeddings_nd in embeddings:
+            result[rows] = quantize(embeddings_nd, output, ranges)
+        return result[0] if single else result
+
+    def encode_query(self, texts: str | Sequence[str], **options: Any) -> np.ndarray:
+        """``encode`` with the ``query`` prompt, unless ``prompt`` or ``prompt_name`` is given."""
+        return self.encode(texts, **self._with_prompt("query", options))
+
+    def encode_document(self, texts: str | Sequence[str], **options: Any) -> np.ndarray:
+        """``encode`` with the ``document`` prompt, unless ``prompt`` or ``prompt_name`` is given."""
+        return self.encode(texts, **self._with_prompt("document", options))
+
+    def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Cosine similarities of float embeddings: [n, dim] and [m, dim] give float32 [n, m]; a vector is n = 1."""
+        a, b = (np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b))
+        a, b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (a, b))
+        return a @ b.T
+
+    @staticmethod
+    def _with_prompt(name: str, options: dict[str, Any]) -> dict[str, Any]:
+        given = options.get("prompt") is not None or options.get("prompt_name") is not None
+        return options if given else {**options, "prompt_name": name}
+
+    def _prompt(self, prompt_name: str | None, prompt: str | None) -> str:
+        if prompt is not None:
+            return prompt
+        name = self.default_prompt_name if prompt_name is None else prompt_name
+        if name is None:
+            return ""
+        if name not in self.prompts:
+            raise InputError(f"no prompt named {name!r}; there are {', '.join(map(repr, self.prompts))}")
+        return self.prompts[name]
+
+    def _batch_tokens(self) -> int:
+        devices = 1 if self.mesh is None else self.mesh.size
+        return _BATCH_TOKENS[self._platform] * devices
+
+    def _embeddings(
+        self, texts: list[str], prefix: str, dim: int, max_length: int, batch_tokens: int, show_progress: bool
+    ) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Which texts, and their float32 unit embeddings [len, dim], in the order they are computed."""
+        from tqdm import tqdm
+
+        truncated = tokens = 0
+
+        def sequences() -> Iterator[list[np.ndarray]]:
+            nonlocal truncated
+            for chunk, count in self._tokenised(texts, prefix, max_length):
+                truncated += count
+                yield chunk
+
+        buckets = Buckets(batch_tokens, max_length, 1 if self.mesh is None else self.mesh.size)
+        pending: deque[tuple[list[int], jax.Array]] = deque()
+        with tqdm(total=len(texts), unit="text", disable=not show_progress, smoothing=0) as bar:
+
+            def fetch() -> tuple[list[int], np.ndarray]:
+                rows, embeddings_bd = pending.popleft()
+                values = np.asarray(embeddings_bd)[: len(rows)]
+                bar.update(len(rows))
+                if elapsed := bar.format_dict["elapsed"]:
+                    bar.set_postfix_str(f"{tokens / elapsed:,.0f} tokens/s", refresh=False)
+                return rows, values
+
+            for batch, rows in batched(sequences(), buckets, self.tokenizer.pad_id):
+                pending.append((rows, self._dispatch(batch, dim)))
+                tokens += int(batch.lengths_b[: len(rows)].sum())
+                while len(pending) > _IN_FLIGHT:
+                    yield fetch()
+            while pending:
+                yield fetch()
+        if truncated:
+            warn(f"{truncated} of {len(texts)} texts were longer than {max_length} tokens and were truncated")
+
+    def _tokenised(self, texts: list[str], prefix: str, max_length: int) -> Iterator[tuple[list[np.ndarray], int]]:
+        """Token ids in chunks; the next chunk is tokenised by a thread while the caller works on this one."""
+
+        def tokenise(start: int) -> tuple[list[np.ndarray], int]:
+            chunk = texts[start : start + _CHUNK_TEXTS]
+            return self.tokenizer.encode([prefix + text for text in chunk] if prefix else chunk, max_length)
+
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise") as pool:
+            ahead = None
+            for start in range(0, len(texts), _CHUNK_TEXTS):
+                current, ahead = ahead, pool.submit(tokenise, start)
+                if current is not None:
+                    yield current.result()
+            if ahead is not None:
+                yield ahead.result()
+
+    def _dispatch(self, batch: Batch, dim: int) -> jax.Array:
+        """Starts the computation of a batch; the result is a promise."""
+        options = {"config": padded_config(self.config, self.mesh), "dim": dim, "dtype": jnp.dtype(self.dtype)}
+        if self.mesh is None:
+            return _embed(self._weights, batch, **options)
+        with jax.set_mesh(self.mesh):
+            return _embed(self._weights, jax.device_put(batch, NamedSharding(self.mesh, BATCH_SPEC)), **options)
+
+
+def _has_surrogates(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def load(
+    model: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None, revision: str | None = None
+) -> Encoder:
+    """Loads a model for encoding.
+
+    Args:
+        model: a release folder, a converted one, or a hub id such as ``codefuse-ai/F2LLM-v2-80M`` (through
+            huggingface_hub: its cache, its login, ``HF_HUB_OFFLINE``).
+        dtype: ``float32``, or ``bfloat16``: parameters and operands of matrix products in bfloat16, everything between
+            in float32.
+        mesh: a mesh from ``make_mesh`` to spread the model over; None for one device.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        ReleaseError: the folder or repository cannot be used; the message says what is wrong with which file.
+        InputError: the dtype is another one, or the model does not divide over the mesh.
+    """
+    use_compilation_cache()
+    release = read_release(find_release(model, revision))
+    tokenizer = Tokenizer.from_release(release.path)
+    params = load_params(open_checkpoint(release.path), release.config, dtype=dtype, mesh=mesh)
+    return Encoder(
+        params,
+        release.config,
+        tokenizer,
+        prompts=release.prompts,
+        default_prompt_name=release.default_prompt_name,
+        max_length=release.max_length,
+        dtype=dtype,
+        mesh=mesh,
+    )
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that the second process starts warm.
+
+    JAX's own setting wins where there is one (``JAX_COMPILATION_CACHE_DIR``, ``JAX_ENABLE_COMPILATION_CACHE=false``);
+    otherwise programs go to ``$XDG_CACHE_HOME/f2llm_jax`` (``~/.cache/f2llm_jax``).
+    """
+    settings: Any = jax.config  # its attributes are made at run time
+    if settings.jax_compilation_cache_dir is not None or not settings.jax_enable_compilation_cache:
+        return
+    from jax.experimental.compilation_cache import compilation_cache
+
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # JAX latches "no cache" at the first compilation of a process; a reset makes it look again.
+    compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", str(root / "f2llm_jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,0 +1,18 @@
+"""Evaluation: MTEB, and retrieval and bitext mining on data of one's own. Needs the extra ``[eval]``."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from f2llm_jax.errors import InputError
+
+
+def optional(module: str) -> ModuleType:
+    """Imports a module that comes with the extra ``[eval]``; without it, an InputError that says so."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise
+        raise InputError(f"evaluation needs {error.name}: pip install 'f2llm-jax[eval]'") from None

@@ -1,0 +1,127 @@
+"""The models that are compared, each with its own prompts, behind one interface."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from jax.sharding import Mesh
+
+from f2llm_jax.encoder import Encoder, load
+from f2llm_jax.evaluation import optional
+from f2llm_jax.evaluation.registry import bitext_prompt, instructions, registered
+
+Role = Literal["query", "document", "bitext"]
+ROLES: tuple[Role, ...] = ("query", "document", "bitext")
+
+# Written before the name of a model that sentence-transformers is to load.
+SENTENCE_TRANSFORMERS = "st:"
+
+
+class Embedder(Protocol):
+    """What an evaluation needs of a model.
+
+    Attributes:
+        name: for tables.
+        dim: of its full embeddings.
+        prompts: {role: what is put before each text}.
+    """
+
+    name: str
+    dim: int
+    prompts: dict[Role, str]
+
+    def encode(self, texts: Sequence[str], role: Role) -> np.ndarray:
+        """Unit embeddings, float32 [n, dim]."""
+        ...
+
+
+class F2LLMEmbedder:
+    """An ``Encoder``: its own prompts for queries and documents, MTEB's BitextMining instruction for translations."""
+
+    def __init__(self, name: str, encoder: Encoder, *, instructions_of: str | None = None, **options: Any):
+        self.name = name
+        self.dim = encoder.config.hidden_size
+        self._encoder = encoder
+        self._options = options
+        self._instructions_of = instructions_of
+        self.prompts: dict[Role, str] = {role: encoder.prompts[role] for role in ("query", "document")}
+
+    def encode(self, texts: Sequence[str], role: Role) -> np.ndarray:
+        if role == "bitext" and role not in self.prompts:
+            self.prompts[role] = bitext_prompt(instructions(self.name, self._instructions_of))
+        return self._encoder.encode(texts, prompt=self.prompts[role], **self._options)
+
+
+class SentenceTransformersEmbedder:
+    """Any sentence-transformers model: the prompts it was saved with, or else those of its entry in MTEB's registry."""
+
+    def __init__(self, name: str, *, dtype: str = "float32", revision: str | None = None, **options: Any):
+        sentence_transformers = optional("sentence_transformers")
+        self.name = SENTENCE_TRANSFORMERS + name
+        self._options = options
+        self._model = sentence_transformers.SentenceTransformer(name, revision=revision, model_kwargs={"dtype": dtype})
+        self.dim = self._model.get_embedding_dimension()
+        self.prompts = sentence_transformers_prompts(name, self._model.prompts)
+
+    def encode(self, texts: Sequence[str], role: Role) -> np.ndarray:
+        # A model with parts for queries and for documents takes the side from the method.
+        encode = {"query": self._model.encode_query, "document": self._model.encode_document}.get(
+            role, self._model.encode
+        )
+        embeddings_nd = encode(list(texts), prompt=self.prompts[role], normalize_embeddings=True, **self._options)
+        return np.asarray(embeddings_nd, np.float32)
+
+
+def load_embedder(
+    model: str,
+    *,
+    dtype: str = "bfloat16",
+    mesh: Mesh | None = None,
+    revision: str | None = None,
+    instructions_of: str | None = None,
+    max_length: int | None = None,
+    batch_tokens: int | None = None,
+    show_progress: bool = False,
+) -> Embedder:
+    """Loads a model to be evaluated.
+
+    Args:
+        model: release folder or hub id; after ``st:``, anything that sentence-transformers loads.
+        dtype: ``float32`` or ``bfloat16``.
+        mesh, revision: as for ``load``.
+        instructions_of: the model in MTEB's registry whose instruction for translations is used, see ``instructions``.
+        max_length, batch_tokens, show_progress: as for ``Encoder.encode``.
+
+    Raises:
+        ReleaseError: the model cannot be loaded.
+        InputError: an argument is out of range, or sentence-transformers is not installed.
+    """
+    if model.startswith(SENTENCE_TRANSFORMERS):
+        name = model.removeprefix(SENTENCE_TRANSFORMERS)
+        return SentenceTransformersEmbedder(name, dtype=dtype, revision=revision, show_progress_bar=show_progress)
+    encoder = load(model, dtype=dtype, mesh=mesh, revision=revision)
+    return F2LLMEmbedder(
+        model,
+        encoder,
+        instructions_of=instructions_of,
+        max_length=max_length,
+        batch_tokens=batch_tokens,
+        show_progress=show_progress,
+    )
+
+
+def sentence_transformers_prompts(name: str, saved: Mapping[str, str | None]) -> dict[Role, str]:
+    """A prompt for each role.
+
+    Args:
+        name: the model's.
+        saved: ``SentenceTransformer.prompts``.
+    """
+    prompts = {key: text for key, text in saved.items() if text}
+    if not prompts and (entry := registered(name)) is not None:
+        # multilingual-e5 was saved without the "query: " and "passage: " that it was trained with.
+        prompts = entry.loader_kwargs.get("model_prompts") or {}
+    names = {"query": ("query",), "document": ("document", "passage", "corpus"), "bitext": ("BitextMining",)}
+    return {role: next((prompts[key] for key in names[role] if key in prompts), "") for role in ROLES}

@@ -1,0 +1,191 @@
+"""Evaluation on data of one's own: every model encodes once, every size and output is scored from that."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from f2llm_jax.errors import InputError
+from f2llm_jax.evaluation.data import RetrievalData, read_bitext, read_retrieval
+from f2llm_jax.evaluation.embedders import Embedder
+from f2llm_jax.evaluation.metrics import (
+    BITEXT_METRICS,
+    DEPTH,
+    MARGIN_NEIGHBOURS,
+    RETRIEVAL_METRICS,
+    bitext_scores,
+    retrieval_scores,
+)
+from f2llm_jax.evaluation.ranking import OUTPUTS, bytes_per_vector, rank
+
+# Documents encoded at a time: texts in memory are these, embeddings go to disk.
+ENCODE_BLOCK = 16384
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The scores of one model at one size, from one kind of output."""
+
+    model: str
+    output: str
+    dim: int
+    bytes_per_vector: int
+    scores: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What an evaluation found.
+
+    Attributes:
+        task: ``retrieval`` or ``bitext``.
+        data: what was evaluated on.
+        metrics: the names of the scores, the main one first.
+        sizes: how many queries, documents, judgements or pairs there were.
+        prompts: {model: {role: prompt}}.
+        rows: by model, output and size.
+    """
+
+    task: str
+    data: str
+    metrics: tuple[str, ...]
+    sizes: dict[str, int]
+    prompts: dict[str, dict[str, str]]
+    rows: list[Row]
+
+
+def evaluate_retrieval(
+    models: Iterable[Embedder],
+    folder: str | Path,
+    *,
+    split: str = "test",
+    judged_only: bool = False,
+    dims: Sequence[int | None] = (None,),
+    outputs: Sequence[str] = ("float32",),
+) -> Report:
+    """Retrieval on a folder in BEIR's layout: nDCG@10, MRR@10, recall at 1, 10 and 100.
+
+    Each model encodes queries and documents once, at its full size. The embeddings of the documents lie in a temporary
+    file (documents · size · 4 bytes); memory is that of the queries, the ids and one block.
+
+    Args:
+        models: from ``load_embedder``; each is used before the next is asked for, so an iterator can load them one by
+            one.
+        folder, split, judged_only: as for ``read_retrieval``.
+        dims: sizes to cut to, None for the full one. Not above that of the first model; those above another one's are
+            left out there, with a warning.
+        outputs: which of ``ranking.OUTPUTS``.
+
+    Raises:
+        InputError: the data cannot be used (see ``read_retrieval``), or a size or output is out of range.
+    """
+    data = read_retrieval(folder, split=split, judged_only=judged_only)
+    sizes = {
+        "queries": len(data.query_ids),
+        "documents": len(data.document_ids),
+        "judgements": sum(map(len, data.qrels.values())),
+    }
+    rows: list[Row] = []
+    prompts = {}
+    for model in models:
+        settings = _settings(model, dims, outputs, strict=not rows)
+        queries_qd = model.encode(data.queries, "query")
+        with tempfile.TemporaryFile() as file:
+            documents_nd = _encode_to_disk(model, data.documents(), file)
+            for output, dim in settings:
+                found = rank(queries_qd, documents_nd, DEPTH, dim=dim, output=output)
+                rows.append(_row(model, output, dim, retrieval_scores(data.qrels, _run(data, *found))))
+        prompts[model.name] = {role: model.prompts[role] for role in ("query", "document")}
+    return Report("retrieval", str(folder), RETRIEVAL_METRICS, sizes, prompts, rows)
+
+
+def evaluate_bitext(
+    models: Iterable[Embedder],
+    file: str | Path,
+    *,
+    columns: tuple[str, str] | None = None,
+    dims: Sequence[int | None] = (None,),
+    outputs: Sequence[str] = ("float32",),
+) -> Report:
+    """Bitext mining on a file of pairs: does each sentence find its translation among all?
+
+    Args:
+        models, dims, outputs: as for ``evaluate_retrieval``.
+        file, columns: as for ``read_bitext``.
+
+    Raises:
+        InputError: the data cannot be used (see ``read_bitext``), or a size or output is out of range.
+    """
+    first, second = read_bitext(file, columns=columns)
+    rows: list[Row] = []
+    prompts = {}
+    for model in models:
+        settings = _settings(model, dims, outputs, strict=not rows)
+        first_nd, second_nd = (model.encode(side, "bitext") for side in (first, second))
+        for output, dim in settings:
+            forward = rank(first_nd, second_nd, MARGIN_NEIGHBOURS, dim=dim, output=output)
+            backward = rank(second_nd, first_nd, MARGIN_NEIGHBOURS, dim=dim, output=output)
+            rows.append(_row(model, output, dim, bitext_scores(forward, backward)))
+        prompts[model.name] = {"bitext": model.prompts["bitext"]}
+    return Report("bitext", str(file), BITEXT_METRICS, {"pairs": len(first)}, prompts, rows)
+
+
+def parse_dims(text: str) -> list[int | None]:
+    """Sizes from a command line, such as ``8,16,full``; ``full`` is None.
+
+    Raises:
+        InputError: one of them is no whole number above 0.
+    """
+    dims: list[int | None] = []
+    for part in text.split(","):
+        part = part.strip()
+        if part != "full" and (not part.isdecimal() or int(part) < 1):
+            raise InputError(f"a dimension is a whole number above 0, or full, not {part!r}")
+        dims.append(None if part == "full" else int(part))
+    return dims
+
+
+def _settings(
+    model: Embedder, dims: Sequence[int | None], outputs: Sequence[str], *, strict: bool
+) -> list[tuple[str, int]]:
+    """Every output at every size, ascending. Sizes that a model does not have are left out unless ``strict``."""
+    for output in outputs:
+        if output not in OUTPUTS:
+            raise InputError(f"no output {output!r}; there are {', '.join(OUTPUTS)}")
+    sizes = sorted({model.dim if dim is None else dim for dim in dims})
+    too_large = [dim for dim in sizes if not 1 <= dim <= model.dim]
+    if too_large and strict:
+        raise InputError(f"a dimension of {model.name} must be within 1..{model.dim}, not {too_large[0]}")
+    if too_large:
+        left_out = ", ".join(map(str, too_large))
+        warnings.warn(f"{model.name} has {model.dim} dimensions; left out: {left_out}", stacklevel=3)
+    sizes = [dim for dim in sizes if dim not in too_large]
+    return [(output, dim) for output in dict.fromkeys(outputs) for dim in sizes]
+
+
+def _encode_to_disk(model: Embedder, documents: Iterator[str], file: BinaryIO) -> np.ndarray:
+    """The embeddings of all documents as a memory map, float32 [documents, model.dim]."""
+    count = 0
+    while block := list(islice(documents, ENCODE_BLOCK)):
+        model.encode(block, "document").astype(np.float32).tofile(file)
+        count += len(block)
+    file.flush()
+    return np.memmap(file, np.float32, "r", shape=(count, model.dim))
+
+
+def _run(data: RetrievalData, score_qk: np.ndarray, number_qk: np.ndarray) -> dict[str, dict[str, float]]:
+    return {
+        query: {data.document_ids[number]: float(score) for score, number in zip(score_k, number_k, strict=True)}
+        for query, score_k, number_k in zip(data.query_ids, score_qk, number_qk, strict=True)
+    }
+
+
+def _row(model: Embedder, output: str, dim: int, scores: dict[str, float]) -> Row:
+    return Row(model.name, output, dim, bytes_per_vector(output, dim), scores)

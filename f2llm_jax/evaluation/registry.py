@@ -1,0 +1,53 @@
+"""What the installed mteb's registry says of a model: above all, its official instructions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from f2llm_jax.errors import InputError
+from f2llm_jax.evaluation import optional
+
+if TYPE_CHECKING:
+    from mteb.models.model_meta import ModelMeta
+
+# The instructions of F2LLM-v2 are the same for all sizes; a release that the registry does not know gets this one's.
+DEFAULT_INSTRUCTIONS = "codefuse-ai/F2LLM-v2-0.6B"
+
+
+def registered(model: str) -> ModelMeta | None:
+    """The entry of a model, by its hub id; nothing is looked up on the hub."""
+    return optional("mteb.models.model_implementations").MODEL_REGISTRY.get(model)
+
+
+def instructions(model: str, instructions_of: str | None = None) -> dict[str, Any]:
+    """How a model is instructed: its entry's arguments of mteb's InstructSentenceTransformerModel.
+
+    Args:
+        model: a hub id or a folder.
+        instructions_of: the entry to take; default that of ``model``, and of ``DEFAULT_INSTRUCTIONS`` if it has none.
+
+    Returns:
+        ``instruction_template``, ``prompts_dict`` and, where the entry has them, ``apply_instruction_to_passages``,
+        ``max_seq_length``, ``prompt_priority`` and others.
+
+    Raises:
+        InputError: there is no such entry, or it states no instructions.
+    """
+    name = instructions_of or (model if registered(model) is not None else DEFAULT_INSTRUCTIONS)
+    entry = registered(name)
+    if entry is None:
+        version = optional("mteb").__version__
+        raise InputError(
+            f"mteb {version} knows no model {name!r} (F2LLM-v2 is in mteb 2.26.24); instructions_of names another"
+        )
+    if "prompts_dict" not in entry.loader_kwargs or "instruction_template" not in entry.loader_kwargs:
+        raise InputError(f"mteb's entry of {name} states no instructions; instructions_of names a model that has them")
+    return entry.loader_kwargs
+
+
+def bitext_prompt(loader_kwargs: dict[str, Any]) -> str:
+    """What mteb puts before both sides of a BitextMining task that has no instruction of its own."""
+    default = optional("mteb.abstasks").AbsTaskBitextMining.abstask_prompt
+    instruction = loader_kwargs["prompts_dict"].get("BitextMining", default)
+    template = loader_kwargs["instruction_template"]
+    return template.format(instruction=instruction) if isinstance(template, str) else template(instruction, None)

@@ -1,0 +1,264 @@
+"""The Qwen3 decoder as an embedding backbone, in Flax Linen.
+
+Follows transformers' ``models/qwen3/modeling_qwen3.py`` in what it computes. Every parameter is declared here once,
+with its shape, initialiser and logical axes; shardings, Hugging Face names and parameter counts derive from that.
+
+Weights keep PyTorch's orientation, outputs before inputs (``q_proj`` is [heads, head_dim, hidden]). A conversion is
+then a reshape that moves no byte, a mesh splits the outputs of a projection as whole rows of the file, and the matrix
+units of TPUs and the CPU kernels measured multiply either orientation at the same rate.
+
+Arithmetic: matrix products take operands in ``dtype`` and sum in float32. Everything between them (residual stream,
+norms, rotary angles, softmax, activation) is float32, so bfloat16 rounds only what enters a product.
+
+Dimensions: b batch, t position, d hidden, n query heads, k key/value heads, g query heads per key/value head,
+h head_dim, f intermediate, l layers, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from f2llm_jax.attention import attention, matmul_precision
+from f2llm_jax.axes import constrain
+from f2llm_jax.config import ModelConfig
+
+Params = dict[str, Any]
+"""A nested dict of arrays; those under ``layers`` carry the layers on axis 0."""
+
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What of a layer is kept for the backward pass: all of it, the results of projections, or only its input."""
+
+# The init range that Qwen3's config.json files state.
+_normal = nn.initializers.normal(stddev=0.02)
+
+
+class Projection(nn.Module):
+    """y = W x: one tensor [*outputs, *inputs], applied to the last axes of its argument.
+
+    Attributes:
+        outputs, inputs: sizes of the axes it makes and takes, for example (heads, head_dim) and (hidden,).
+        axes: their logical names, outputs first.
+        dtype: of the operands.
+    """
+
+    outputs: tuple[int, ...]
+    inputs: tuple[int, ...]
+    axes: tuple[str, ...]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (*self.outputs, *self.inputs)
+        weight = self.param("weight", nn.with_logical_partitioning(_normal, self.axes), shape, jnp.float32)
+        weight = constrain(from_bits(weight), *self.axes)
+        batch = x.shape[: x.ndim - len(self.inputs)]
+        # As plain matrices: with several output axes, XLA's CPU compiler first copies the weights into another order.
+        y = jnp.einsum(
+            "mi,oi->mo",
+            x.reshape(math.prod(batch), math.prod(self.inputs)).astype(self.dtype),
+            weight.reshape(math.prod(self.outputs), math.prod(self.inputs)).astype(self.dtype),
+            precision=matmul_precision(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return y.reshape(*batch, *self.outputs)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight over the last axis, in float32."""
+
+    size: int
+    axis: str
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = self.param("weight", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), (self.size,))
+        x = x.astype(jnp.float32)
+        variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        return x * jax.lax.rsqrt(variance + self.eps) * weight.astype(jnp.float32)
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+    dtype: Any
+    kernel: str
+
+    @nn.compact
+    def __call__(self, x_btd: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
+        c = self.config
+        n, k, h, d = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size
+        kv_axes = ("kv_heads", "head_dim", "embed")
+        x_btd = x_btd.astype(self.dtype)
+        q_btnh = Projection((n, h), (d,), ("heads", "head_dim", "embed"), self.dtype, name="q_proj")(x_btd)
+        k_btkh = Projection((k, h), (d,), kv_axes, self.dtype, name="k_proj")(x_btd)
+        v_btkh = Projection((k, h), (d,), kv_axes, self.dtype, name="v_proj")(x_btd)
+        q_btnh = rotate(RMSNorm(h, "head_dim", c.rms_norm_eps, name="q_norm")(q_btnh), rotary)
+        k_btkh = rotate(RMSNorm(h, "head_dim", c.rms_norm_eps, name="k_norm")(k_btkh), rotary)
+        q_btkgh = q_btnh.reshape(*q_btnh.shape[:2], k, n // k, h)
+        out_btkgh = attention(
+            q_btkgh.astype(self.dtype), k_btkh.astype(self.dtype), v_btkh.astype(self.dtype), kernel=self.kernel
+        )
+        o_proj = Projection((d,), (n, h), ("embed", "heads", "head_dim"), self.dtype, name="o_proj")
+        return o_proj(out_btkgh.reshape(q_btnh.shape))
+
+
+class MLP(nn.Module):
+    config: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_btd: jax.Array) -> jax.Array:
+        d, f = self.config.hidden_size, self.config.intermediate_size
+        x_btd = x_btd.astype(self.dtype)
+        gate_btf = Projection((f,), (d,), ("mlp", "embed"), self.dtype, name="gate_proj")(x_btd)
+        up_btf = Projection((f,), (d,), ("mlp", "embed"), self.dtype, name="up_proj")(x_btd)
+        down_proj = Projection((d,), (f,), ("embed", "mlp"), self.dtype, name="down_proj")
+        return down_proj(nn.silu(gate_btf) * up_btf)
+
+
+class Block(nn.Module):
+    """One decoder layer. Returns the residual stream twice: as the carry of the scan, and as this layer's output."""
+
+    config: ModelConfig
+    dtype: Any
+    kernel: str
+
+    @nn.compact
+    def __call__(
+        self, x_btd: jax.Array, rotary: tuple[jax.Array, jax.Array], all_layers: bool
+    ) -> tuple[jax.Array, jax.Array | None]:
+        c = self.config
+        normed_btd = RMSNorm(c.hidden_size, "embed", c.rms_norm_eps, name="input_norm")(x_btd)
+        x_btd = x_btd + Attention(c, self.dtype, self.kernel, name="attention")(normed_btd, rotary)
+        normed_btd = RMSNorm(c.hidden_size, "embed", c.rms_norm_eps, name="mlp_norm")(x_btd)
+        x_btd = x_btd + MLP(c, self.dtype, name="mlp")(normed_btd)
+        x_btd = constrain(x_btd, "batch", "length", "embed")
+        return x_btd, (x_btd if all_layers else None)
+
+
+class Backbone(nn.Module):
+    """Token ids to final-norm hidden states.
+
+    Attributes:
+        config: the sizes.
+        dtype: of the operands of matrix products.
+        kernel: which attention, see ``attention.KERNELS``.
+        remat: what the backward pass computes again, see ``REMAT_POLICIES``.
+    """
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    kernel: str = "blocked"
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, tokens_bt: jax.Array, *, all_layers: bool = False) -> Any:
+        """Runs the decoder.
+
+        Args:
+            tokens_bt: int32 [batch, length] token ids; rows filled from the left.
+            all_layers: also return the output of every layer.
+
+        Returns:
+            float32 [batch, length, hidden] final-norm states; with ``all_layers`` a pair of these and the residual
+            stream after each layer, [layers, batch, length, hidden].
+        """
+        c = self.config
+        table_vd = self.param(
+            "embed_tokens", nn.with_logical_partitioning(_normal, ("vocab", "embed")), (c.vocab_size, c.hidden_size)
+        )
+        x_btd = constrain(table_vd[tokens_bt].astype(jnp.float32), "batch", "length", "embed")
+        rotary = rotary_angles(tokens_bt.shape[1], c.head_dim, c.rope_theta)
+        # Within a scan nothing can be merged with the forward pass anyway: prevent_cse would only cost.
+        block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False, static_argnums=(3,))
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            length=c.num_hidden_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, self.dtype, self.kernel, name="layers")
+        x_btd, layer_outputs_lbtd = layers(x_btd, rotary, all_layers)
+        states_btd = RMSNorm(c.hidden_size, "embed", c.rms_norm_eps, name="norm")(x_btd)
+        return (states_btd, layer_outputs_lbtd) if all_layers else states_btd
+
+
+def rotary_angles(length: int, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and signed sines of the rotary positions 0 … length - 1, for ``rotate``.
+
+    In float32 throughout: bfloat16 rounds position 257 to 256, and sin(257) is not sin(256).
+
+    Returns:
+        float32 [length, 1, 1, head_dim / 2] and [length, 1, 2, head_dim / 2].
+    """
+    frequency_h = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle_th = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency_h
+    sin_th = jnp.sin(angle_th)
+    return jnp.cos(angle_th)[:, None, None], jnp.stack([-sin_th, sin_th], axis=1)[:, None]
+
+
+def rotate(x_btnh: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns the pairs (i, i + head_dim / 2) of every head by the angle of their position.
+
+    The halves are swapped as an axis of two, reversed: one pass over memory, where a concatenation takes three.
+    """
+    cos, sin = rotary
+    x_btn2h = x_btnh.reshape(*x_btnh.shape[:-1], 2, -1)
+    return (x_btn2h * cos + jnp.flip(x_btn2h, axis=-2) * sin).reshape(x_btnh.shape)
+
+
+def to_bits(params: Params) -> Params:
+    """The stacked bfloat16 weights as uint16 arrays of the same bits, sharing their memory: for CPUs.
+
+    XLA's CPU compiler slices no bfloat16 array: it would turn the whole stack to float32 before the loop over layers,
+    and each layer back, at every call: 60 ms of the 80M's 64 ms for a text of 16 tokens.
+    """
+
+    def bits(x: jax.Array) -> jax.Array:
+        if x.dtype != jnp.bfloat16 or x.ndim < 3:
+            return x
+        return jax.device_put(np.asarray(x).view(np.uint16), x.sharding)
+
+    return {**params, "layers": jax.tree.map(bits, params["layers"])}
+
+
+def from_bits(weight: jax.Array) -> jax.Array:
+    """Undoes ``to_bits`` for one weight, within a program; leaves others as they are."""
+    return jax.lax.bitcast_convert_type(weight, jnp.bfloat16) if weight.dtype == jnp.uint16 else weight
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """Shapes and logical axes of every parameter, without allocating any.
+
+    Returns:
+        A tree of ``nn.LogicallyPartitioned`` boxes around ``jax.ShapeDtypeStruct``; ``box.names`` are the logical axes.
+        This is the one source for shapes, shardings and names.
+    """
+    tokens_bt = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    return jax.eval_shape(Backbone(config).init, jax.random.key(0), tokens_bt)["params"]
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Random float32 parameters: normal(0, 0.02) weights, norms at one.
+
+    Args:
+        config: the sizes.
+        key: a ``jax.random.key``.
+    """
+    return nn.unbox(Backbone(config).init(key, jnp.zeros((1, 8), jnp.int32))["params"])
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """The number of parameters, from shapes alone."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))

@@ -1,0 +1,78 @@
+"""Embeddings in fewer bits, laid out as sentence-transformers' ``quantize_embeddings`` lays them out."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+from f2llm_jax.errors import InputError
+
+OUTPUTS = ("float32", "bfloat16", "int8", "binary", "ubinary")
+
+
+def output_spec(output: str, dim: int) -> tuple[int, np.dtype]:
+    """Values per embedding, and their dtype: bits are packed eight to a byte.
+
+    Raises:
+        InputError: no such output.
+    """
+    if output not in OUTPUTS:
+        raise InputError(f"output must be one of {', '.join(OUTPUTS)}, not {output!r}")
+    if output in ("binary", "ubinary"):
+        return (dim + 7) // 8, np.dtype(np.int8 if output == "binary" else np.uint8)
+    return dim, np.dtype(ml_dtypes.bfloat16 if output == "bfloat16" else output)
+
+
+def int8_ranges(embeddings: np.ndarray) -> np.ndarray:
+    """Least and largest value of every dimension, for ``output="int8"``.
+
+    Args:
+        embeddings: float [n, dim] of a sample of the texts to come, the more the better; at least 2.
+
+    Returns:
+        float32 [2, dim].
+    """
+    embeddings = np.asarray(embeddings, np.float32)
+    if embeddings.ndim != 2 or len(embeddings) < 2:
+        raise InputError(f"ranges need at least 2 embeddings as [n, dim], not an array of shape {embeddings.shape}")
+    return np.stack([embeddings.min(axis=0), embeddings.max(axis=0)])
+
+
+def quantize(embeddings: np.ndarray, output: str, ranges: np.ndarray | None = None) -> np.ndarray:
+    """Converts unit embeddings to ``output``.
+
+    int8: each dimension's range in 255 steps, from -128; values outside the range are clipped. binary and ubinary: a
+    bit per dimension, set where the value is positive, the first dimension in the highest bit; binary is ubinary - 128
+    as int8. Follows sentence_transformers/util/quantization.py.
+
+    Args:
+        embeddings: float32 [n, dim].
+        output: one of ``OUTPUTS``.
+        ranges: float [2, dim] from ``int8_ranges``; needed for int8, and for int8 only.
+
+    Raises:
+        InputError: no such output, or ranges missing or of another shape.
+    """
+    _, dtype = output_spec(output, embeddings.shape[1])
+    if output == "int8":
+        low, high = check_ranges(ranges, embeddings.shape[1])
+        step = (high - low) / 255
+        levels = np.floor((embeddings - low) / np.where(step == 0, 1, step))
+        return (np.clip(levels, 0, 255) - 128).astype(np.int8)
+    if output in ("binary", "ubinary"):
+        bits = np.packbits(embeddings > 0, axis=-1)
+        return bits if output == "ubinary" else (bits.astype(np.int16) - 128).astype(np.int8)
+    return embeddings.astype(dtype)
+
+
+def check_ranges(ranges: np.ndarray | None, dim: int) -> np.ndarray:
+    """The ranges as float32 [2, dim], or an InputError that says how to get them."""
+    if ranges is None:
+        raise InputError(
+            "output='int8' needs ranges=, the least and largest value of each dimension: "
+            "f2llm_jax.int8_ranges(model.encode(sample_texts, dim=...))"
+        )
+    ranges = np.asarray(ranges, np.float32)
+    if ranges.shape != (2, dim):
+        raise InputError(f"ranges must have shape (2, {dim}), not {ranges.shape}")
+    return ranges

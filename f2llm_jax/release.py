@@ -1,0 +1,162 @@
+"""A release folder on disk: what it holds, and where it says what.
+
+The layout is sentence-transformers': ``config.json`` and ``modules.json`` at the top, the pooling in a folder of its
+own, prompts in ``config_sentence_transformers.json``. Weights are looked after by ``f2llm_jax.convert``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from f2llm_jax.config import ModelConfig, read_json
+from f2llm_jax.errors import ReleaseError, warn
+
+# What of a hub repository a model needs: no other frameworks' weights, no pictures, and no pickles but the two factors
+# of ML-Embed's embedding table, which are opened only where the table itself is missing.
+SETTINGS_PATTERNS = ["*.json", "*/config.json", "merges.txt"]
+WEIGHT_PATTERNS = ["*.safetensors", "params/**", "[UV].pth"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Release:
+    """What a release folder says besides its weights.
+
+    Attributes:
+        path: the folder.
+        config: sizes of the backbone.
+        prompts: {name: text put before every input}; ``query`` and ``document`` are always there, empty if not given.
+        default_prompt_name: the prompt of a plain ``encode``, or None.
+        max_length: the largest number of tokens of one text, EOS included.
+    """
+
+    path: Path
+    config: ModelConfig
+    prompts: dict[str, str]
+    default_prompt_name: str | None
+    max_length: int
+
+
+def find_release(model: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
+    """The local folder of a model: itself if it is one, else a hub repository, downloaded into huggingface_hub's cache.
+
+    ``HF_HOME``, ``HF_HUB_OFFLINE`` and a login are honoured as huggingface_hub does.
+
+    Args:
+        model: a folder, or a hub id such as ``codefuse-ai/F2LLM-v2-80M``.
+        revision: branch, tag or commit; for a hub id only.
+        weights: of a hub repository, download the weights too.
+
+    Raises:
+        ReleaseError: no such folder, no such repository or revision, or it is neither cached nor reachable.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise ReleaseError(f"{path} is a local folder; a revision ({revision!r}) belongs to a hub id")
+        return path
+    name = str(model)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists():
+        raise ReleaseError(f"{name} is neither a folder nor a hub id of the form owner/name")
+    return _download(name, revision, SETTINGS_PATTERNS + WEIGHT_PATTERNS if weights else SETTINGS_PATTERNS)
+
+
+def _download(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        folder = huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=patterns)
+    except RevisionNotFoundError:
+        raise ReleaseError(f"the hub repository {repo_id} has no revision {revision!r}") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise ReleaseError(
+            f"there is no hub repository {repo_id} (or it is private and you are not logged in), and no such folder"
+        ) from None
+    except LocalEntryNotFoundError:
+        raise ReleaseError(
+            f"{repo_id} is not in the local hub cache, and the hub is out of reach or HF_HUB_OFFLINE is set: "
+            "give a folder, or download it where there is a network"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise ReleaseError(f"downloading {repo_id} failed: {error}") from None
+    return Path(folder)
+
+
+def read_release(path: Path) -> Release:
+    """Reads everything but the weights, and checks that it is a model this package computes.
+
+    Raises:
+        ReleaseError: a file is missing or damaged, or asks for another pooling, architecture or module.
+    """
+    config = ModelConfig.from_release(path)
+    _check_modules(path, config)
+    prompts, default_prompt_name = _read_prompts(path)
+    return Release(path, config, prompts, default_prompt_name, _read_max_length(path, config))
+
+
+def _check_modules(path: Path, config: ModelConfig) -> None:
+    """The chain must be Transformer, Pooling by last token, Normalize: what F2LLM and Qwen3-Embedding are.
+
+    A folder without ``modules.json`` (a bare transformers checkpoint) is taken to be meant that way.
+    """
+    file = path / "modules.json"
+    if not file.exists():
+        return
+    try:
+        modules: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+        # sentence-transformers has moved its modules between releases; the class name has stayed.
+        kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
+        raise ReleaseError(f"{file} is damaged: {type(error).__name__}: {error}") from None
+    if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
+        raise ReleaseError(f"{file}: modules {', '.join(kinds)}; supported is Transformer, Pooling, Normalize")
+    if modules[0].get("path"):
+        raise ReleaseError(f"{file}: the Transformer lies in {modules[0]['path']!r}; supported is the top folder")
+    if kinds[2:] == []:
+        warn(f"{file} has no Normalize; embeddings are normalised all the same")
+    _check_pooling(path / modules[1].get("path", "1_Pooling") / "config.json", config)
+
+
+def _check_pooling(file: Path, config: ModelConfig) -> None:
+    pooling = read_json(file)
+    if "pooling_mode" in pooling:
+        modes = pooling["pooling_mode"]
+        modes = [modes] if isinstance(modes, str) else list(modes)
+    else:
+        modes = [name.removeprefix("pooling_mode_") for name, on in pooling.items() if on is True and "_mode_" in name]
+    if modes != ["lasttoken"]:
+        raise ReleaseError(f"{file}: pooling by {', '.join(modes) or 'nothing'}; only lasttoken is supported")
+    stated = pooling.get("word_embedding_dimension", pooling.get("embedding_dimension", config.hidden_size))
+    if stated != config.hidden_size:
+        # Released so in 4B-Preview, which says 1024 for a hidden size of 2560.
+        warn(f"{file} states {stated} dimensions, the backbone has {config.hidden_size}: the backbone decides")
+
+
+def _read_prompts(path: Path) -> tuple[dict[str, str], str | None]:
+    file = path / "config_sentence_transformers.json"
+    values = read_json(file) if file.exists() else {}
+    prompts = {"query": "", "document": "", **(values.get("prompts") or {})}
+    default = values.get("default_prompt_name")
+    if default is not None and default not in prompts:
+        raise ReleaseError(f"{file}: default_prompt_name {default!r} is not among the prompts {', '.join(prompts)}")
+    return {name: text or "" for name, text in prompts.items()}, default
+
+
+def _read_max_length(path: Path, config: ModelConfig) -> int:
+    """The least of what the tokenizer, the backbone and sentence-transformers' own settings allow."""
+    limits = [config.max_position_embeddings]
+    for name, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
+        file = path / name
+        limit = read_json(file).get(key) if file.exists() else None
+        if limit is not None:
+            limits.append(int(limit))
+    return min(limits)

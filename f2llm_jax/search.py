@@ -1,0 +1,62 @@
+"""Exact nearest neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Scores float [n, m] of n queries and m documents."""
+
+
+def inner_products(query_qd: np.ndarray, document_nd: np.ndarray) -> np.ndarray:
+    """[queries, documents]; the cosines of unit embeddings."""
+    return query_qd @ document_nd.T
+
+
+def nearest(
+    query_qd: np.ndarray, blocks: Iterable[np.ndarray], top: int, score: Score = inner_products
+) -> tuple[np.ndarray, np.ndarray]:
+    """The documents most similar to each query.
+
+    Memory is one block and its scores, however many blocks there are.
+
+    Args:
+        query_qd: float32 [queries, dim].
+        blocks: the documents' embeddings in order, float32 [n, dim] at a time.
+        top: how many to find.
+        score: what to compare by; more is nearer.
+
+    Returns:
+        Scores float32 and document numbers int64, both [queries, min(top, documents)], best first; of equal scores the
+        earlier document comes first.
+    """
+    # A score and a document number are carried as one integer, which sorts by score, then by position.
+    keys_qk = np.empty((len(query_qd), 0), np.uint64)
+    count = 0
+    for block_nd in blocks:
+        keys_qn = _keys(score(query_qd, block_nd), count)
+        count += len(block_nd)
+        keys_qk = np.concatenate([keys_qk, keys_qn], axis=1)
+        if keys_qk.shape[1] > top:
+            keys_qk = np.partition(keys_qk, -top, axis=1)[:, -top:]
+    return _from_keys(np.sort(keys_qk, axis=1)[:, ::-1])
+
+
+_SIGN = np.uint32(1 << 31)
+_LAST = np.uint64(2**32 - 1)
+
+
+def _keys(scores_qn: np.ndarray, first: int) -> np.ndarray:
+    """uint64: above, the score's bits so that they order as the scores do; below, 2³² - 1 - document number."""
+    bits_qn = (scores_qn.astype(np.float32) + np.float32(0)).view(np.uint32)  # + 0 makes -0 and 0 equal
+    ordered_qn = np.where(bits_qn & _SIGN, ~bits_qn, bits_qn | _SIGN)
+    numbers_n = np.arange(first, first + scores_qn.shape[1], dtype=np.uint64)
+    return (ordered_qn.astype(np.uint64) << np.uint64(32)) | (_LAST - numbers_n)
+
+
+def _from_keys(keys_qk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    ordered_qk = (keys_qk >> np.uint64(32)).astype(np.uint32)
+    bits_qk = np.where(ordered_qk & _SIGN, ordered_qk ^ _SIGN, ~ordered_qk)
+    return bits_qk.view(np.float32), (_LAST - (keys_qk & _LAST)).astype(np.int64)

@@ -1,0 +1,70 @@
+"""Meshes, and where parameters and batches lie on them; the rules are in ``axes.py``."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from f2llm_jax.axes import COMPUTE_RULES, MESH_AXES, STORAGE_RULES
+from f2llm_jax.config import ModelConfig
+from f2llm_jax.errors import InputError
+from f2llm_jax.model import Params, abstract_params
+
+BATCH_SPEC = PartitionSpec(COMPUTE_RULES["batch"])
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes of this package, from as many devices as it needs.
+
+    Args:
+        data, fsdp, tensor: sizes of the axes.
+        devices: which devices; default ``jax.devices()``.
+
+    Raises:
+        InputError: there are not exactly data · fsdp · tensor devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    needed = data * fsdp * tensor
+    if len(devices) != needed:
+        raise InputError(f"a mesh data={data} fsdp={fsdp} tensor={tensor} takes {needed} devices, not {len(devices)}")
+    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+
+
+def padded_config(config: ModelConfig, mesh: Mesh | None) -> ModelConfig:
+    """The config with its vocabulary rounded up to what divides over the tensor axis; the added rows are zeros."""
+    parts = 1 if mesh is None else mesh.shape["tensor"]
+    return dataclasses.replace(config, vocab_size=math.ceil(config.vocab_size / parts) * parts)
+
+
+def param_shardings(config: ModelConfig, mesh: Mesh | None) -> Params:
+    """The sharding of every parameter: the logical axes of its declaration, through ``STORAGE_RULES``.
+
+    Args:
+        config: the sizes, with a vocabulary that divides (``padded_config``).
+        mesh: from ``make_mesh``; None puts everything on the first device.
+
+    Returns:
+        A tree like the parameters', of ``NamedSharding`` (or ``SingleDeviceSharding`` without a mesh).
+
+    Raises:
+        InputError: a dimension does not divide over its mesh axis; the message has the numbers.
+    """
+
+    def sharding(box: nn.LogicallyPartitioned) -> jax.sharding.Sharding:
+        if mesh is None:
+            return SingleDeviceSharding(jax.local_devices()[0])
+        for size, axis in zip(box.value.shape, box.names, strict=True):
+            mesh_axis = STORAGE_RULES[axis]
+            if mesh_axis is not None and size % mesh.shape[mesh_axis]:
+                raise InputError(
+                    f"{size} {axis} do not divide over {mesh_axis}={mesh.shape[mesh_axis]}; "
+                    f"{mesh_axis} can be a divisor of {size}"
+                )
+        return NamedSharding(mesh, PartitionSpec(*(STORAGE_RULES[axis] for axis in box.names)))
+
+    return jax.tree.map(sharding, abstract_params(config), is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))

@@ -1,0 +1,109 @@
+"""Texts to token ids: the release's tokenizer, its EOS appended once, truncation that keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from f2llm_jax.config import read_json
+from f2llm_jax.errors import InputError, ReleaseError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+class Tokenizer:
+    """A release's tokenizer, with what F2LLM adds to it.
+
+    Attributes:
+        backend: the ``tokenizers.Tokenizer`` itself.
+        eos_id: the id that ends every sequence, and whose state is the embedding.
+        pad_id: fills rows behind the EOS; nothing depends on its value.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, eos_id: int, pad_id: int):
+        self.backend = backend
+        self.eos_id = eos_id
+        self.pad_id = pad_id
+
+    @classmethod
+    def from_release(cls, path: Path) -> Tokenizer:
+        """Reads ``tokenizer.json`` (or ``vocab.json`` and ``merges.txt``) and ``tokenizer_config.json``.
+
+        The EOS is what the tokenizer itself puts behind a text, if it does; else ``eos_token`` of the settings.
+        Qwen3-Embedding needs the first rule: it appends its pad token, while ``eos_token`` names another.
+
+        Raises:
+            ReleaseError: a file is missing or damaged, or no EOS can be told from them.
+        """
+        settings_file = path / "tokenizer_config.json"
+        settings = read_json(settings_file)
+        backend = _read_backend(path)
+        # Length is this class's matter: a limit or padding stored in the file must not act behind its back.
+        backend.no_truncation()
+        backend.no_padding()
+        eos_id = _appended_id(backend, path)
+        if eos_id is None:
+            eos_id = _token_id(backend, settings.get("eos_token"), "eos_token", settings_file)
+        pad = settings.get("pad_token")
+        pad_id = eos_id if pad is None else _token_id(backend, pad, "pad_token", settings_file)
+        return cls(backend, eos_id, pad_id)
+
+    def encode(self, texts: Sequence[str], max_length: int) -> tuple[list[np.ndarray], int]:
+        """Token ids of every text, EOS last.
+
+        Args:
+            texts: the texts, prompts already in front of them. An empty one becomes the EOS alone.
+            max_length: a longer text keeps its first ``max_length - 1`` tokens, and the EOS.
+
+        Returns:
+            An int32 array per text, and how many texts were truncated.
+        """
+        if max_length < 1:
+            raise InputError(f"max_length must be at least 1 (the EOS), not {max_length}")
+        sequences, truncated = [], 0
+        for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False):
+            ids = encoding.ids
+            truncated += len(ids) >= max_length
+            sequences.append(np.array([*ids[: max_length - 1], self.eos_id], np.int32))
+        return sequences, truncated
+
+
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    file = path / "tokenizer.json"
+    if file.exists():
+        try:
+            return tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise ReleaseError(f"{file} is damaged: {error}") from None
+    if (path / "vocab.json").exists() and (path / "merges.txt").exists():
+        import transformers
+
+        return transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True).backend_tokenizer
+    raise ReleaseError(f"{path} has no tokenizer.json, and not both of vocab.json and merges.txt")
+
+
+def _appended_id(backend: tokenizers.Tokenizer, path: Path) -> int | None:
+    """The one special token that the tokenizer's own post-processing puts behind a text, if any."""
+    added = backend.encode("", add_special_tokens=True).ids
+    if not added:
+        return None
+    probe = backend.encode("a", add_special_tokens=False).ids
+    if len(added) > 1 or backend.encode("a", add_special_tokens=True).ids != probe + added:
+        names = ", ".join(repr(backend.id_to_token(token)) for token in added)
+        raise ReleaseError(f"{path}: the tokenizer adds {names} around a text; supported is one EOS behind it")
+    return added[0]
+
+
+def _token_id(backend: tokenizers.Tokenizer, token: Any, name: str, file: Path) -> int:
+    """The id of a token given as a string, or as the mapping that transformers 4 wrote for an added token."""
+    content = token.get("content") if isinstance(token, dict) else token
+    token_id = backend.token_to_id(content) if isinstance(content, str) else None
+    if token_id is None:
+        raise ReleaseError(f"{file}: {name} is {content!r}, which is not a token of this tokenizer")
+    return token_id
