@@ -1,0 +1,109 @@
+"""What each dataset of the training mix is: its task type, and named sets of datasets.
+
+This is the one table. Names are those of the released Parquet files, without the extension; ``*`` stands for anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Literal, get_args
+
+from f2llm_jax.errors import InputError
+
+Task = Literal["retrieval", "clustering", "classification"]
+
+# Negatives drawn for each query, one set of positions per batch. Classification has one.
+NEGATIVES: dict[Task, int] = {"retrieval": 7, "clustering": 9, "classification": 1}
+
+# Queries per source in stage 2. A source is a dataset, unless --source groups several: 18M rows of 500 datasets stay
+# only if each has a cap of its own.
+STAGE_2_CAP = 80_000
+
+TASKS: dict[Task, tuple[str, ...]] = {
+    "classification": (
+        *("amazon_counterfactual", "amazon_polarity", "cola", "imdb", "mela", "toxic_conversations", "waimai"),
+        *("nordic_classification_*", "question_classification"),
+    ),
+    "clustering": (
+        *("amazon_reviews", "banking77", "emotion", "mtop_*", "massive_*", "tweet_sentiment_extraction"),
+        *("arxiv_clustering_*", "biorxiv_clustering_*", "medrxiv_clustering_*", "reddit_clustering_*"),
+        *("stackexchange_clustering_*", "twentynewsgroups", "sib200", "mlsum_clustering_*", "bactrianx_*", "europarl"),
+        *("xcodeeval_translation", "tnews", "thucnews", "csl", "cedr", "ru_sentiment", "language_clustering"),
+    ),
+    "retrieval": (
+        # Question answering and search
+        *("amazon_qa", "arguana", "bioasq", "cmedqav2", "cmcqa", "coliee", "cord19", "dbpedia", "dureader", "eli5"),
+        *("esci", "fever", "fever_nl", "fiqa", "gooaq", "healthcaremagic", "hotpotqa", "hotpotqa_nl", "huatuo_*"),
+        *("lawzhidao", "llm_retrieval_data", "mailruqa", "medical_flashcards", "medicalqa_ru", "medmcqa", "medqa_*"),
+        *("medquad", "miracl", "miracl_*", "mkqa_*", "mldr_*", "mmarco_*", "mqa_*", "mrtidy", "mrtidy_*", "msmarco"),
+        *("multicpr_*", "natural_questions", "nfcorpus", "nordic_retrieval_*", "paq", "paq_part*", "parsquad"),
+        *("persian_qa", "pquad", "procqa", "pubmedqa", "qbqtc", "scifact", "squad", "t2ranking", "triviaqa"),
+        *("webfaq_*", "webmedqa", "wikiomnia", "xquad_*", "yahoo_answers"),
+        # Titles, summaries, citations
+        *("cnn_dm", "lcsts", "mlsum_retrieval_*", "s2orc_*", "sentence_compression", "specter", "xsum"),
+        # Instructions and their answers
+        *("aya", "coig", "infinstruct", "infinstruct_part*", "koalpaca", "koalpaca_realqa", "komagpie", "m2lingual"),
+        *("medi2", "medi2_part*", "medical_instruction", "medinstruct", "multialpaca", "muri", "muri_part*"),
+        *("natural_reasoning", "natural_reasoning_part*", "oasst2", "openorca", "openorca_part*", "refgpt"),
+        *("ru_instruct", "wildchat", "wildchat_part*"),
+        # Similarity, paraphrase, inference, duplicates
+        *("anli", "bq", "cmnli", "lcqmc", "mnli", "mscinli", "nordic_sts_*", "nordic_text_matching_*", "ocnli"),
+        *("pawsx_*", "qqp", "simclue", "snli", "stackexchange", "stackexchange_part*", "stackexchangedupquestions_*"),
+        *("stackoverflowdupquestions", "sts12", "sts22", "sts22_multilingual", "stsbenchmark", "xnli_*"),
+        # Translation
+        *("clirmatrix_*", "paracrawl_*", "siberian_dataset", "tatoeba_*", "unpc_*"),
+        # Code
+        *("codefeedback_*", "cosqa", "csn_*", "ocgi", "ocgi_part*", "ocr2_*", "stackoverflow_qa"),
+        *("synthetic_text2sql", "xcodeeval_code2code_*", "xcodeeval_nl2code_*"),
+    ),
+}
+
+SETS: dict[str, tuple[str, ...]] = {
+    # The seven sources of stage 1 (paper arXiv:2603.19223).
+    "stage1": ("csn_*", "ocgi", "ocgi_part*", "webfaq_*", "mmarco_*", "clirmatrix_*", "paracrawl_*"),
+    # The card of the released data warns that these overlap MTEB evaluation sets.
+    "overlapping": ("mkqa_*", "sib200"),
+}
+
+
+def task_of(dataset: str, own: Mapping[str, Task] | None = None) -> Task:
+    """The task type of a dataset.
+
+    Args:
+        dataset: its name.
+        own: {glob: task} asked before the table.
+
+    Raises:
+        InputError: neither knows the dataset.
+    """
+    for glob, task in (own or {}).items():
+        if fnmatchcase(dataset, glob):
+            return task
+    for task, globs in TASKS.items():
+        if matches(dataset, globs):
+            return task
+    raise InputError(
+        f"the dataset {dataset!r} is unknown: say what it is with --task '{dataset}=TASK' (TASK is "
+        f"{', '.join(get_args(Task))}), add its name to TASKS in configs/datasets.py, or leave it out with --exclude"
+    )
+
+
+def matches(dataset: str, globs: Iterable[str]) -> bool:
+    return any(fnmatchcase(dataset, glob) for glob in globs)
+
+
+def expand(globs: Iterable[str]) -> tuple[str, ...]:
+    """The globs, each ``@NAME`` replaced by those of a set.
+
+    Raises:
+        InputError: no such set.
+    """
+    expanded: list[str] = []
+    for glob in globs:
+        if glob.startswith("@") and glob[1:] not in SETS:
+            raise InputError(
+                f"there is no set {glob!r} of datasets; there are {', '.join('@' + name for name in SETS)}"
+            )
+        expanded += SETS[glob[1:]] if glob.startswith("@") else [glob]
+    return tuple(expanded)

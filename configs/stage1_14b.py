@@ -1,0 +1,8 @@
+"""Stage 1 of 14B: contrastive training on seven retrieval sources."""
+
+from f2llm_jax.configs.common import stage1
+from f2llm_jax.train.config import TrainConfig
+
+
+def get_config() -> TrainConfig:
+    return stage1("14B")

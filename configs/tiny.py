@@ -1,0 +1,17 @@
+"""A few minutes on a CPU, for the demo's tiny model: ``f2llm demo --folder tiny`` writes it."""
+
+from f2llm_jax.train.config import DataConfig, IntervalConfig, TrainConfig
+from f2llm_jax.train.optimizer import OptimizerConfig
+from f2llm_jax.train.step import ComputeConfig, LossConfig
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        model="tiny",
+        epochs=1,
+        data=DataConfig(path="tiny-data", batch_size=32, max_length=128),
+        loss=LossConfig(mrl_dims=(8, 16, 32, 64)),
+        optim=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
+        compute=ComputeConfig(remat="none"),
+        every=IntervalConfig(log=10, validation=200, checkpoint=100, keep=3),
+    )

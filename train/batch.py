@@ -1,0 +1,25 @@
+"""What a training step takes: the texts of one global batch, all of one dataset."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+
+from f2llm_jax.embedding import Batch
+
+
+class TrainBatch(NamedTuple):
+    """Queries with their passages and hard negatives.
+
+    Attributes:
+        query: [batch] rows.
+        passage: [batch] rows, the positive of each query.
+        negatives: [batch · count] rows, those of the first query first; None for a dataset without any.
+        passage_ids_b: int32 [batch], equal where two passages are the same document.
+    """
+
+    query: Batch
+    passage: Batch
+    negatives: Batch | None
+    passage_ids_b: jax.Array

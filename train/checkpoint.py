@@ -1,0 +1,124 @@
+"""Checkpoints of a run, by Orbax: written while training goes on, read onto any mesh.
+
+``DIR/STEP`` holds ``params`` and ``optimizer`` (arrays), ``data`` (where the loader stands) and ``config`` (JSON). It
+appears when it is complete: what a kill leaves behind has another name, and is removed at the next start.
+``f2llm_jax.convert`` reads a step folder's parameters as it reads a converted model's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import LatestN
+
+from f2llm_jax.convert.orbax import PARAMS, quiet
+from f2llm_jax.train.config import TrainConfig, from_dict, to_dict
+from f2llm_jax.train.step import TrainState
+
+OPTIMIZER, DATA, CONFIG = "optimizer", "data", "config"
+
+
+class Checkpoints:
+    """The checkpoints of a run; a context manager that waits for the last one to be written.
+
+    Attributes:
+        folder: where they are.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 0, read_only: bool = False):
+        """Opens the folder, which may be new.
+
+        Args:
+            folder: where they are, on a disk that all processes see.
+            keep: the latest so many are kept; 0 keeps all.
+            read_only: touch nothing; a run may be writing there.
+        """
+        self.folder = folder.absolute()
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=LatestN(keep or None),
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
+        )
+        with quiet():
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with quiet():
+            self._manager.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the last checkpoint, be it still in the writing; None if there is none."""
+        return self._manager.latest_step()
+
+    def path(self, step: int) -> Path:
+        return self.folder / str(step)
+
+    def save(self, step: int, state: TrainState, data: Any, config: TrainConfig) -> None:
+        """Copies the state and begins to write it; the state may be donated to the next step at once.
+
+        Args:
+            step: updates made so far.
+            state: the state after them.
+            data: where the loader stands, as JSON can hold it; the same in all processes.
+            config: of the run.
+        """
+        if step == self.latest:
+            return
+        items = {
+            PARAMS: ocp.args.PyTreeSave(state.params),
+            OPTIMIZER: ocp.args.PyTreeSave({"step": state.step, "state": state.opt_state}),
+            DATA: ocp.args.JsonSave(data),
+            CONFIG: ocp.args.JsonSave(to_dict(config)),
+        }
+        with quiet():
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more."""
+        self._manager.wait_until_finished()
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, Any]:
+        """Reads a checkpoint, from whatever mesh it was saved.
+
+        Args:
+            step: which.
+            like: ``jax.ShapeDtypeStruct`` leaves with the shardings to read onto. Rows that their mesh adds to the
+                vocabulary are zeros.
+
+        Returns:
+            The state, and where the loader stood.
+        """
+        trees = {PARAMS: like.params, OPTIMIZER: {"step": like.step, "state": like.opt_state}}
+        items: dict[str, Any] = {name: _restore_args(tree) for name, tree in trees.items()}
+        with quiet():
+            found = self._manager.restore(step, args=ocp.args.Composite(**items, **{DATA: ocp.args.JsonRestore()}))
+        optimizer = found[OPTIMIZER]
+        return TrainState(optimizer["step"], found[PARAMS], optimizer["state"]), found[DATA]
+
+    def read_config(self, step: int) -> TrainConfig:
+        """The config of the run that saved a checkpoint."""
+        found = self._manager.restore(step, args=ocp.args.Composite(**{CONFIG: ocp.args.JsonRestore()}))
+        return from_dict(found[CONFIG])
+
+
+def _restore_args(tree: Any) -> ocp.args.PyTreeRestore:
+    def args(x: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
+        return ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype, strict=False)
+
+    return ocp.args.PyTreeRestore(item=tree, restore_args=jax.tree.map(args, tree))

@@ -1,0 +1,238 @@
+"""What a training run is: every choice in one frozen tree of dataclasses, with overrides from the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import importlib.util
+import pkgutil
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from f2llm_jax.errors import InputError
+from f2llm_jax.train.optimizer import OptimizerConfig
+from f2llm_jax.train.step import ComputeConfig, LossConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read, and in which batches.
+
+    Attributes:
+        path: the folder that ``f2llm prepare`` wrote.
+        batch_size: queries of a global batch.
+        max_length: longer texts are cut to this many tokens, EOS included.
+        workers: processes that read; 0 reads in the training process.
+    """
+
+    path: str = "data"
+    batch_size: int = 512
+    max_length: int = 1024
+    workers: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh's axes; one of them may be 0, for all devices that the others leave.
+
+    Attributes:
+        data: replicas.
+        fsdp: parts that parameters and batch are cut into.
+        tensor: parts that heads, MLP channels and vocabulary are cut into.
+    """
+
+    data: int = 0
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class IntervalConfig:
+    """How often, in steps; 0 for never. Checkpoints and validation also happen at the end.
+
+    Attributes:
+        log: scalars are averaged over so many steps and written.
+        validation: per-dataset validation.
+        checkpoint: a checkpoint is saved.
+        keep: the latest so many checkpoints are kept.
+    """
+
+    log: int = 100
+    validation: int = 5000
+    checkpoint: int = 500
+    keep: int = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        model: release folder or hub id to start from; its tokenizer and settings are the trained model's.
+        teacher: release folder or hub id to distil from; None for no distillation.
+        params_dtype: of the parameters and the optimizer's state; bfloat16 trains as the reference does.
+        query_prompt: of an exported release; empty keeps the prompts of ``model``.
+        epochs: passes over the data.
+        max_steps: stop there, and let the learning rate end there; 0 for all epochs.
+        seed: of the order of the data.
+    """
+
+    model: str
+    teacher: str | None = None
+    params_dtype: str = "float32"
+    query_prompt: str = ""
+    epochs: int = 2
+    max_steps: int = 0
+    seed: int = 0
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optim: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    every: IntervalConfig = dataclasses.field(default_factory=IntervalConfig)
+
+
+def load_recipe(name: str) -> TrainConfig:
+    """The config of a recipe.
+
+    Args:
+        name: a Python file with a function ``get_config``, or the name of a recipe of this package (``stage2_80m``, or
+            the path it has in the repository, ``configs/stage2_80m.py``).
+
+    Raises:
+        InputError: no such recipe; the message names the nearest ones.
+    """
+    file = Path(name)
+    if file.is_file():
+        module = _import_file(file)
+    elif file.stem in (recipes := recipe_names()):
+        module = importlib.import_module(f"f2llm_jax.configs.{file.stem}")
+    else:
+        raise InputError(
+            f"there is no recipe {name!r}, neither a file nor of this package; {_nearest(file.stem, recipes)}"
+        )
+    if not isinstance(config := getattr(module, "get_config", lambda: None)(), TrainConfig):
+        raise InputError(f"{name} has no function get_config() that returns a TrainConfig")
+    return config
+
+
+def recipe_names() -> list[str]:
+    """The recipes of this package."""
+    import f2llm_jax.configs
+
+    names = (module.name for module in pkgutil.iter_modules(f2llm_jax.configs.__path__))
+    return sorted(name for name in names if name == "tiny" or name.startswith("stage"))
+
+
+def override(config: TrainConfig, settings: Iterable[str]) -> TrainConfig:
+    """The config with some values replaced.
+
+    Args:
+        config: before.
+        settings: like ``optim.learning_rate=1e-5``. A tuple is written ``8,16,32``, None ``none``.
+
+    Raises:
+        InputError: no such key (the message has the nearest), or a value that is not of the key's type.
+    """
+    types_of = _keys(type(config))
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set takes KEY=VALUE, not {setting!r}")
+        if key not in types_of:
+            inside = [name for name in types_of if name.startswith(f"{key}.")]
+            hint = f"{key} is a group of {', '.join(inside)}" if inside else _nearest(key, types_of)
+            raise InputError(f"there is no setting {key!r}; {hint}")
+        config = _replace(config, key.split("."), parse(text, types_of[key], key))
+    return config
+
+
+def parse(text: str, kind: Any, key: str) -> Any:
+    """A value of type ``kind`` (int, float, str, bool, a tuple of one of them, or one of them or None) from text."""
+    members = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        (inner,) = (member for member in members if member is not types.NoneType)
+        return None if text.lower() == "none" else parse(text, inner, key)
+    if typing.get_origin(kind) is tuple:
+        return tuple(parse(part.strip(), members[0], key) for part in text.split(",") if part.strip())
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise InputError(f"{key} is true or false, not {text!r}")
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError:
+        raise InputError(f"{key} takes a {kind.__name__}, not {text!r}") from None
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The config as JSON can hold it."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(tree: Mapping[str, Any], kind: type = TrainConfig) -> Any:
+    """Undoes ``to_dict``, also after a way through JSON.
+
+    Raises:
+        InputError: a key that the config does not have.
+    """
+    hints = typing.get_type_hints(kind)
+    if unknown := [key for key in tree if key not in hints]:
+        raise InputError(f"there is no setting {unknown[0]!r}; {_nearest(unknown[0], hints)}")
+
+    def value(key: str) -> Any:
+        if dataclasses.is_dataclass(hints[key]):
+            return from_dict(tree[key], typing.cast(type, hints[key]))
+        return tuple(tree[key]) if typing.get_origin(hints[key]) is tuple else tree[key]
+
+    return kind(**{key: value(key) for key in tree})
+
+
+def values(config: TrainConfig) -> dict[str, Any]:
+    """{dotted key: value}."""
+    return {key: functools.reduce(getattr, key.split("."), config) for key in _keys(TrainConfig)}
+
+
+def differences(before: TrainConfig, after: TrainConfig) -> list[str]:
+    """What differs between two configs, each like ``optim.learning_rate: 1e-05 -> 2e-05``."""
+    old, new = values(before), values(after)
+    return [f"{key}: {old[key]} -> {new[key]}" for key in old if old[key] != new[key]]
+
+
+def _keys(kind: type, prefix: str = "") -> dict[str, Any]:
+    """{dotted key: type} of every value in a tree of dataclasses."""
+    keys: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            keys |= _keys(typing.cast(type, hint), f"{prefix}{name}.")
+        else:
+            keys[prefix + name] = hint
+    return keys
+
+
+def _replace(config: Any, path: list[str], value: Any) -> Any:
+    name, *rest = path
+    return dataclasses.replace(config, **{name: _replace(getattr(config, name), rest, value) if rest else value})
+
+
+def _nearest(key: str, keys: Iterable[str]) -> str:
+    """The keys most like one that is not there: by their full names, or by their last parts."""
+    keys = list(keys)
+    last = {name.rpartition(".")[2]: name for name in keys}
+    close = difflib.get_close_matches(key, keys, n=2)
+    close += [last[name] for name in difflib.get_close_matches(key.rpartition(".")[2], last, n=2)]
+    return f"nearest: {', '.join(dict.fromkeys(close))}" if close else f"there are {', '.join(keys)}"
+
+
+def _import_file(file: Path) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,385 @@
+"""Batches of prepared data: which examples a step takes is a function of (seed, step), so its state is one number.
+
+An epoch is planned as a whole. Every dataset has ⌈examples / batch size⌉ batches in it, of its examples in a random
+order, and the dataset of a step is drawn in proportion to these numbers among those not exhausted. Any step is found
+without those before it: a loader resumes at once, and with another number of processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import resource
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from f2llm_jax.batching import bucket_lengths
+from f2llm_jax.configs.datasets import NEGATIVES, Task
+from f2llm_jax.embedding import Batch
+from f2llm_jax.errors import InputError
+from f2llm_jax.train.batch import TrainBatch
+from f2llm_jax.train.records import SPLITS, Dataset, Records, Settings, Split, lengths_file
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A batch, and what it is of.
+
+    Attributes:
+        dataset, task: all its examples are of this dataset.
+        batch: this process's share of the global batch, as NumPy arrays.
+        epoch: from 0.
+        examples: of the global batch, the first so many rows are examples not taken before in the epoch; the rest
+            repeat examples of the dataset to fill its last batch.
+    """
+
+    dataset: str
+    task: Task
+    batch: TrainBatch
+    epoch: int
+    examples: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which rows of a global batch are this process's: they are dealt out in equal runs, in the order of processes."""
+
+    process: int = 0
+    processes: int = 1
+
+    def rows(self, size: int) -> slice:
+        count = size // self.processes
+        return slice(self.process * count, (self.process + 1) * count)
+
+
+class TrainingData:
+    """A folder that ``f2llm prepare`` wrote, open for reading. Safe to share among threads, and to pickle.
+
+    ArrayRecord keeps where its records lie in memory: about 90 bytes for each example and each document.
+
+    Attributes:
+        settings: what ``prepared.json`` says.
+        max_length: tokens of a text; longer ones are cut, and end with the EOS.
+    """
+
+    def __init__(self, folder: str | Path, *, max_length: int = 1024):
+        """Opens it.
+
+        Raises:
+            InputError: the folder holds no prepared data.
+        """
+        self.folder = Path(folder)
+        self.settings = Settings.read(self.folder)
+        self.max_length = min(max_length, self.settings.max_length)
+        self._bucket_lengths = np.array(bucket_lengths(self.max_length))
+        _allow_open_files()
+        self._documents = Records(self.folder, "documents", "train")
+        self._examples = {split: Records(self.folder, "examples", split) for split in SPLITS if self._count(split)}
+        self._lengths = {split: np.load(lengths_file(self.folder, split), mmap_mode="r") for split in self._examples}
+
+    def _count(self, split: Split) -> int:
+        return sum(dataset.examples[split] for dataset in self.settings.datasets)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "max_length": self.max_length}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["folder"], max_length=state["max_length"])  # type: ignore[misc]
+
+    def batch(
+        self, dataset: Dataset, split: Split, examples: np.ndarray, negatives: np.ndarray, share: Share
+    ) -> TrainBatch:
+        """A process's share of a global batch.
+
+        Args:
+            dataset: whose.
+            split: of which split.
+            examples: [batch] numbers of examples, from 0 in each dataset and split.
+            negatives: [count] positions of the negatives to take of every example.
+            share: which rows to read. The row lengths are those of the global batch, on every process.
+
+        Returns:
+            NumPy arrays: rows [batch / processes], and ``count`` times as many negatives.
+        """
+        numbers = dataset.first[split] + examples
+        columns = np.array([0, 1, *(2 + negatives)])
+        lengths = np.minimum(self._lengths[split][numbers[:, None], columns], self.max_length)
+        query_length = self._bucket_length(lengths[:, 0])
+        document_length = self._bucket_length(lengths[:, 1:])
+
+        records = self._examples[split].read(numbers[share.rows(len(numbers))])
+        passages = np.array([record["passage"] for record in records], np.int64)
+        hard = np.array([record["negatives"][negatives] for record in records], np.int64)
+        documents = self._documents.read(np.concatenate([passages, hard.reshape(-1)]))
+        tokens = [document["tokens"] for document in documents]
+        return TrainBatch(
+            query=self._rows([record["query"] for record in records], query_length),
+            passage=self._rows(tokens[: len(passages)], document_length),
+            negatives=self._rows(tokens[len(passages) :], document_length) if len(negatives) else None,
+            passage_ids_b=passages.astype(np.int32),  # type: ignore[arg-type]
+        )
+
+    def _bucket_length(self, lengths: np.ndarray) -> int:
+        return int(self._bucket_lengths[np.searchsorted(self._bucket_lengths, lengths.max())])
+
+    def _rows(self, sequences: list[np.ndarray], length: int) -> Batch:
+        tokens_bt = np.full((len(sequences), length), self.settings.pad_id, np.int32)
+        lengths_b = np.array([min(len(tokens), self.max_length) for tokens in sequences], np.int32)
+        for row, tokens in enumerate(sequences):
+            tokens_bt[row, : lengths_b[row]] = tokens[: lengths_b[row]]
+        tokens_bt[np.arange(len(sequences)), lengths_b - 1] = self.settings.eos_id
+        return Batch(tokens_bt, lengths_b)
+
+
+def _allow_open_files() -> None:
+    """A file for each shard is open: over 1,024, the usual limit, for some 500 datasets."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _parse_no_flags() -> None:
+    """Grain's processes ask for absl flags, which are an error to ask for where no command line was parsed for them."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+class TrainBatches:
+    """All steps of a training run, for random access: ``batches[step]`` is an ``Item``.
+
+    Attributes:
+        datasets: those that have examples to train on.
+        steps_per_epoch: batches of all datasets together.
+    """
+
+    def __init__(
+        self, data: TrainingData, *, batch_size: int, epochs: int = 1, seed: int = 0, share: Share | None = None
+    ):
+        """Plans a run.
+
+        Args:
+            data: the data.
+            batch_size: examples of a global batch.
+            epochs: how often all examples are taken.
+            seed: of order, datasets and negatives.
+            share: this process's; default one process.
+
+        Raises:
+            InputError: the processes do not divide the batch, or there is no example.
+        """
+        self.data = data
+        self.batch_size = batch_size
+        self.epochs = epochs
+        self.seed = seed
+        self.share = share or Share()
+        _check_batch_size(batch_size, self.share.processes, "processes")
+        self.datasets = [dataset for dataset in data.settings.datasets if dataset.examples["train"]]
+        if not self.datasets:
+            raise InputError(f"{data.folder} has no examples to train on")
+        self._batches = [-(-dataset.examples["train"] // batch_size) for dataset in self.datasets]
+        self.steps_per_epoch = sum(self._batches)
+        self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    def __getitem__(self, step: int) -> Item:
+        epoch, place = divmod(step, self.steps_per_epoch)
+        drawn, number = self._plan(epoch)
+        dataset, first = self.datasets[drawn[place]], int(number[place]) * self.batch_size
+        count = dataset.examples["train"]
+        order = grain.MapDataset.range(count).shuffle(seed=_seed(self.seed, epoch, dataset.name))
+        examples = np.array([order[row % count] for row in range(first, first + self.batch_size)])
+        negatives = _draw_negatives(dataset, np.random.default_rng([self.seed, step]))
+        return Item(
+            dataset=dataset.name,
+            task=dataset.task,
+            batch=self.data.batch(dataset, "train", examples, negatives, self.share),
+            epoch=epoch,
+            examples=min(self.batch_size, count - first),
+        )
+
+    def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        if epoch not in self._plans:
+            # Prefetching threads may be in two epochs at a time.
+            self._plans = {e: plan for e, plan in self._plans.items() if e == epoch - 1}
+            self._plans[epoch] = draw_datasets(self._batches, np.random.default_rng([self.seed, epoch, 1]))
+        return self._plans[epoch]
+
+
+def draw_datasets(batches: list[int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The datasets of an epoch: each step draws one in proportion to its number of batches, until it has none left.
+
+    Args:
+        batches: how many each dataset has.
+        rng: the source of chance.
+
+    Returns:
+        For every step, the dataset's index and which of its batches it is.
+    """
+    # Events of a Poisson process with a rate for each dataset: the next is a dataset's in proportion to its rate.
+    times = [np.cumsum(rng.standard_exponential(count)) / count for count in batches]
+    order = np.argsort(np.concatenate(times), kind="stable")
+    number = np.concatenate([np.arange(count) for count in batches])
+    return np.repeat(np.arange(len(batches)), batches)[order], number[order]
+
+
+def _draw_negatives(dataset: Dataset, rng: np.random.Generator) -> np.ndarray:
+    """Positions of negatives, one set for a whole batch as in the reference; all if the dataset has fewer."""
+    return rng.permutation(dataset.negatives)[: NEGATIVES[dataset.task]]
+
+
+def _seed(*parts: object) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest(), "little")
+
+
+def _check_batch_size(batch_size: int, divisor: int, of: str) -> None:
+    if batch_size < 1 or batch_size % divisor:
+        raise InputError(f"a batch of {batch_size} cannot be shared by {divisor} {of}")
+
+
+class ValidationBatches:
+    """The validation examples of a dataset in order, for random access: ``batches[number]`` is an ``Item``."""
+
+    def __init__(
+        self,
+        data: TrainingData,
+        dataset: str,
+        *,
+        batch_size: int,
+        multiple: int = 1,
+        seed: int = 0,
+        share: Share | None = None,
+    ):
+        """Plans a pass.
+
+        Args:
+            data: the data.
+            dataset: the name of one of its datasets.
+            batch_size: examples of a global batch. The last may be smaller: a power of two times ``multiple``.
+            multiple: the size of every batch is a multiple of it; at least the number of processes.
+            seed: of the negatives.
+            share: this process's; default one process.
+
+        Raises:
+            InputError: no such dataset, or sizes that do not divide.
+        """
+        self.data = data
+        self.share = share or Share()
+        self.batch_size = batch_size
+        self.multiple = multiple = max(multiple, self.share.processes)
+        self.seed = seed
+        _check_batch_size(multiple, self.share.processes, "processes")
+        _check_batch_size(batch_size, multiple, "devices or processes")
+        named = {known.name: known for known in data.settings.datasets}
+        if dataset not in named:
+            raise InputError(f"{data.folder} has no dataset {dataset!r}")
+        self.dataset = named[dataset]
+
+    def __len__(self) -> int:
+        return -(-self.dataset.examples["validation"] // self.batch_size)
+
+    def __getitem__(self, number: int) -> Item:
+        first, count = number * self.batch_size, self.dataset.examples["validation"]
+        examples = min(self.batch_size, count - first)
+        rows = self.multiple
+        while rows < examples:
+            rows = min(2 * rows, self.batch_size)
+        negatives = _draw_negatives(self.dataset, np.random.default_rng([self.seed, number, _seed(self.dataset.name)]))
+        numbers = np.arange(first, first + rows) % count
+        return Item(
+            dataset=self.dataset.name,
+            task=self.dataset.task,
+            batch=self.data.batch(self.dataset, "validation", numbers, negatives, self.share),
+            epoch=0,
+            examples=examples,
+        )
+
+
+class DataLoader(grain.DatasetIterator):
+    """The steps of a run in order, read ahead by Grain: a ``Loader`` for the loop.
+
+    The state is the number of the next step, the same on every process; Orbax can save it as any Grain iterator's.
+    """
+
+    def __init__(self, batches: TrainBatches, *, multiple: int = 1, threads: int = 2, ahead: int = 4, workers: int = 0):
+        """Starts at step 0; nothing is read before the first ``next``.
+
+        Args:
+            batches: the steps.
+            multiple: devices that share a batch: the size of validation batches is a multiple of it.
+            threads: that read, in this process or in each worker.
+            ahead: batches that are kept ready.
+            workers: processes that read; 0 reads in this one. They take seconds to start, and are worth it where a step
+                takes less time than reading a batch.
+        """
+        super().__init__()
+        self._batches = batches
+        self._multiple = multiple
+        self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
+        self._workers = workers
+        self._step = 0
+        self._iterator: Iterator[Item] | None = None
+
+    @property
+    def steps(self) -> int:
+        """Batches of all epochs."""
+        return len(self._batches)
+
+    def __next__(self) -> Item:
+        if self._step >= self.steps:
+            raise StopIteration
+        if self._iterator is None:
+            steps = grain.MapDataset.source(self._batches)[self._step :].to_iter_dataset(self._options)
+            if self._workers:
+                _parse_no_flags()
+                steps = steps.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
+            self._iterator = iter(steps)
+        item = next(self._iterator)
+        self._step += 1
+        return item
+
+    def get_state(self) -> dict[str, int]:
+        return {"step": self._step}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes to a step.
+
+        Raises:
+            InputError: there is no such step.
+        """
+        if not 0 <= state["step"] <= self.steps:
+            raise InputError(f"there is no step {state['step']}: the run has {self.steps}")
+        self.close()
+        self._step = state["step"]
+
+    def close(self) -> None:
+        """Stops reading ahead; the next ``next`` goes on."""
+        if self._iterator is not None:
+            self._iterator.close()  # type: ignore[attr-defined]
+        self._iterator = None
+
+    def validation(self) -> dict[str, Iterable[Item]]:
+        """For each dataset that has any, its validation batches, read ahead; every iteration is a pass over them."""
+        run = self._batches
+        passes = {
+            dataset.name: ValidationBatches(
+                run.data,
+                dataset.name,
+                batch_size=run.batch_size,
+                multiple=self._multiple,
+                seed=run.seed,
+                share=run.share,
+            )
+            for dataset in run.data.settings.datasets
+            if dataset.examples["validation"]
+        }
+        return {
+            name: grain.MapDataset.source(batches).to_iter_dataset(self._options) for name, batches in passes.items()
+        }

@@ -1,0 +1,259 @@
+"""The training loop: from a config and batches to checkpoints, scalars and a release."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import warnings
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from f2llm_jax.config import ModelConfig
+from f2llm_jax.convert.export import export_release
+from f2llm_jax.convert.load import load_params, open_checkpoint
+from f2llm_jax.encoder import use_compilation_cache
+from f2llm_jax.errors import F2LLMError, InputError
+from f2llm_jax.model import Params
+from f2llm_jax.release import Release, find_release, read_release
+from f2llm_jax.sharding import padded_config
+from f2llm_jax.train.checkpoint import Checkpoints
+from f2llm_jax.train.config import TrainConfig, differences
+from f2llm_jax.train.loader import Loader
+from f2llm_jax.train.meter import LOSSES, Meter, Step, Work
+from f2llm_jax.train.optimizer import make_optimizer, make_schedule
+from f2llm_jax.train.placement import (
+    abstract_state,
+    check_batch,
+    everywhere,
+    global_batch,
+    make_train_mesh,
+    shardings_of,
+)
+from f2llm_jax.train.preemption import Preemption
+from f2llm_jax.train.scalars import Scalars
+from f2llm_jax.train.step import Teacher, TrainState, train_step
+from f2llm_jax.train.validation import make_evaluate, validate
+
+# Steps dispatched before the metrics of an older one are fetched: the device always has its next one.
+_IN_FLIGHT = 2
+
+
+class TrainingError(F2LLMError):
+    """Training cannot go on; the message names the step, the dataset and the last good checkpoint."""
+
+
+class Outcome(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        step: updates made.
+        total: updates planned; fewer were made if a SIGTERM came.
+        checkpoint: the last one.
+    """
+
+    step: int
+    total: int
+    checkpoint: Path
+
+
+def train(
+    config: TrainConfig,
+    loader: Loader,
+    out: Path,
+    *,
+    resume: bool = False,
+    export: Path | None = None,
+    show_progress: bool = False,
+) -> Outcome:
+    """Trains a model.
+
+    Losses are looked at two steps late, so that the device never waits for the host. SIGTERM saves a checkpoint and
+    stops.
+
+    Args:
+        config: the run.
+        loader: the batches.
+        out: the run's folder, for ``checkpoints/``, ``tensorboard/`` and ``scalars.jsonl``; all processes see it.
+        resume: go on from the last checkpoint in ``out``, if there is one.
+        export: a folder to write the trained model to, as a release.
+        show_progress: a progress bar on standard error.
+
+    Raises:
+        TrainingError: a loss or a gradient is not finite.
+        InputError: ``out`` holds a run and ``resume`` is off; ``export`` exists; or the config does not fit the model
+            or the devices.
+    """
+    from tqdm import tqdm
+
+    use_compilation_cache()
+    if export is not None and export.exists():
+        raise InputError(f"{export} exists")
+    mesh = make_train_mesh(config.mesh)
+    check_batch(config, mesh)
+    release = read_release(find_release(config.model))
+    teacher = load_teacher(config, mesh)
+    model = padded_config(release.config, mesh)
+
+    total = min(config.max_steps or loader.steps, loader.steps)
+    optimizer, schedule = make_optimizer(config.optim, total), make_schedule(config.optim, total)
+    like = abstract_state(model, optimizer, config.params_dtype, mesh)
+    update = make_update(config, model, teacher, optimizer, like)
+    evaluate = make_evaluate(config, model, mesh)
+
+    with jax.set_mesh(mesh), Checkpoints(out / "checkpoints", keep=config.every.keep) as checkpoints:
+        step = _first_step(config, checkpoints, resume=resume)
+        if step:
+            state, position = checkpoints.restore(step, like)
+            loader.set_state(position)
+        else:
+            state = initial_state(config, release, optimizer, like, mesh)
+        meter = Meter(release.config, None if teacher is None else teacher.config)
+        under_way: deque[Step] = deque()
+        bar = tqdm(total=total, initial=step, unit="step", disable=not show_progress)
+        with Scalars(out, step) as scalars, Preemption() as preemption, bar:
+
+            def settle(left: int) -> None:
+                """Waits until all but ``left`` steps are done, and looks at what they gave."""
+                while len(under_way) > left:
+                    done = under_way.popleft()
+                    metrics = {name: float(value) for name, value in jax.device_get(done.metrics).items()}
+                    check_finite(done, metrics, checkpoints)
+                    meter.add(done, metrics)
+                    rate = f"loss {metrics['loss']:.3f}, {meter.examples_per_second:,.0f} examples/s"
+                    bar.set_postfix_str(rate, refresh=False)
+                    bar.update()
+                    if config.every.log and done.number % config.every.log == 0:
+                        scalars.write(done.number, {"lr": float(schedule(done.number - 1)), **meter.scalars()})
+
+            def save() -> None:
+                settle(0)  # a state is kept only if the losses up to it are finite
+                with meter.paused():
+                    checkpoints.save(step, state, loader.get_state(), config)
+
+            def write_validation() -> None:
+                settle(0)
+                with meter.paused():
+                    scalars.write(step, validate(state.params, loader, evaluate, mesh))
+
+            for item in itertools.islice(loader, total - step):
+                batch = global_batch(item.batch, mesh)
+                state, metrics = update(state, batch, teacher and teacher.params, in_batch=item.task == "retrieval")
+                step += 1
+                under_way.append(Step(step, item.dataset, item.task, Work.of(item.batch), metrics))
+                settle(_IN_FLIGHT)
+                if preemption.reached(step):
+                    break
+                if config.every.checkpoint and step % config.every.checkpoint == 0:
+                    save()
+                if config.every.validation and step % config.every.validation == 0 and step < total:
+                    write_validation()
+            save()
+            checkpoints.wait()
+            if config.every.validation and step == total:
+                write_validation()
+        if step == total and export is not None:
+            export_run(state.params, config, release, export)
+        return Outcome(step, total, checkpoints.path(step))
+
+
+def load_teacher(config: TrainConfig, mesh: Mesh) -> Teacher | None:
+    """The teacher, in the dtype it computes in."""
+    if config.teacher is None:
+        return None
+    release = read_release(find_release(config.teacher))
+    params = load_params(open_checkpoint(release.path), release.config, dtype=config.compute.dtype, mesh=mesh)
+    return Teacher(params, padded_config(release.config, mesh))
+
+
+def make_update(
+    config: TrainConfig,
+    model: ModelConfig,
+    teacher: Teacher | None,
+    optimizer: optax.GradientTransformation,
+    like: TrainState,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """``train_step``, compiled: the state is donated and stays where it rests, the metrics are on every device."""
+    step = functools.partial(
+        train_step,
+        config=model,
+        loss=config.loss,
+        compute=config.compute,
+        optimizer=optimizer,
+        teacher_config=teacher and teacher.config,
+    )
+    shardings = shardings_of(like)
+    out_shardings = (shardings, everywhere(shardings.step.mesh))
+    return jax.jit(step, static_argnames="in_batch", donate_argnums=0, out_shardings=out_shardings)
+
+
+def initial_state(
+    config: TrainConfig,
+    release: Release,
+    optimizer: optax.GradientTransformation,
+    like: TrainState,
+    mesh: Mesh,
+) -> TrainState:
+    """The state before the first step: the release's weights."""
+    params = load_params(open_checkpoint(release.path), release.config, dtype=config.params_dtype, mesh=mesh)
+    shardings = shardings_of(like)
+    init = jax.jit(
+        lambda params: (jnp.int32(0), optimizer.init(params)), out_shardings=(shardings.step, shardings.opt_state)
+    )
+    step, opt_state = init(params)
+    return TrainState(step, params, opt_state)
+
+
+def check_finite(step: Step, metrics: Mapping[str, float], checkpoints: Checkpoints) -> None:
+    """Stops a run whose loss or gradient is no number any more.
+
+    A checkpoint is good if a step from it went well: one of the step right before may hold what went wrong.
+    """
+    wrong = [f"{name} is {metrics[name]}" for name in (*LOSSES, "grad_norm") if not math.isfinite(metrics[name])]
+    if not wrong:
+        return
+    checkpoints.wait()
+    good = [number for number in checkpoints.steps if number < step.number - 1]
+    advice = f"the last good checkpoint is {checkpoints.path(good[-1])}" if good else "there is no good checkpoint yet"
+    raise TrainingError(f"step {step.number}, a batch of {step.dataset}: {', '.join(wrong)}; {advice}")
+
+
+def export_run(
+    params: Params,
+    config: TrainConfig,
+    release: Release,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    force: bool = False,
+) -> Path:
+    """Writes trained parameters as a release, by default in the dtype of the one training began with."""
+    prompts = {"query": config.query_prompt, "document": ""} if config.query_prompt else None
+    return export_release(
+        params,
+        release.config,
+        out,
+        like=release.path,
+        dtype=dtype or release.config.dtype,
+        prompts=prompts,
+        force=force,
+    )
+
+
+def _first_step(config: TrainConfig, checkpoints: Checkpoints, *, resume: bool) -> int:
+    """The step to go on from; 0 for a new run."""
+    step = checkpoints.latest
+    if step is None:
+        return 0
+    if not resume:
+        raise InputError(f"{checkpoints.folder} holds a run up to step {step}; --resume auto goes on from there")
+    if changed := differences(checkpoints.read_config(step), config):
+        warnings.warn(f"going on from step {step} with another config: {', '.join(changed)}", stacklevel=3)
+    return step

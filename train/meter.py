@@ -1,0 +1,151 @@
+"""What training steps add up to between two lines of the log: losses by dataset, throughput, utilisation."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from f2llm_jax.config import ModelConfig
+from f2llm_jax.model import count_parameters
+from f2llm_jax.train.batch import TrainBatch
+
+# Dense bfloat16 operations per second of a chip, by jax.Device.device_kind (Google Cloud's TPU pages).
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+# Names of the losses in the log, which are the reference's.
+LOSSES = {"hard": "loss_hard", "in_batch": "loss_in_batch", "distill": "loss_distill"}
+
+
+class Work(NamedTuple):
+    """What a batch holds, over all processes.
+
+    Attributes:
+        examples: queries.
+        tokens: of queries, passages and negatives.
+        slots: tokens with padding.
+        squares: sum of the squared lengths of the texts.
+    """
+
+    examples: int
+    tokens: int
+    slots: int
+    squares: int
+
+    @classmethod
+    def of(cls, batch: TrainBatch) -> Work:
+        """That of a batch whose share is held by this process, taken to be like those of the others."""
+        texts = [rows for rows in (batch.query, batch.passage, batch.negatives) if rows is not None]
+        lengths = np.concatenate([np.asarray(rows.lengths_b, np.int64) for rows in texts])
+        slots = sum(math.prod(rows.tokens_bt.shape) for rows in texts)
+        counts = (len(batch.query.lengths_b), lengths.sum(), slots, np.square(lengths).sum())
+        return cls(*(jax.process_count() * int(count) for count in counts))
+
+    def forward_flops(self, config: ModelConfig) -> float:
+        """Operations of a forward pass over the tokens: matrix products, and attention below the diagonal."""
+        weights = count_parameters(config) - config.vocab_size * config.hidden_size
+        attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+        return 2.0 * weights * self.tokens + 2.0 * attention * self.squares
+
+
+class Step(NamedTuple):
+    """A step under way.
+
+    Attributes:
+        number: from 1.
+        dataset, task: of its batch.
+        work: in its batch.
+        metrics: of ``train_step``, still on their way.
+    """
+
+    number: int
+    dataset: str
+    task: str
+    work: Work
+    metrics: dict[str, jax.Array]
+
+
+class Meter:
+    """Sums of the steps since the last ``scalars``.
+
+    Args:
+        config: the student's sizes.
+        teacher: the teacher's, if there is one.
+    """
+
+    def __init__(self, config: ModelConfig, teacher: ModelConfig | None):
+        self._config, self._teacher = config, teacher
+        self._reset()
+
+    def _reset(self) -> None:
+        self._losses: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
+        self._grad_norms: list[float] = []
+        self._work: list[Work] = []
+        self._start = time.perf_counter()
+
+    def add(self, step: Step, metrics: Mapping[str, float]) -> None:
+        """Adds a step whose metrics have arrived."""
+        wanted = {"hard"} | ({"in_batch"} if step.task == "retrieval" else set())
+        wanted |= {"distill"} if self._teacher is not None else set()
+        self._losses[step.task, step.dataset].append({LOSSES[name]: metrics[name] for name in LOSSES if name in wanted})
+        self._grad_norms.append(metrics["grad_norm"])
+        self._work.append(step.work)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in here is not training's."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+    @property
+    def examples_per_second(self) -> float:
+        return sum(work.examples for work in self._work) / (time.perf_counter() - self._start)
+
+    def scalars(self) -> dict[str, float]:
+        """The means since the last call: losses by dataset and task as the reference names them, and throughput."""
+        examples, tokens, slots, squares = (sum(counts) for counts in zip(*self._work, strict=True))
+        total = Work(examples, tokens, slots, squares)
+        seconds = time.perf_counter() - self._start
+        values = by_dataset("training", self._losses)
+        values["grad_norm"] = float(np.mean(self._grad_norms))
+        values["throughput/examples_per_second"] = total.examples / seconds
+        values["throughput/tokens_per_second"] = total.tokens / seconds
+        values["throughput/padding_share"] = 1 - total.tokens / total.slots
+        if peak := PEAK_FLOPS.get(jax.devices()[0].device_kind):
+            flops = 3 * total.forward_flops(self._config)
+            flops += total.forward_flops(self._teacher) if self._teacher is not None else 0.0
+            values["throughput/mfu_estimate"] = flops / seconds / (peak * jax.device_count())
+        self._reset()
+        return values
+
+
+def by_dataset(phase: str, results: Mapping[tuple[str, str], list[dict[str, Any]]]) -> dict[str, float]:
+    """``DATASET/PHASE_NAME``, the means of each dataset, and ``Avg/TASK/PHASE_NAME``, the means over a task's datasets.
+
+    Args:
+        phase: ``training`` or ``valid``.
+        results: {(task, dataset): values of each batch, by name}.
+    """
+    values: dict[str, float] = {}
+    of_task: dict[str, list[float]] = defaultdict(list)
+    for (task, dataset), batches in sorted(results.items()):
+        for name in batches[0]:
+            mean = float(np.mean([batch[name] for batch in batches]))
+            values[f"{dataset}/{phase}_{name}"] = mean
+            of_task[f"Avg/{task}/{phase}_{name}"].append(mean)
+    return values | {name: float(np.mean(means)) for name, means in of_task.items()}

@@ -1,0 +1,94 @@
+"""Where the state and the batches of a run lie on its mesh."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from f2llm_jax.config import ModelConfig
+from f2llm_jax.errors import InputError
+from f2llm_jax.model import abstract_params
+from f2llm_jax.sharding import BATCH_SPEC, make_mesh, param_shardings
+from f2llm_jax.train.batch import TrainBatch
+from f2llm_jax.train.config import MeshConfig, TrainConfig
+from f2llm_jax.train.step import TrainState
+
+
+def make_train_mesh(config: MeshConfig) -> Mesh:
+    """The mesh, its one free axis as large as there are devices.
+
+    Raises:
+        InputError: there are not as many devices, two axes are free, or tensor parts lie in different processes.
+    """
+    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    free = [name for name, size in sizes.items() if size == 0]
+    if len(free) > 1:
+        raise InputError(f"of the mesh's axes only one can be 0, not {' and '.join(free)}")
+    for name in free:
+        sizes[name] = max(1, jax.device_count() // math.prod(size for size in sizes.values() if size))
+    mesh = make_mesh(sizes["data"], sizes["fsdp"], sizes["tensor"])
+    if mesh.local_mesh.shape["tensor"] != mesh.shape["tensor"]:
+        raise InputError(f"tensor={mesh.shape['tensor']} spans processes; each has {jax.local_device_count()} devices")
+    return mesh
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """How many parts a batch is cut into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_batch(config: TrainConfig, mesh: Mesh) -> None:
+    """An InputError with the numbers if a batch does not divide over the mesh."""
+    parts = batch_parts(mesh)
+    if config.data.batch_size % parts:
+        raise InputError(
+            f"data.batch_size={config.data.batch_size} does not divide over data={mesh.shape['data']} · "
+            f"fsdp={mesh.shape['fsdp']} = {parts} parts of the mesh"
+        )
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def abstract_state(model: ModelConfig, optimizer: optax.GradientTransformation, dtype: str, mesh: Mesh) -> TrainState:
+    """The state's shapes and where it rests: moments with their parameters, counters everywhere."""
+
+    def put(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), nn.unbox(abstract_params(model)))
+    shardings = param_shardings(model, mesh)
+    opt_state = optax.tree.map_params(
+        optimizer,
+        put,
+        jax.eval_shape(optimizer.init, shapes),
+        shardings,
+        transform_non_params=lambda x: put(x, everywhere(mesh)),
+    )
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere(mesh))
+    return TrainState(step, jax.tree.map(put, shapes, shardings), opt_state)
+
+
+def shardings_of(tree: Any) -> Any:
+    """The tree of the shardings of a tree's arrays."""
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def global_batch(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
+    """The batch of all processes, over the mesh, from this one's share."""
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+
+    def put(x: np.ndarray) -> jax.Array:
+        shape = (jax.process_count() * len(x), *x.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, x, shape)
+
+    return jax.tree.map(put, batch)

@@ -1,0 +1,552 @@
+"""From raw Parquet files to tokenised training data: check, cap, number distinct documents, tokenise, write.
+
+Three passes, each of them in units that survive a kill:
+
+1. *Scan*: every row is read once; what is wrong with it and digests of its texts go to temporary files.
+2. *Number*: rows are chosen, and distinct documents numbered in the order of first occurrence.
+3. *Tokenise*: the chosen rows are read again, in pieces; a document is tokenised and stored where it occurs first.
+
+What is written depends on the raw files, the tokenizer and the arguments alone, not on workers, memory or restarts.
+Memory: ``memory`` for numbering, 17 bytes per raw row of the largest source for choosing, and in each worker some
+hundred rows of text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from f2llm_jax.configs.datasets import STAGE_2_CAP, Task, expand, matches, task_of
+from f2llm_jax.errors import InputError
+from f2llm_jax.release import find_release
+from f2llm_jax.tokens import Tokenizer
+from f2llm_jax.train.dedupe import Digests, number_documents
+from f2llm_jax.train.raw import REASONS, RawDataset, digests, faults, find_datasets, read_rows
+from f2llm_jax.train.records import (
+    FORMAT,
+    SETTINGS_FILE,
+    SPLITS,
+    Dataset,
+    Settings,
+    Shard,
+    Split,
+    Writer,
+    assemble,
+    lengths_file,
+)
+from f2llm_jax.train.report import TokenCounts, write_report
+from f2llm_jax.train.units import Worker, Workplace, new_folder, run_units
+
+# A unit of tokenising. It makes a shard of documents: some GB, if all of 25 documents per row are new.
+PIECE_ROWS = 100_000
+
+# Of 100 rows, one is for validation.
+_VALIDATION_SHARE = 100
+
+# Texts are given to the tokenizer until they have this many characters: it takes about 100 bytes for each.
+_TOKENIZER_CHARACTERS = 1 << 20
+
+_INDEX_ROWS = 1 << 16
+
+
+def prepare(
+    raw: str | Path,
+    tokenizer: str | Path,
+    out: str | Path,
+    *,
+    stage: int = 2,
+    cap: int | None = None,
+    sources: Sequence[str] = (),
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    tasks: Mapping[str, Task] | None = None,
+    max_length: int = 2048,
+    seed: int = 0,
+    workers: int | None = None,
+    memory: int = 1 << 29,
+    force: bool = False,
+    show_progress: bool = False,
+) -> dict[str, Any]:
+    """Writes the training data of a stage. See ``f2llm_jax.train.records`` for what it looks like.
+
+    Args:
+        raw: a folder of Parquet files, one per dataset.
+        tokenizer: a release folder or hub id.
+        out: the folder to write; it appears when it is complete.
+        stage: 1 strips instructions off all texts; 2 leaves them as they are.
+        cap: queries per source; default 80,000 in stage 2, none in stage 1; 0 for none.
+        sources: globs; the datasets that match one are a source together. Any other is a source of its own.
+        include, exclude: globs of datasets to take and to leave out, ``@NAME`` for a set of configs/datasets.py.
+        tasks: {glob: task type} of datasets that the table does not know.
+        max_length: tokens of a text, EOS included; longer ones are truncated, and counted.
+        seed: of the choice under a cap, and of the split.
+        workers: processes; default one per core.
+        memory: bytes for numbering documents.
+        force: replace what is at ``out``.
+        show_progress: progress bars on standard error.
+
+    Returns:
+        The report, as in ``report.json``.
+
+    Raises:
+        InputError: ``out`` exists, an unknown dataset, a file that is damaged or lacks a column, nothing left.
+        ReleaseError: no such tokenizer.
+    """
+    if stage not in (1, 2):
+        raise InputError(f"stage must be 1 or 2, not {stage}")
+    if not 1 <= max_length <= np.iinfo(np.uint16).max:
+        raise InputError(f"max_length must be within 1..{np.iinfo(np.uint16).max}, not {max_length}")
+    out = Path(os.path.abspath(Path(out).expanduser()))
+    include, exclude = expand(include), expand(exclude)
+    found = find_datasets(Path(raw).expanduser())
+    datasets = [d for d in found if matches(d.name, include) and not matches(d.name, exclude)]
+    if not datasets:
+        raise InputError(f"none of the {len(found)} datasets in {raw} is left after --include and --exclude")
+    by_dataset = {dataset.name: task_of(dataset.name, tasks) for dataset in datasets}
+    release = find_release(tokenizer, weights=False)
+    if cap is None:
+        cap = STAGE_2_CAP if stage == 2 else 0
+    plan = {
+        "format": FORMAT,
+        "raw": [[str(d.file.resolve()), d.file.stat().st_size, d.file.stat().st_mtime_ns] for d in datasets],
+        "tokenizer": _fingerprint(release),
+        "stage": stage,
+        "cap": cap,
+        "sources": list(sources),
+        "max_length": max_length,
+        "seed": seed,
+    }
+    workplace = Workplace(out, plan, marker=SETTINGS_FILE, force=force)
+    with closing(workplace):
+        work = _Work(
+            folder=workplace.folder,
+            datasets=datasets,
+            tasks=by_dataset,
+            excluded=[d.name for d in found if d not in datasets],
+            release=release,
+            stage=stage,
+            cap=cap,
+            sources=tuple(sources),
+            max_length=max_length,
+            seed=seed,
+        )
+        if workers is None:
+            workers = len(os.sched_getaffinity(0))
+
+        def run(units: Sequence[Any], label: str) -> None:
+            run_units(units, release, workers=workers, label=label, show_progress=show_progress)
+
+        try:
+            run(work.scans(), "scan")
+            work.number(memory)
+            pieces = work.pieces()
+            if not pieces:
+                raise InputError(f"every row in {raw} is bad; f2llm prepare --help says what is checked")
+            run(pieces, "tokenise")
+        except InputError:  # about the raw data: once that is mended, this is no work to go on with
+            workplace.discard()
+            raise
+        report = work.assemble(pieces, workplace.result)
+        workplace.commit()
+    return report
+
+
+def _fingerprint(release: Path) -> str:
+    """A digest of what makes a tokenizer; of other files if there is no tokenizer.json."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        if (release / name).exists():
+            digest.update(name.encode() + (release / name).read_bytes())
+    return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """The passes over all datasets; ``folder`` holds what is temporary."""
+
+    folder: Path
+    datasets: list[RawDataset]
+    tasks: dict[str, Task]
+    excluded: list[str]
+    release: Path
+    stage: int
+    cap: int
+    sources: tuple[str, ...]
+    max_length: int
+    seed: int
+
+    def scans(self) -> list[Scan]:
+        return [Scan(dataset, self.stage == 1, self._scan(dataset)) for dataset in self.datasets]
+
+    def _scan(self, dataset: RawDataset) -> Path:
+        return self.folder / "scan" / dataset.name
+
+    @property
+    def _chosen(self) -> Path:
+        return self.folder / "chosen"
+
+    def number(self, memory: int) -> None:
+        """Chooses rows, splits them, and numbers their documents."""
+        if self._chosen.exists():
+            return
+        with new_folder(self._chosen) as folder:
+            for source in self._by_source():
+                for dataset, rows in zip(source, self._choose(source), strict=True):
+                    np.save(folder / f"{dataset.name}.rows.npy", rows)
+                    queries = np.load(self._scan(dataset) / "queries.npy", mmap_mode="r")[rows]
+                    validation = split_off(queries, _key(self.seed, dataset.name, "validation"))
+                    np.save(folder / f"{dataset.name}.validation.npy", validation)
+            (folder / "buckets").mkdir()
+            starts = number_documents(
+                [self._digests(dataset, folder) for dataset in self.datasets],
+                [folder / f"{dataset.name}.documents" for dataset in self.datasets],
+                folder / "buckets",
+                memory=memory,
+            )
+            for file in (folder / "buckets").iterdir():
+                file.unlink()
+            (folder / "starts.json").write_text(json.dumps(starts), encoding="utf-8")
+
+    def _by_source(self) -> Iterator[list[RawDataset]]:
+        left = self.datasets
+        for glob in self.sources:
+            if source := [dataset for dataset in left if fnmatchcase(dataset.name, glob)]:
+                yield source
+            left = [dataset for dataset in left if dataset not in source]
+        yield from ([dataset] for dataset in left)
+
+    def _choose(self, source: list[RawDataset]) -> list[np.ndarray]:
+        """The numbers of the rows to keep, ascending, of each dataset of a source: at most ``cap`` in all."""
+        good = [np.flatnonzero(np.load(self._scan(dataset) / "faults.npy") == 0) for dataset in source]
+        total = sum(map(len, good))
+        if not self.cap or total <= self.cap:
+            return good
+        ranks = np.concatenate(
+            [
+                mix(rows.astype(np.uint64) + _key(self.seed, dataset.name, "cap"))
+                for dataset, rows in zip(source, good, strict=True)
+            ]
+        )
+        kept = np.zeros(total, bool)
+        kept[np.argsort(ranks, kind="stable")[: self.cap]] = True
+        masks = np.split(kept, np.cumsum([len(rows) for rows in good])[:-1])
+        return [rows[mask] for rows, mask in zip(good, masks, strict=True)]
+
+    def _digests(self, dataset: RawDataset, chosen: Path) -> Digests:
+        rows = np.load(chosen / f"{dataset.name}.rows.npy", mmap_mode="r")
+        file, shape = self._scan(dataset) / "documents", (dataset.rows, 1 + dataset.negatives, 2)
+
+        def read(first: int, count: int) -> np.ndarray:
+            # Mapped anew for each read, so that pages read earlier do not count as this process's memory.
+            return np.memmap(file, "<u8", "r", shape=shape)[rows[first : first + count]]
+
+        return Digests(len(rows), 1 + dataset.negatives, read)
+
+    def pieces(self) -> list[Piece]:
+        starts = json.loads((self._chosen / "starts.json").read_text())
+        pieces = []
+        for dataset, start in zip(self.datasets, starts, strict=False):
+            rows = len(np.load(self._chosen / f"{dataset.name}.rows.npy", mmap_mode="r"))
+            for first in range(0, rows, PIECE_ROWS):
+                last = min(first + PIECE_ROWS, rows)
+                piece = Piece(
+                    dataset=dataset,
+                    strip_instructions=self.stage == 1,
+                    chosen=self._chosen,
+                    first=first,
+                    last=last,
+                    next_document=start,
+                    max_length=self.max_length,
+                    folder=self.folder / "pieces" / f"{dataset.name}.{first // PIECE_ROWS:05d}",
+                )
+                pieces.append(piece)
+                start = max(start, int(piece.documents().max()) + 1)
+        return pieces
+
+    def assemble(self, pieces: list[Piece], result: Path) -> dict[str, Any]:
+        """Puts the pieces together in ``result``, and returns the report."""
+        result.mkdir(exist_ok=True)
+        datasets = self._datasets(pieces)
+        splits: dict[Split, list[Shard]] = {split: shards for split in SPLITS if (shards := _shards(pieces, split))}
+        documents = _shards(pieces, "documents")
+        settings = Settings(
+            stage=self.stage,
+            seed=self.seed,
+            max_length=self.max_length,
+            tokenizer=_fingerprint(self.release),
+            eos_id=(tokenizer := Tokenizer.from_release(self.release)).eos_id,
+            pad_id=tokenizer.pad_id,
+            documents=sum(shard.records for shard in documents),
+            datasets=datasets,
+        )
+        self._write_lengths(pieces, settings, result)
+        report = self._report(pieces, settings)
+        write_report(report, result)
+        assemble(result, "examples", splits, "Tokenised queries, and the numbers of their documents.")
+        assemble(result, "documents", {"train": documents}, "Tokens of every distinct document, at its number.")
+        settings.write(result)
+        return report
+
+    def _datasets(self, pieces: list[Piece]) -> list[Dataset]:
+        datasets = []
+        ends: dict[str, int] = dict.fromkeys(SPLITS, 0)
+        for dataset in self.datasets:
+            own = [piece.done() for piece in pieces if piece.dataset == dataset]
+            examples: dict[str, int] = {split: sum(done[split]["records"] for done in own) for split in SPLITS}
+            datasets.append(Dataset(dataset.name, self.tasks[dataset.name], dataset.negatives, ends, examples))
+            ends = {split: ends[split] + examples[split] for split in SPLITS}
+        return datasets
+
+    def _write_lengths(self, pieces: list[Piece], settings: Settings, result: Path) -> None:
+        """The index: tokens of every text of every example, so that a batch's shape is known without reading it."""
+        all_documents = self.folder / "document_lengths"
+        with all_documents.open("wb") as stream:
+            for piece in pieces:
+                stream.write(piece.lengths("document").tobytes())
+        document_lengths = np.memmap(all_documents, np.uint16, "r")
+        width = 2 + max(dataset.negatives for dataset in settings.datasets)
+        outputs = {}
+        for split in SPLITS:
+            lengths_file(result, split).parent.mkdir(exist_ok=True)
+            examples = sum(dataset.examples[split] for dataset in settings.datasets)
+            outputs[split] = lengths_file(result, split).open("wb")
+            np.lib.format.write_array_header_1_0(
+                outputs[split], {"descr": "<u2", "fortran_order": False, "shape": (examples, width)}
+            )
+        for piece in pieces:
+            queries, validation, documents = piece.lengths("query"), piece.validation(), piece.documents()
+            for first in range(0, len(queries), _INDEX_ROWS):
+                part = slice(first, first + _INDEX_ROWS)
+                rows = np.zeros((len(queries[part]), width), "<u2")
+                rows[:, 0] = queries[part]
+                rows[:, 1 : 1 + documents.shape[1]] = document_lengths[documents[part]]
+                outputs["train"].write(rows[~validation[part]].tobytes())
+                outputs["validation"].write(rows[validation[part]].tobytes())
+        for stream in outputs.values():
+            stream.close()
+
+    def _report(self, pieces: list[Piece], settings: Settings) -> dict[str, Any]:
+        datasets = [
+            self._report_dataset(raw, prepared, [piece for piece in pieces if piece.dataset == raw])
+            for raw, prepared in zip(self.datasets, settings.datasets, strict=True)
+        ]
+        source_of = {d.name: "+".join(e.name for e in source) for source in self._by_source() for d in source}
+        return {
+            "stage": self.stage,
+            "cap": self.cap or None,
+            "seed": self.seed,
+            "max_length": self.max_length,
+            "documents": settings.documents,
+            "grouped_sources": sorted({name for name in source_of.values() if "+" in name}),
+            "excluded": self.excluded,
+            "datasets": datasets,
+        }
+
+    def _report_dataset(self, raw: RawDataset, prepared: Dataset, pieces: list[Piece]) -> dict[str, Any]:
+        scanned = np.bincount(np.load(self._scan(raw) / "faults.npy"), minlength=1 + len(REASONS)).tolist()
+        done = [piece.done() for piece in pieces]
+        kept = sum(prepared.examples.values())
+        queries, documents = TokenCounts(), TokenCounts()
+        for piece in pieces:
+            queries.add(piece.lengths("query"))
+            documents.add(piece.lengths("document"))
+        return {
+            "name": raw.name,
+            "task": prepared.task,
+            "read": raw.rows,
+            "dropped": dict(zip(REASONS, scanned[1:], strict=True)),
+            "capped": scanned[0] - kept,
+            "kept": kept,
+            **prepared.examples,
+            "negatives": raw.negatives,
+            "new_documents": documents.texts,
+            "query_tokens": queries.summary(),
+            "document_tokens": documents.summary(),
+            "truncated_queries": sum(piece["truncated_queries"] for piece in done),
+            "truncated_documents": sum(piece["truncated_documents"] for piece in done),
+        }
+
+
+def _shards(pieces: list[Piece], kind: str) -> list[Shard]:
+    done = [(piece.folder / kind, piece.done()[kind]) for piece in pieces]
+    return [Shard(file, **counts) for file, counts in done if counts["records"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """A unit of the first pass: a dataset.
+
+    It makes ``faults.npy`` (uint8 [rows]), ``queries.npy`` (uint64 [rows], digests) and ``documents`` (uint64 [rows,
+    1 + negatives, 2], digests, without a header).
+    """
+
+    dataset: RawDataset
+    strip_instructions: bool
+    folder: Path
+
+    @property
+    def size(self) -> int:
+        return self.dataset.rows
+
+    def run(self, worker: Worker) -> None:
+        row_faults = np.zeros(self.dataset.rows, np.uint8)
+        queries = np.zeros(self.dataset.rows, "<u8")
+        with new_folder(self.folder) as folder:
+            with (folder / "documents").open("wb") as stream:
+                for first, columns in read_rows(self.dataset, strip_instructions=self.strip_instructions):
+                    part = slice(first, first + len(columns[0]))
+                    digests_bc2 = digests(columns)
+                    row_faults[part] = faults(columns)
+                    queries[part] = digests_bc2[:, 0, 0]
+                    stream.write(digests_bc2[:, 1:].tobytes())
+                    worker.advance(len(columns[0]))
+            np.save(folder / "faults.npy", row_faults)
+            np.save(folder / "queries.npy", queries)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A unit of the last pass: the chosen rows ``first`` … ``last`` - 1 of a dataset.
+
+    It makes shards ``train``, ``validation`` and ``documents``, uint16 ``query_lengths.npy`` and
+    ``document_lengths.npy``, and counts in ``done.json``. ``next_document`` is the number of its first new document.
+    """
+
+    dataset: RawDataset
+    strip_instructions: bool
+    chosen: Path
+    first: int
+    last: int
+    next_document: int
+    max_length: int
+    folder: Path
+
+    @property
+    def size(self) -> int:
+        return self.last - self.first
+
+    def rows(self) -> np.ndarray:
+        return np.load(self.chosen / f"{self.dataset.name}.rows.npy", mmap_mode="r")[self.first : self.last]
+
+    def validation(self) -> np.ndarray:
+        return np.load(self.chosen / f"{self.dataset.name}.validation.npy", mmap_mode="r")[self.first : self.last]
+
+    def documents(self) -> np.ndarray:
+        """The documents' numbers: int32 [size, 1 + negatives]."""
+        width = 1 + self.dataset.negatives
+        file = self.chosen / f"{self.dataset.name}.documents"
+        return np.memmap(file, "<i4", "r", offset=self.first * width * 4, shape=(self.size, width))
+
+    def lengths(self, kind: str) -> np.ndarray:
+        return np.load(self.folder / f"{kind}_lengths.npy")
+
+    def done(self) -> dict[str, Any]:
+        return json.loads((self.folder / "done.json").read_text(encoding="utf-8"))
+
+    def run(self, worker: Worker) -> None:
+        query_lengths: list[int] = []
+        document_lengths: list[int] = []
+        truncated = {"truncated_queries": 0, "truncated_documents": 0}
+        with new_folder(self.folder) as folder:
+            writers = {split: Writer(folder / split) for split in SPLITS}
+            documents = Writer(folder / "documents")
+            for queries, new_texts, numbers, validation in self._read():
+                sequences, count = _encode(worker.tokenizer, queries, self.max_length)
+                truncated["truncated_queries"] += count
+                query_lengths += map(len, sequences)
+                for query, row, is_validation in zip(sequences, numbers, validation, strict=True):
+                    writers["validation" if is_validation else "train"].write(
+                        {"dataset": self.dataset.name, "query": query, "passage": row[:1], "negatives": row[1:]}
+                    )
+                sequences, count = _encode(worker.tokenizer, new_texts, self.max_length)
+                truncated["truncated_documents"] += count
+                document_lengths += map(len, sequences)
+                for tokens in sequences:
+                    documents.write({"tokens": tokens})
+                worker.advance(len(queries))
+            counts = {}
+            for name, writer in (*writers.items(), ("documents", documents)):
+                writer.close()
+                counts[name] = {"records": writer.records, "bytes": writer.bytes}
+            np.save(folder / "query_lengths.npy", np.array(query_lengths, "<u2"))
+            np.save(folder / "document_lengths.npy", np.array(document_lengths, "<u2"))
+            (folder / "done.json").write_text(json.dumps({**counts, **truncated}), encoding="utf-8")
+
+    def _read(self) -> Iterator[tuple[list[str], list[str], np.ndarray, np.ndarray]]:
+        """Queries, the texts of documents not met before, int64 [rows, 1 + negatives] numbers, and the split."""
+        rows, next_document = np.array(self.rows()), self.next_document
+        all_numbers, all_validation = self.documents(), self.validation()
+        read = read_rows(
+            self.dataset,
+            strip_instructions=self.strip_instructions,
+            first=int(rows[0]),
+            last=int(rows[-1]) + 1,
+        )
+        for first, columns in read:
+            part = slice(*np.searchsorted(rows, [first, first + len(columns[0])]))
+            if part.start == part.stop:
+                continue
+            places = rows[part] - first
+            query, *documents = [column.take(places).to_pylist() for column in columns]
+            numbers = np.array(all_numbers[part], np.int64)
+            new, occurrence = np.unique(numbers, return_index=True)
+            occurrence = occurrence[new >= next_document]
+            row, column = np.unravel_index(occurrence, numbers.shape)
+            yield query, [documents[c][r] for r, c in zip(row, column, strict=True)], numbers, all_validation[part]
+            next_document += len(occurrence)
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str], max_length: int) -> tuple[list[np.ndarray], int]:
+    """``tokenizer.encode``, some characters at a time."""
+    sequences: list[np.ndarray] = []
+    truncated = first = characters = 0
+    for last, text in enumerate(texts, start=1):
+        characters += len(text)
+        if characters >= _TOKENIZER_CHARACTERS or last == len(texts):
+            encoded, count = tokenizer.encode(texts[first:last], max_length)
+            sequences += encoded
+            truncated += count
+            first, characters = last, 0
+    return sequences, truncated
+
+
+def split_off(queries: np.ndarray, key: np.uint64) -> np.ndarray:
+    """Which rows are for validation: one in a hundred, rounded up, those of equal queries on one side together.
+
+    Args:
+        queries: uint64 [rows], digests of the queries.
+        key: another one makes another choice.
+
+    Returns:
+        bool [rows]. It is all False if there is but one row.
+    """
+    limit = math.ceil(len(queries) / _VALIDATION_SHARE) if len(queries) > 1 else 0
+    _, query, rows = np.unique(mix(queries ^ key), return_inverse=True, return_counts=True)
+    taken = np.zeros(len(rows), bool)
+    fits = np.flatnonzero(rows <= limit)
+    taken[fits[np.cumsum(rows[fits]) <= limit]] = True
+    return taken[query]
+
+
+def _key(seed: int, dataset: str, purpose: str) -> np.uint64:
+    digest = hashlib.blake2b(f"{seed}\n{purpose}\n{dataset}".encode(), digest_size=8).digest()
+    return np.frombuffer(digest, "<u8")[0]
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """uint64 values as if drawn at random, each a function of its own value alone (splitmix64)."""
+    with np.errstate(over="ignore"):
+        values = values * np.uint64(0x9E3779B97F4A7C15)
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return values ^ (values >> np.uint64(31))

@@ -1,0 +1,180 @@
+"""The released training data on disk: a Parquet file per dataset, of texts in ``query``, ``passage``, ``negative_1`` …
+
+Files of many GB may be a single row group, so they are read a few rows at a time, front to back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.compute as pc
+from pyarrow import parquet
+
+from f2llm_jax.errors import InputError
+
+# Why a row is dropped, the first that holds. Empty means missing, white space alone, or not Unicode.
+REASONS = ("empty_query", "empty_positive", "empty_negative", "negative_is_positive")
+
+# The prefix that queries of the released data carry.
+_INSTRUCTION = r"\A(?s:Instruct: .*?\nQuery: ?)"
+
+# Rows held at a time: 26 texts each, of up to some 30 KB in long-document sets.
+_BATCH_ROWS = 256
+
+# Of a column chunk, this much is in memory; by default Arrow would read a chunk as a whole.
+_BUFFER_BYTES = 1 << 18
+
+DIGEST_BYTES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class RawDataset:
+    """A file of raw data.
+
+    Attributes:
+        name: the file's name without its extension.
+        file: the file.
+        rows: how many there are.
+        negatives: how many each row has.
+    """
+
+    name: str
+    file: Path
+    rows: int
+    negatives: int
+
+    @property
+    def columns(self) -> list[str]:
+        return ["query", "passage", *(f"negative_{n}" for n in range(1, self.negatives + 1))]
+
+
+def find_datasets(folder: Path) -> list[RawDataset]:
+    """The datasets of a folder, by name.
+
+    Raises:
+        InputError: no such folder, no Parquet file in it, or a file that is none or lacks a column.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder")
+    files = sorted(folder.glob("*.parquet"), key=lambda file: file.stem)
+    if not files:
+        raise InputError(f"{folder} has no .parquet files")
+    return [_read_schema(file) for file in files]
+
+
+def _read_schema(file: Path) -> RawDataset:
+    try:
+        with parquet.ParquetFile(file) as opened:
+            schema, rows = opened.schema_arrow, opened.metadata.num_rows
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{file} is not a Parquet file, or damaged: {error}") from None
+    negatives = sum(name.startswith("negative_") for name in schema.names)
+    dataset = RawDataset(file.stem, file, rows, negatives)
+    for name in dataset.columns:
+        if name not in schema.names:
+            raise InputError(f"{file} has no column {name!r}; it has {', '.join(schema.names)}")
+        if not _is_text(schema.field(name).type):
+            raise InputError(f"{file}: the column {name!r} holds {schema.field(name).type}, not strings")
+    return dataset
+
+
+def _is_text(kind: Any) -> bool:
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+
+
+def read_rows(
+    dataset: RawDataset, *, strip_instructions: bool, first: int = 0, last: int | None = None
+) -> Iterator[tuple[int, list[Any]]]:
+    """The rows ``first`` … ``last`` - 1 in small batches.
+
+    Args:
+        dataset: which.
+        strip_instructions: take ``Instruct: …\\nQuery: `` off the front of every text.
+        first, last: row numbers; default all rows.
+
+    Yields:
+        The number of the batch's first row, and an Arrow array of strings for each of ``dataset.columns``. A text that
+        is not Unicode is null.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    last = dataset.rows if last is None else last
+    try:
+        with parquet.ParquetFile(dataset.file, buffer_size=_BUFFER_BYTES, pre_buffer=False) as opened:
+            groups, row = _row_groups(opened, first, last)
+            batches = opened.iter_batches(_BATCH_ROWS, row_groups=groups, columns=dataset.columns, use_threads=False)
+            for batch in batches:
+                start, stop = max(first - row, 0), min(last - row, batch.num_rows)
+                if start < stop:
+                    part = batch.slice(start, stop - start)
+                    yield row + start, [_texts(part.column(name), strip_instructions) for name in dataset.columns]
+                row += batch.num_rows
+                if row >= last:
+                    return
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{dataset.file} is damaged: {error}") from None
+
+
+def _row_groups(opened: parquet.ParquetFile, first: int, last: int) -> tuple[list[int], int]:
+    """The row groups that hold some of the rows, and the number of the first row in them."""
+    ends = np.cumsum([opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)], dtype=int)
+    starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
+    groups = np.flatnonzero((starts < last) & (ends > first))
+    return groups.tolist(), int(starts[groups[0]]) if len(groups) else 0
+
+
+def _texts(column: Any, strip_instructions: bool) -> Any:
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    try:
+        column.validate(full=True)
+    except pyarrow.ArrowInvalid:
+        column = pyarrow.array([_decode(value) for value in column.cast(pyarrow.large_binary()).to_pylist()])
+    if strip_instructions:
+        column = pc.replace_substring_regex(column, _INSTRUCTION, "", max_replacements=1)
+    return column
+
+
+def _decode(value: bytes | None) -> str | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def faults(columns: list[Any]) -> np.ndarray:
+    """What is wrong with each row: uint8 [rows], 0 for nothing, n for ``REASONS[n - 1]``."""
+    query, passage, *negatives = columns
+    empty, repeated = np.zeros(len(query), bool), np.zeros(len(query), bool)
+    for negative in negatives:
+        empty |= _is_empty(negative)
+        repeated |= np.asarray(pc.fill_null(pc.equal(negative, passage), False))
+    conditions = [_is_empty(query), _is_empty(passage), empty, repeated]
+    return np.select(conditions, np.arange(1, len(conditions) + 1), 0).astype(np.uint8)
+
+
+def _is_empty(column: Any) -> np.ndarray:
+    blank = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(column)), 0)
+    return np.asarray(pc.fill_null(blank, True))
+
+
+def digests(columns: list[Any]) -> np.ndarray:
+    """128-bit digests that are equal where texts are: uint64 [rows, columns, 2]."""
+    by_column = [
+        b"".join(
+            hashlib.blake2b(text or b"", digest_size=DIGEST_BYTES).digest()
+            for text in column.cast(pyarrow.large_binary()).to_pylist()
+        )
+        for column in columns
+    ]
+    digests_cr2 = np.frombuffer(b"".join(by_column), "<u8").reshape(len(columns), -1, 2)
+    return digests_cr2.transpose(1, 0, 2)

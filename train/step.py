@@ -1,0 +1,232 @@
+"""One training step: (state, batch) -> (state, metrics).
+
+The loss takes the states of the whole global batch. With ``chunk_rows`` its gradient is computed in pieces (GradCache,
+arXiv:2101.06983): a forward pass in chunks keeps only the EOS states, the loss is differentiated with respect to those,
+and a second pass runs each chunk again, forward and backward. Memory is then that of one chunk, whatever the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from f2llm_jax import losses
+from f2llm_jax.config import ModelConfig
+from f2llm_jax.embedding import Batch, eos_states
+from f2llm_jax.errors import InputError
+from f2llm_jax.model import Params
+from f2llm_jax.train.batch import TrainBatch
+
+
+class TrainState(NamedTuple):
+    """What training changes.
+
+    Attributes:
+        step: int32 scalar, updates made so far.
+        params: float32 parameters (or bfloat16, to train as the reference does).
+        opt_state: Optax's.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Which losses, and how.
+
+    Attributes:
+        temperature: divides the cosines.
+        mrl_dims: Matryoshka sizes besides the full one; empty for none.
+        mask_duplicates: leave passages that are a query's own document out of its in-batch denominator.
+        stop_passage_gradient: see ``losses.in_batch_loss``.
+        kd_weight: of the distillation terms, where there is a teacher.
+    """
+
+    temperature: float = losses.TEMPERATURE
+    mrl_dims: tuple[int, ...] = ()
+    mask_duplicates: bool = True
+    stop_passage_gradient: bool = False
+    kd_weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How states are computed.
+
+    Attributes:
+        dtype: of the operands of matrix products.
+        remat: which activations are kept for the backward pass, see ``model.REMAT_POLICIES``.
+        chunk_rows: rows (texts) computed at a time; 0 for all at once.
+    """
+
+    dtype: str = "bfloat16"
+    remat: str = "full"
+    chunk_rows: int = 0
+
+
+class Teacher(NamedTuple):
+    """A frozen model to distil from."""
+
+    params: Params
+    config: ModelConfig
+
+
+class States(NamedTuple):
+    """Unnormalised EOS states of a batch: queries [b, d]; documents [(1 + n) · b, d], the passages first."""
+
+    query_bd: jax.Array
+    documents_md: jax.Array
+
+
+def train_step(
+    state: TrainState,
+    batch: TrainBatch,
+    teacher_params: Params | None = None,
+    *,
+    config: ModelConfig,
+    loss: LossConfig,
+    compute: ComputeConfig,
+    optimizer: optax.GradientTransformation,
+    in_batch: bool,
+    teacher_config: ModelConfig | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Updates the parameters by one batch.
+
+    Args:
+        state: before; may be donated.
+        batch: the global batch.
+        teacher_params: of the teacher; None for no distillation.
+        config: the sizes.
+        loss, compute: which losses, and how they are computed.
+        optimizer: from ``make_optimizer``.
+        in_batch: whether the in-batch loss applies (retrieval only).
+        teacher_config: the teacher's sizes.
+
+    Returns:
+        The state after, and float32 scalars: ``loss``, ``hard``, ``in_batch``, ``distill``, ``grad_norm``.
+    """
+    texts = _texts(batch)
+    teacher = None
+    if teacher_params is not None:
+        assert teacher_config is not None
+        teacher = _states(teacher_params, texts, teacher_config, compute)
+
+    def batch_loss(states: States) -> tuple[jax.Array, dict[str, jax.Array]]:
+        terms = loss_terms(states, batch, loss, in_batch=in_batch, teacher=teacher)
+        return terms["hard"] + terms["in_batch"] + loss.kd_weight * terms["distill"], terms
+
+    total, terms, grads = value_and_grad(batch_loss, state.params, texts, config, compute)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {"loss": total, **terms, "grad_norm": optax.global_norm(grads)}
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def loss_terms(
+    states: States, batch: TrainBatch, loss: LossConfig, *, in_batch: bool, teacher: States | None = None
+) -> dict[str, jax.Array]:
+    """The terms ``hard``, ``in_batch`` and ``distill`` (unweighted) of a batch, float32 scalars; 0 where one is off."""
+    query_bd, passage_bd, negatives_bnd = split_states(states)
+    options: dict[str, Any] = {"temperature": loss.temperature, "mrl_dims": loss.mrl_dims}
+    terms = {
+        "hard": losses.hard_negative_loss(query_bd, passage_bd, negatives_bnd, **options),
+        "in_batch": jnp.float32(0),
+        "distill": jnp.float32(0),
+    }
+    if in_batch:
+        terms["in_batch"] = losses.in_batch_loss(
+            query_bd,
+            passage_bd,
+            passage_ids_c=batch.passage_ids_b if loss.mask_duplicates else None,
+            stop_passage_gradient=loss.stop_passage_gradient,
+            **options,
+        )
+    if teacher is not None:
+        pairs = zip(split_states(states), split_states(teacher), strict=True)
+        terms["distill"] = sum(
+            (losses.distillation_loss(own, its) for own, its in pairs if own is not None and its is not None),
+            jnp.float32(0),
+        )
+    return terms
+
+
+def split_states(states: States) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Queries [b, d], passages [b, d], negatives [b, n, d] (None for none)."""
+    b, d = states.query_bd.shape
+    passage_bd, negatives_md = states.documents_md[:b], states.documents_md[b:]
+    return states.query_bd, passage_bd, negatives_md.reshape(b, -1, d) if len(negatives_md) else None
+
+
+def value_and_grad(
+    batch_loss: Any, params: Params, texts: tuple[Batch, Batch], config: ModelConfig, compute: ComputeConfig
+) -> tuple[jax.Array, dict[str, jax.Array], Params]:
+    """The loss of a batch, its terms, and its gradient, directly or by cached gradients."""
+    if not compute.chunk_rows:
+
+        def direct(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return batch_loss(_states(params, texts, config, compute))
+
+        (total, terms), grads = jax.value_and_grad(direct, has_aux=True)(params)
+        return total, terms, grads
+
+    states = _states(params, texts, config, compute)
+    (total, terms), cotangents = jax.value_and_grad(batch_loss, has_aux=True)(states)
+    grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+    for rows, cotangent_bd in zip(texts, cotangents, strict=True):
+        grads = _add_chunk_grads(grads, params, rows, cotangent_bd, config, compute)
+    return total, terms, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+
+
+def _texts(batch: TrainBatch) -> tuple[Batch, Batch]:
+    """The queries, and passages and negatives as one run of rows of the same length."""
+    if batch.negatives is None:
+        return batch.query, batch.passage
+    documents = jax.tree.map(lambda *rows: jnp.concatenate(rows), batch.passage, batch.negatives)
+    return batch.query, documents
+
+
+def _states(params: Params, texts: tuple[Batch, Batch], config: ModelConfig, compute: ComputeConfig) -> States:
+    def encode(rows: Batch) -> jax.Array:
+        return eos_states(params, rows, config=config, dtype=compute.dtype, remat=compute.remat)
+
+    if not compute.chunk_rows:
+        return States(*(encode(rows) for rows in texts))
+    return States(*(_join(jax.lax.map(encode, _chunks(rows, compute.chunk_rows))) for rows in texts))
+
+
+def _add_chunk_grads(
+    grads: Params, params: Params, rows: Batch, cotangent_bd: jax.Array, config: ModelConfig, compute: ComputeConfig
+) -> Params:
+    def add(grads: Params, chunk: tuple[Batch, jax.Array]) -> tuple[Params, None]:
+        rows, cotangent = chunk
+        _, pull = jax.vjp(
+            lambda params: eos_states(params, rows, config=config, dtype=compute.dtype, remat=compute.remat), params
+        )
+        (chunk_grads,) = pull(cotangent)
+        return jax.tree.map(lambda total, g: total + g.astype(total.dtype), grads, chunk_grads), None
+
+    chunks = (_chunks(rows, compute.chunk_rows), _chunks(cotangent_bd, compute.chunk_rows))
+    return jax.lax.scan(add, grads, chunks)[0]
+
+
+def _chunks(tree: Any, rows: int) -> Any:
+    """[b, …] as [chunks, rows, …]. A chunk takes every chunks-th row: each device then has its part of every chunk."""
+
+    def split(x: jax.Array) -> jax.Array:
+        size = min(rows, len(x))
+        if len(x) % size:
+            raise InputError(f"chunk_rows={rows} does not divide a run of {len(x)} texts")
+        return x.reshape(size, len(x) // size, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, tree)
+
+
+def _join(x: jax.Array) -> jax.Array:
+    """Undoes ``_chunks``."""
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
