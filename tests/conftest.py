@@ -1,0 +1,68 @@
+"""The tests' environment, and the models they share.
+
+Set before JAX is imported: the CPU, as 8 devices; no network; a compilation cache that lives as long as the session.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_CACHE = tempfile.mkdtemp(prefix="f2llm_jax_tests_")
+
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    JAX_PLATFORMS="cpu",
+    TPU_SKIP_MDS_QUERY="1",
+    XDG_CACHE_HOME=_CACHE,
+    XLA_FLAGS="--xla_force_host_platform_device_count=8",
+)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _torch_threads() -> None:
+    import torch
+
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release of a tiny model with a tiny tokenizer. Tests that change files make a copy."""
+    from releases import write_release
+
+    return write_release(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_release: Path):
+    import f2llm_jax
+
+    return f2llm_jax.load(tiny_release)
+
+
+@pytest.fixture
+def copied_release(tiny_release: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny release, to be changed."""
+    return Path(shutil.copytree(tiny_release, tmp_path / "release"))
+
+
+@pytest.fixture(scope="session")
+def real_release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A small model around the real Qwen3 tokenizer, which appends the EOS as sentence-transformers relies on."""
+    from releases import QWEN_TOKENIZER, SMALL, skip_without_shared, write_release
+
+    skip_without_shared()
+    folder = tmp_path_factory.mktemp("real")
+    yield write_release(folder, SMALL, tokenizer=QWEN_TOKENIZER)
+    shutil.rmtree(folder)

@@ -1,0 +1,302 @@
+"""Outputs appear whole or not at all: kills, full disks, second processes, folders that are in the way."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conversions import Sums, tensor_sums, write_random_release
+from deadly import convert_and_die
+from releases import write_release
+
+import f2llm_jax
+from f2llm_jax.configs.models import MODELS
+from f2llm_jax.convert import conversion, staging
+from f2llm_jax.convert.conversion import convert_release
+from f2llm_jax.convert.staging import Staging
+from f2llm_jax.errors import F2LLMError, InputError, ReleaseError
+
+# A server that has JAX imported forks the processes to be killed.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["f2llm_jax.convert.conversion"])
+
+# Where SIGKILL strikes: when this function is called for the nth time.
+MOMENTS = {
+    "before anything": ("f2llm_jax.convert.staging.Staging._start", 1),
+    "before the plan": ("f2llm_jax.convert.staging.write_text", 1),
+    "while files are created": ("f2llm_jax.convert.orbax.write_text", 5),
+    "at the first tensor": ("f2llm_jax.convert.conversion.write_part", 1),
+    "in the middle": ("f2llm_jax.convert.conversion.write_part", 20),
+    "when a tensor is noted": ("f2llm_jax.convert.staging.Staging.finish", 30),
+    "while the files around are written": ("f2llm_jax.convert.release_files.write_text", 2),
+    "before the rename": ("f2llm_jax.convert.staging.Staging.commit", 1),
+    "after the rename": ("f2llm_jax.convert.staging.Staging.discard", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_release(tmp_path_factory.mktemp("release") / "r")
+
+
+@pytest.fixture(scope="module")
+def sums(release: Path) -> Sums:
+    return tensor_sums(release)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_and_resumed(release: Path, sums: Sums, tmp_path: Path, moment: str) -> None:
+    out = tmp_path / "out"
+    killed(release, out, "flax", *MOMENTS[moment])
+    if moment == "after the rename":
+        assert same(out, sums, tmp_path)
+        out = convert_release(release, out, to="flax", force=True)
+    else:
+        assert not out.exists()
+        assert says_incomplete(tmp_path / "out.incomplete")
+        out = convert_release(release, out, to="flax")
+    assert same(out, sums, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "back"}
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_killed_while_replacing(release: Path, sums: Sums, tmp_path: Path, renames: int) -> None:
+    """The old folder is there or gone, never half of it, and the new one appears on the next try."""
+    out = convert_release(release, tmp_path / "out", to="hf", dtype="bfloat16")
+    killed(release, out, "hf", "pathlib.Path.rename", 1 + renames)  # the first puts the plan in its place
+    assert out.exists() == (renames == 1)
+    convert_release(release, out, to="hf", force=renames == 1)
+    assert tensor_sums(out) == sums
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """From outside, again and again, while a larger model is converted."""
+    release = write_random_release(tmp_path / "r", MODELS["80M"])
+    expected, out, rng = tensor_sums(release), tmp_path / "out", random.Random(0)
+    progress = []
+    for attempt in range(6):
+        process = PROCESSES.Process(target=convert_and_die, args=(release, out, "hf"))
+        process.start()
+        while process.is_alive() and not (tmp_path / "out.incomplete").exists():
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.1) * attempt)
+        process.kill()
+        process.join()
+        if out.exists():
+            break
+        if (tmp_path / "out.incomplete").exists():
+            progress.append(len(finished(tmp_path / "out.incomplete")))
+    assert progress and progress == sorted(progress)
+    convert_release(release, out, to="hf", force=out.exists())
+    assert tensor_sums(out) == expected
+
+
+def test_finished_tensors_are_not_copied_again(
+    release: Path, sums: Sums, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_after(20, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        convert_release(release, tmp_path / "out", to="hf")
+    monkeypatch.undo()
+    done = finished(tmp_path / "out.incomplete")
+    assert len(done) >= 19
+    copied, original = [], conversion._copy_tensor
+    monkeypatch.setattr(conversion, "_copy_tensor", lambda *args: (copied.append(args[1]), original(*args)))
+    out = convert_release(release, tmp_path / "out", to="hf")
+    assert sorted([*copied, *done]) == sorted(sums)
+    assert tensor_sums(out) == sums
+
+
+def test_other_arguments_do_not_resume(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_after(20, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        convert_release(release, tmp_path / "out", to="hf")
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"unfinished work with another dtype: repeat that command .* or give --force"):
+        convert_release(release, tmp_path / "out", to="hf", dtype="bfloat16")
+    with pytest.raises(InputError, match="unfinished work with another to"):
+        convert_release(release, tmp_path / "out", to="flax")
+    assert finished(tmp_path / "out.incomplete")
+    os.utime(release / "model.safetensors")
+    with pytest.raises(InputError, match="unfinished work with another source files"):
+        convert_release(release, tmp_path / "out", to="hf")
+    out = convert_release(release, tmp_path / "out", to="hf", dtype="bfloat16", force=True)
+    assert {dtype for dtype, _, _ in tensor_sums(out).values()} == {"torch.bfloat16"}
+
+
+def test_nothing_is_trusted_after_a_restart_of_the_machine(
+    release: Path, sums: Sums, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_after(20, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        convert_release(release, tmp_path / "out", to="hf")
+    monkeypatch.undo()
+    monkeypatch.setattr(staging, "_boot_id", lambda: "another")
+    for file in (tmp_path / "out.incomplete" / "release").glob("*.safetensors"):
+        file.write_bytes(b"\0" * file.stat().st_size)  # what a machine that lost its power may leave of it
+    assert tensor_sums(convert_release(release, tmp_path / "out", to="hf")) == sums
+
+
+def test_unfinished_folders_do_not_load(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for to in ("hf", "flax"):
+        interrupt_after(30, monkeypatch)
+        with pytest.raises(KeyboardInterrupt):
+            convert_release(release, tmp_path / to, to=to)
+        monkeypatch.undo()
+        for folder in (tmp_path / f"{to}.incomplete", tmp_path / f"{to}.incomplete" / "release"):
+            with pytest.raises(ReleaseError, match=r"config.json does not exist"):
+                f2llm_jax.load(folder)
+
+
+def test_existing_output_is_refused(release: Path, sums: Sums, tmp_path: Path) -> None:
+    out = convert_release(release, tmp_path / "out", to="flax")
+    with pytest.raises(InputError, match="out exists; --force replaces it"):
+        convert_release(release, out, to="hf")
+    assert not list(out.glob("*.safetensors"))
+    assert tensor_sums(convert_release(release, out, to="hf", force=True)) == sums
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_force_replaces_model_folders_only(release: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "out"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match="is no model folder"):
+        convert_release(release, precious, to="flax", force=True)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="is no folder"):
+        convert_release(release, tmp_path / "file", to="flax", force=True)
+    (tmp_path / "link").symlink_to(precious)
+    with pytest.raises(InputError, match="is no folder"):
+        convert_release(release, tmp_path / "link", to="flax", force=True)
+    (tmp_path / "new.incomplete").mkdir()
+    (tmp_path / "new.incomplete" / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match=r"holds thesis.tex"):
+        convert_release(release, tmp_path / "new", to="flax", force=True)
+    with pytest.raises(InputError, match="name a folder"):
+        convert_release(release, "/", to="flax", force=True)
+    assert (precious / "thesis.tex").exists()
+
+
+def test_model_is_not_converted_onto_itself(release: Path) -> None:
+    with pytest.raises(InputError, match="is the model to convert"):
+        convert_release(release, release, to="flax", force=True)
+    assert tensor_sums(release)
+
+
+def test_one_process_at_a_time(release: Path, tmp_path: Path) -> None:
+    other = Staging(tmp_path / "out", {"what": "something"})
+    with pytest.raises(InputError, match="is being written by another process"):
+        convert_release(release, tmp_path / "out", to="flax", force=True)
+    other.discard()
+    convert_release(release, tmp_path / "out", to="flax")
+
+
+def test_too_small_a_disk_is_told_before(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "_free", lambda out: 1000)
+    needed = sum(value.nbytes for value in conversion.open_checkpoint(release).tensors.values())
+    with pytest.raises(F2LLMError, match=rf"\({needed} bytes\), its disk has .* \(1000 bytes\)"):
+        convert_release(release, tmp_path / "out", to="flax")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_disk_that_fills_up(
+    release: Path, sums: Sums, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    original, calls = conversion.write_part, 0
+
+    def write(*args: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 25:
+            raise OSError(code, os.strerror(code))
+        original(*args)
+
+    monkeypatch.setattr(conversion, "write_part", write)
+    with pytest.raises(F2LLMError, match=r"disk of .* is full: .* GB are needed .* GB are free now; .* goes on"):
+        convert_release(release, tmp_path / "out", to="hf")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert tensor_sums(convert_release(release, tmp_path / "out", to="hf")) == sums
+
+
+def test_really_full_disk(tmp_path: Path) -> None:
+    """A file system of its own, where the machine lets us mount one."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(mount)], capture_output=True).returncode:
+        pytest.skip("cannot mount a small file system here")
+    try:
+        with pytest.raises(F2LLMError, match=r"needs 0\.00 GB .* its disk has"):
+            convert_release(write_release(tmp_path / "r"), mount / "out", to="flax")
+        assert not list(mount.iterdir())
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_source_that_changes_meanwhile(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard that is cut while it is read."""
+    source = write_release(tmp_path / "r")
+    original = conversion._copy_tensor
+
+    def copy(checkpoint: object, name: str, *rest: object) -> None:
+        if name == "norm.weight":
+            os.truncate(source / "model.safetensors", 5000)
+        original(checkpoint, name, *rest)
+
+    monkeypatch.setattr(conversion, "_copy_tensor", copy)
+    with pytest.raises(ReleaseError, match=r"model.safetensors ended at byte"):
+        convert_release(source, tmp_path / "out", to="flax")
+    assert {path.name for path in tmp_path.iterdir()} == {"r"}
+
+
+def test_progress_goes_to_standard_error(release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convert_release(release, tmp_path / "out", to="flax", show_progress=True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "out: 100%" in captured.err and "B/s]" in captured.err
+
+
+def killed(source: Path, out: Path, to: str, where: str, count: int) -> None:
+    """Converts, with --force, in a process that is killed with SIGKILL at the given moment."""
+    process = PROCESSES.Process(target=convert_and_die, args=(source, out, to, where, count))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def interrupt_after(tensors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C when so many tensors are finished."""
+    original = Staging.finish
+
+    def finish(self: Staging, name: str) -> None:
+        original(self, name)
+        if len(finished(self.folder.parent)) >= tensors:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Staging, "finish", finish)
+
+
+def finished(home: Path) -> list[str]:
+    file = home / "finished"
+    return file.read_text().split() if file.exists() else []
+
+
+def says_incomplete(home: Path) -> bool:
+    """By its name from the first moment on, in words from when the plan is there."""
+    plan = home / "plan.json"
+    return home.is_dir() and (not plan.exists() or "incomplete" in json.loads(plan.read_text())["note"])
+
+
+def same(out: Path, sums: Sums, tmp_path: Path) -> bool:
+    return tensor_sums(convert_release(out, tmp_path / "back", to="hf", force=True)) == sums

@@ -1,0 +1,407 @@
+"""What ``Encoder.encode`` promises: order, shapes, prompts, outputs, one warning, few compilations, a warm start."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from releases import QUERY_PROMPT, TINY, write_release
+from sentence_transformers.util import quantize_embeddings
+
+import f2llm_jax
+from f2llm_jax.batching import Buckets
+from f2llm_jax.errors import InputError
+
+SAME_COSINE = 0.999999
+
+WORDS = ["the", "quick", "brown fox", "dog", "한국어", "العربية", "हिन्दी", "日本語", "naïve", "👩‍🚀", "x=1;", "\n"]
+
+
+def random_texts(count: int, words: int, seed: int = 0) -> list[str]:
+    generator = np.random.default_rng(seed)
+    return [" ".join(generator.choice(WORDS, size=generator.integers(0, words + 1))) for _ in range(count)]
+
+
+TEXTS = random_texts(60, 12)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny) -> np.ndarray:
+    return tiny.encode(TEXTS)
+
+
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def same(got: np.ndarray, expected: np.ndarray) -> None:
+    """Equal up to what another shape of the batch changes."""
+    assert got.shape == expected.shape
+    assert np.min(np.sum(got * expected, axis=-1)) >= SAME_COSINE
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
+
+
+def test_unit_rows_in_input_order(tiny, expected):
+    assert expected.shape == (60, 96) and expected.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(expected, axis=1), 1, rtol=1e-6)
+    same(tiny.encode(TEXTS[::-1]), expected[::-1])
+    order = np.random.default_rng(0).permutation(60)
+    same(tiny.encode([TEXTS[i] for i in order]), expected[order])
+    assert len(np.unique(expected.round(4), axis=0)) == len(set(TEXTS))
+
+
+def test_one_text_alone_and_in_any_batch(tiny, expected):
+    for text, row in zip(TEXTS, expected, strict=True):
+        same(tiny.encode([text]), row[None])
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 50, 333, 100_000])
+def test_batch_size_does_not_matter(tiny, expected, batch_tokens):
+    same(tiny.encode(TEXTS, batch_tokens=batch_tokens), expected)
+
+
+def test_buckets_do_not_matter(tiny, expected):
+    """Another limit on the length makes other buckets."""
+    for max_length in (400, 777, 2048):
+        with no_warnings():
+            same(tiny.encode(TEXTS, max_length=max_length), expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(texts=st.lists(st.text(max_size=30), max_size=12), batch_tokens=st.sampled_from([8, 64, 2048]), data=st.data())
+def test_any_texts_in_any_order(tiny, texts, batch_tokens, data):
+    order = data.draw(st.permutations(range(len(texts))))
+    straight = tiny.encode(texts, batch_tokens=2048)
+    shuffled = tiny.encode([texts[i] for i in order], batch_tokens=batch_tokens)
+    assert straight.shape == (len(texts), 96)
+    if texts:
+        same(shuffled, straight[list(order)])
+
+
+def test_no_texts(tiny):
+    for dim in (1, 8, 96):
+        assert tiny.encode([], dim=dim).shape == (0, dim)
+    assert tiny.encode([]).dtype == np.float32
+    assert tiny.encode([], output="binary", dim=9).shape == (0, 2)
+    assert tiny.encode_query(()).shape == (0, 96)
+
+
+def test_one_string(tiny, expected):
+    for index in (0, 1, 2):
+        got = tiny.encode(TEXTS[index])
+        assert got.shape == (96,)
+        same(got, expected[index])
+    assert tiny.encode("a", dim=8).shape == (8,)
+    assert tiny.encode("a", output="ubinary", dim=17).shape == (3,)
+    same(tiny.encode_query("a"), tiny.encode_query(["a"])[0])
+
+
+def test_empty_strings(tiny):
+    got = tiny.encode(["", "a", ""])
+    same(got[0], got[2])
+    same(tiny.encode(""), got[0])
+    np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, rtol=1e-6)
+
+
+def test_any_sequence_of_strings(tiny, expected):
+    same(tiny.encode(tuple(TEXTS)), expected)
+    same(tiny.encode(np.array(TEXTS)), expected)
+    same(tiny.encode(text for text in TEXTS), expected)
+
+
+@pytest.mark.parametrize(("wrong", "kind"), [(None, "NoneType"), (3, "int"), (b"a", "bytes"), (["a"], "list")])
+def test_what_is_no_string_is_named_by_index(tiny, wrong, kind):
+    with pytest.raises(InputError, match=f"text 2 is a {kind}, not a string"):
+        tiny.encode(["a", "b", wrong, "c", None])
+
+
+@pytest.mark.parametrize("texts", ["\ud800", ["\ud800"]])
+def test_what_is_no_unicode_is_named_by_index(tiny, texts):
+    with pytest.raises(InputError, match="text 0"):
+        tiny.encode(texts)
+
+
+@pytest.mark.parametrize("wrong", [None, 3])
+def test_what_is_no_list_is_refused(tiny, wrong):
+    with pytest.raises(InputError, match=f"not a {type(wrong).__name__}"):
+        tiny.encode(wrong)
+
+
+def test_prompts(tiny, expected):
+    with_prompt = tiny.encode([QUERY_PROMPT + text for text in TEXTS])
+    assert np.abs(with_prompt - expected).max() > 0.01
+    same(tiny.encode(TEXTS, prompt_name="query"), with_prompt)
+    same(tiny.encode(TEXTS, prompt=QUERY_PROMPT), with_prompt)
+    same(tiny.encode_query(TEXTS), with_prompt)
+    same(tiny.encode(TEXTS, prompt_name="document"), expected)
+    same(tiny.encode_document(TEXTS), expected)
+
+
+def test_prompt_wins_over_prompt_name(tiny, expected):
+    same(tiny.encode(TEXTS, prompt="", prompt_name="query"), expected)
+    same(tiny.encode(TEXTS, prompt=QUERY_PROMPT, prompt_name="document"), tiny.encode_query(TEXTS))
+    same(tiny.encode(TEXTS, prompt="", prompt_name="no such prompt"), expected)
+
+
+def test_encode_query_and_document_can_be_told_otherwise(tiny, expected):
+    query = tiny.encode_query(TEXTS)
+    same(tiny.encode_query(TEXTS, prompt=""), expected)
+    same(tiny.encode_query(TEXTS, prompt_name="document"), expected)
+    same(tiny.encode_document(TEXTS, prompt_name="query"), query)
+    same(tiny.encode_document(TEXTS, prompt=QUERY_PROMPT), query)
+
+
+def test_unknown_prompt_name_lists_the_known(tiny):
+    with pytest.raises(InputError, match="no prompt named 'passage'; there are 'query', 'document'"):
+        tiny.encode(["a"], prompt_name="passage")
+    with pytest.raises(InputError, match="no prompt named ''"):
+        tiny.encode(["a"], prompt_name="")
+
+
+def test_default_prompt_name(tiny, tiny_release):
+    model = f2llm_jax.load(tiny_release)
+    model.default_prompt_name = "query"
+    query, plain = tiny.encode_query(TEXTS[:3]), tiny.encode(TEXTS[:3])
+    same(model.encode(TEXTS[:3]), query)
+    same(model.encode(TEXTS[:3], prompt_name="document"), plain)
+    same(model.encode(TEXTS[:3], prompt=""), plain)
+    same(model.encode_document(TEXTS[:3]), plain)
+
+
+@pytest.mark.parametrize("dim", [1, 33, 96])
+def test_dims_are_cut_then_normalised(tiny, expected, dim):
+    got = tiny.encode(TEXTS, dim=dim)
+    cut = expected[:, :dim]
+    same(got, cut / np.linalg.norm(cut, axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("dim", [0, -8, 97, True, 2.5, "8", np.float32(8)])
+def test_dim_outside_the_model_lists_advised_sizes(tiny, dim):
+    with pytest.raises(InputError, match=r"within 1\.\.96.*advised: 8, 16, 32, 64, 96"):
+        tiny.encode(["a"], dim=dim)
+
+
+@pytest.mark.parametrize("dim", [13])
+def test_outputs_equal_sentence_transformers(tiny, dim):
+    floats = tiny.encode(TEXTS, dim=dim)
+    ranges = f2llm_jax.int8_ranges(floats[:20])
+    assert tiny.encode(TEXTS, dim=dim, output="float32").dtype == np.float32
+    half = tiny.encode(TEXTS, dim=dim, output="bfloat16")
+    assert half.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(half, floats.astype(ml_dtypes.bfloat16))
+    for output in ("binary", "ubinary"):
+        got = tiny.encode(TEXTS, dim=dim, output=output)
+        expected = quantize_embeddings(floats, output)
+        assert got.dtype == expected.dtype
+        np.testing.assert_array_equal(got, expected)
+    got = tiny.encode(TEXTS, dim=dim, output="int8", ranges=ranges)
+    expected = quantize_embeddings(floats, "int8", calibration_embeddings=floats[:20])
+    assert got.dtype == np.int8
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"output": "float16"}, "output must be one of float32, bfloat16, int8, binary, ubinary"),
+        ({"output": "int8"}, "needs ranges"),
+        ({"output": "int8", "ranges": np.zeros((2, 95))}, r"\(2, 96\), not \(2, 95\)"),
+        ({"output": "binary", "ranges": np.zeros((2, 96))}, "ranges are for output='int8'"),
+        ({"max_length": 0}, r"within 1\.\.2048, not 0"),
+        ({"max_length": 2049}, r"within 1\.\.2048, not 2049"),
+        ({"batch_tokens": 0}, "batch_tokens must be positive"),
+        ({"batch_tokens": -1}, "batch_tokens must be positive"),
+    ],
+)
+def test_wrong_options_are_named(tiny, options, message):
+    for texts in (["a"], []):
+        with pytest.raises(InputError, match=message):
+            tiny.encode(texts, **options)
+
+
+def test_truncation_is_reported_once_with_the_count(tiny):
+    texts = ["Z" * count for count in range(20)] * 250  # a token a letter; more than one chunk of texts
+    with pytest.warns(UserWarning) as caught:
+        got = tiny.encode(texts, max_length=10)
+    assert [str(warning.message) for warning in caught] == [
+        "2500 of 5000 texts were longer than 10 tokens and were truncated"
+    ]
+    assert caught[0].filename == __file__, "the warning points at the caller of encode"
+    with no_warnings():
+        same(got[:20], np.concatenate([tiny.encode(texts[:10]), tiny.encode(["Z" * 9] * 10)]))
+
+
+@pytest.mark.parametrize("call", ["encode", "encode_query", "encode_document"])
+def test_the_truncation_warning_points_at_the_caller(tiny, call):
+    with pytest.warns(UserWarning, match="1 of 2") as caught:
+        getattr(tiny, call)(["a", "Z" * 40], max_length=20, prompt="")
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_the_prompt_counts_towards_the_length(tiny):
+    with pytest.warns(UserWarning, match="1 of 1"):
+        cut = tiny.encode(["abc"], prompt="Z" * 30, max_length=20)
+    same(cut, tiny.encode(["Z" * 19]))
+
+
+def test_nothing_is_truncated_silently_or_reported_wrongly(tiny):
+    with no_warnings():
+        tiny.encode(["Z" * 9, ""], max_length=10)
+    with pytest.warns(UserWarning, match="1 of 2 texts were longer than 1 tokens"):
+        tiny.encode(["Z", ""], max_length=1)
+
+
+def test_progress_bar(tiny, capsys):
+    tiny.encode(TEXTS)
+    assert capsys.readouterr().err == ""
+    tiny.encode(TEXTS, show_progress=True)
+    shown = capsys.readouterr().err
+    assert "60/60" in shown and "text/s" in shown and "tokens/s" in shown
+
+
+def test_similarity(tiny, expected):
+    got = tiny.similarity(expected[:3], expected)
+    assert got.shape == (3, 60) and got.dtype == np.float32
+    np.testing.assert_allclose(got, expected[:3].astype(np.float64) @ expected.T, atol=1e-6)
+    assert tiny.similarity(expected[0], expected[1]).shape == (1, 1)
+    np.testing.assert_allclose(tiny.similarity(expected * 7, expected[:2] / 3), (expected @ expected[:2].T), atol=1e-6)
+    half = tiny.encode(TEXTS, output="bfloat16")
+    np.testing.assert_allclose(tiny.similarity(half, half), expected @ expected.T, atol=0.02)
+
+
+def test_attributes(tiny, expected):
+    assert tiny.config == TINY
+    assert tiny.max_length == 2048
+    assert tiny.prompts == {"query": QUERY_PROMPT, "document": ""}
+    assert (tiny.dtype, tiny.mesh, tiny.default_prompt_name) == ("float32", None, None)
+    assert tiny.tokenizer.eos_id != tiny.tokenizer.pad_id
+    assert "hidden_size=96" in repr(tiny)
+    sequences, _ = tiny.tokenizer.encode(TEXTS[1:2], 2048)
+    batch = f2llm_jax.Batch(sequences[0][None], np.array([len(sequences[0])], np.int32))
+    same(np.asarray(f2llm_jax.embed(tiny.params, batch, config=tiny.config)), expected[1:2])
+
+
+def test_bfloat16(tiny, tiny_release, expected):
+    model = f2llm_jax.load(tiny_release, dtype="bfloat16")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(model.params)} == {"bfloat16"}
+    got = model.encode(TEXTS)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, rtol=1e-6)
+    assert (got * expected).sum(axis=1).min() >= 0.9995
+    for index in (0, 1, 2):
+        assert model.encode([TEXTS[index]])[0] @ got[index] >= 0.99999
+
+
+def test_several_threads_may_encode(tiny, expected):
+    results: dict[int, np.ndarray] = {}
+
+    def encode(start: int) -> None:
+        results[start] = tiny.encode(TEXTS[start::3])
+
+    threads = [threading.Thread(target=encode, args=(start,)) for start in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for start, result in results.items():
+        same(result, expected[start::3])
+    assert len(results) == 3
+
+
+@contextmanager
+def counted_compilations() -> Iterator[list[str]]:
+    """Every program that is compiled, or taken from the persistent cache, while the block runs."""
+    counted: list[str] = []
+
+    def listen(event: str, _seconds: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            counted.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield counted
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture(scope="module")
+def smallest(tmp_path_factory) -> f2llm_jax.Encoder:
+    """One narrow layer: as quick as a model can be."""
+    from dataclasses import replace
+
+    config = replace(
+        TINY,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=512,
+    )
+    return f2llm_jax.load(write_release(tmp_path_factory.mktemp("smallest"), config))
+
+
+def test_few_compilations_for_many_lengths(smallest):
+    generator = np.random.default_rng(0)
+    texts = ["Z" * int(length) for length in generator.integers(0, 120, size=10_000)]
+    buckets = Buckets(2048, 120)
+    with counted_compilations() as counted:
+        got = smallest.encode(texts, max_length=120, batch_tokens=2048)
+        # One shape for each length; and the texts that are left at the end fill a few of fewer rows.
+        assert 0 < len(counted) <= len(buckets.lengths) + 4 < len(buckets)
+        for start in (0, 3000, 9990):
+            smallest.encode(texts[start : start + 1000], max_length=120, batch_tokens=2048)
+        in_all = len(counted)
+        assert in_all <= len(buckets)
+        np.testing.assert_array_equal(smallest.encode(texts, max_length=120, batch_tokens=2048), got)
+        assert len(counted) == in_all
+
+
+COUNT_CACHE_HITS = """
+import sys, jax, f2llm_jax
+hits, misses = [], []
+def listen(event, **_):
+    hits.append(event) if event == "/jax/compilation_cache/cache_hits" else None
+    misses.append(event) if event == "/jax/compilation_cache/cache_misses" else None
+jax.monitoring.register_event_listener(listen)
+f2llm_jax.load(sys.argv[1]).encode(["a", "a longer text " * 9])
+print(len(hits), len(misses))
+"""
+
+
+def test_the_second_process_starts_warm(tiny_release, tmp_path):
+    def run(**env: str) -> tuple[int, int]:
+        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), **env}
+        command = [sys.executable, "-c", COUNT_CACHE_HITS, str(tiny_release)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        hits, misses = map(int, result.stdout.split())
+        return hits, misses
+
+    hits, misses = run()
+    assert hits == 0 and misses >= 1
+    assert run() == (misses, 0)
+    assert list((tmp_path / "cache" / "f2llm_jax").iterdir())
+
+
+@pytest.mark.parametrize("setting", ["JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"])
+def test_jaxs_own_cache_settings_win(tiny_release, tmp_path, setting):
+    value = str(tmp_path / "mine") if setting.endswith("DIR") else "false"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), setting: value}
+    script = "import sys, f2llm_jax; f2llm_jax.load(sys.argv[1]).encode('a')"
+    subprocess.run([sys.executable, "-c", script, str(tiny_release)], env=environment, check=True)
+    assert not (tmp_path / "cache").exists()

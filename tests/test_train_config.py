@@ -1,0 +1,132 @@
+"""Recipes, and changes to them from the command line."""
+
+import dataclasses
+import json
+
+import pytest
+
+from f2llm_jax.cli import main
+from f2llm_jax.configs.models import MODELS
+from f2llm_jax.errors import InputError
+from f2llm_jax.train.config import (
+    TrainConfig,
+    differences,
+    from_dict,
+    load_recipe,
+    override,
+    recipe_names,
+    to_dict,
+    values,
+)
+
+BASE = TrainConfig(model="m")
+
+# The published table: learning rate, epochs, and the size distilled from.
+TABLE = {
+    "80M": (4e-5, 4, "0.6B"),
+    "160M": (3e-5, 3, "0.6B"),
+    "330M": (2e-5, 3, "0.6B"),
+    "0.6B": (1e-5, 2, "1.7B"),
+    "1.7B": (9e-6, 2, "4B"),
+    "4B": (7e-6, 2, None),
+    "8B": (6e-6, 2, None),
+    "14B": (5e-6, 2, None),
+}
+
+
+def recipe(stage: int, size: str) -> TrainConfig:
+    return load_recipe(f"configs/stage{stage}_{size.lower().replace('.', '_')}.py")
+
+
+def test_there_is_a_recipe_for_every_size_and_stage():
+    large = [size for size in MODELS if not size.endswith("M")]
+    assert len(recipe_names()) == len(MODELS) + len(large) + 1
+    for size in large:
+        assert recipe(1, size).teacher is None
+        assert recipe(1, size).model == f"Qwen/Qwen3-{size}"
+        assert recipe(2, size).model == f"codefuse-ai/F2LLM-v2-{size}-Preview"
+    for size in set(MODELS) - set(large):
+        assert recipe(2, size).model == f"codefuse-ai/F2LLM-v2-0.6B-Preview-Pruned-{size}"
+
+
+@pytest.mark.parametrize("size", TABLE)
+def test_recipes_are_the_published_ones(size):
+    learning_rate, epochs, teacher = TABLE[size]
+    config = recipe(2, size)
+    assert (config.optim.learning_rate, config.epochs) == (learning_rate, epochs)
+    assert config.teacher == (teacher and f"codefuse-ai/F2LLM-v2-{teacher}")
+    optim = {"min_learning_rate": 1e-7, "warmup_steps": 500, "b1": 0.9, "b2": 0.98, "weight_decay": 0.01}
+    assert {name: getattr(config.optim, name) for name in optim} == optim
+    assert (config.optim.clip_norm, config.data.batch_size, config.data.max_length) == (1.0, 512, 1024)
+    assert config.loss.temperature == 0.05
+    assert config.loss.mask_duplicates and not config.loss.stop_passage_gradient
+    assert (config.compute.dtype, config.params_dtype) == ("bfloat16", "float32")
+    hidden = MODELS[size].hidden_size
+    assert config.loss.mrl_dims == tuple(dim for dim in (2**n for n in range(3, 14)) if dim < hidden)
+
+
+@pytest.mark.parametrize(
+    ("setting", "key", "value"),
+    [
+        ("optim.learning_rate=1e-5", "optim.learning_rate", 1e-5),
+        ("data.batch_size=64", "data.batch_size", 64),
+        ("loss.mrl_dims=8, 16,32", "loss.mrl_dims", (8, 16, 32)),
+        ("loss.mrl_dims=", "loss.mrl_dims", ()),
+        ("loss.mask_duplicates=false", "loss.mask_duplicates", False),
+        ("teacher=a=b", "teacher", "a=b"),
+        ("teacher=none", "teacher", None),
+        ("query_prompt=", "query_prompt", ""),
+    ],
+)
+def test_values_are_parsed_by_type(setting, key, value):
+    start = dataclasses.replace(BASE, teacher="t", query_prompt="q")
+    changed = override(start, [setting])
+    assert values(changed) == {**values(start), key: value}
+    assert type(values(changed)[key]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("optim.lerning_rate=1", "no setting 'optim.lerning_rate'; nearest: optim.learning_rate"),
+        ("learning_rate=1", "nearest: .*optim.learning_rate"),
+        ("batchsize=1", "nearest: data.batch_size"),
+        ("optim=1", "optim is a group of optim.learning_rate"),
+        ("epochs=1.5", "epochs takes a int, not '1.5'"),
+        ("loss.mask_duplicates=1", "true or false, not '1'"),
+        ("epochs", "KEY=VALUE, not 'epochs'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(setting, message):
+    with pytest.raises(InputError, match=message):
+        override(BASE, [setting])
+
+
+def test_a_config_goes_through_json():
+    config = override(recipe(2, "80M"), ["mesh.fsdp=4", "loss.mrl_dims=8,16"])
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+    with pytest.raises(InputError, match="no setting 'modle'; nearest: model"):
+        from_dict({"modle": "m"})
+    assert differences(BASE, override(BASE, ["epochs=7", "mesh.tensor=2"])) == ["epochs: 2 -> 7", "mesh.tensor: 1 -> 2"]
+
+
+def test_recipes_of_ones_own(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from f2llm_jax.train.config import TrainConfig\n\nget_config = lambda: TrainConfig('mine')\n")
+    assert load_recipe(str(file)).model == "mine"
+    file.write_text("config = 1\n")
+    with pytest.raises(InputError, match=r"no function get_config\(\)"):
+        load_recipe(str(file))
+    with pytest.raises(InputError, match=r"no recipe 'stage2_80b', .*nearest: stage2_8b, stage2_80m"):
+        load_recipe("stage2_80b")
+
+
+def test_the_command_lists_recipes_and_settings(capsys):
+    assert main(["train", "--list"]) == 0
+    assert capsys.readouterr().out.split() == recipe_names()
+    assert main(["train", "tiny", "--list", "--set", "epochs=9"]) == 0
+    assert "epochs=9\n" in capsys.readouterr().out
+    assert main(["train", "tiny", "--set", "epoch=9", "--out", "x"]) == 2
+    assert "nearest: epochs" in capsys.readouterr().err
+    assert main(["train"]) == 2
+    assert main(["train", "tiny"]) == 2

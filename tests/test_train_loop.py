@@ -1,0 +1,376 @@
+"""Whole runs of a tiny model on prepared data: killed, stopped, on other meshes, on another number of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from raw_data import rows, write_raw
+from releases import TINY, edit_json, set_appended_token, write_release
+
+import f2llm_jax
+from f2llm_jax.cli import main
+from f2llm_jax.convert.load import load_params, open_checkpoint
+from f2llm_jax.embedding import Batch
+from f2llm_jax.errors import InputError
+from f2llm_jax.model import count_parameters
+from f2llm_jax.train.checkpoint import Checkpoints
+from f2llm_jax.train.config import MeshConfig
+from f2llm_jax.train.data import DataLoader
+from f2llm_jax.train.meter import Work, by_dataset
+from f2llm_jax.train.placement import make_train_mesh
+from f2llm_jax.train.prepare import prepare
+from f2llm_jax.train.scalars import Scalars, read_scalars
+
+PROCESS = Path(__file__).with_name("train_process.py")
+
+# 7 batches of retrieval and 4 of classification, all of the same shape: two programs are compiled.
+STEPS = 11
+SETTINGS = {
+    "data.batch_size": 8,
+    "data.max_length": 8,
+    "loss.mrl_dims": "32",
+    "optim.learning_rate": 1e-3,
+    "optim.warmup_steps": 3,
+    "compute.dtype": "float32",
+    "every.log": 1,
+    "every.validation": 5,
+    "every.checkpoint": 3,
+    "every.keep": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, tiny_release) -> Path:
+    home = tmp_path_factory.mktemp("train")
+    tables = {"aya": rows(57, negatives=1, prefix=""), "imdb": rows(33, negatives=1, seed=1, prefix="")}
+    prepare(write_raw(home / "raw", tables), tiny_release, home / "data", workers=1, max_length=8)
+    return home / "data"
+
+
+@pytest.fixture(scope="module")
+def command(data, tiny_release):
+    """Arguments of f2llm train for a run in a folder."""
+
+    def arguments(out: Path, *more: str, **settings: object) -> list[str]:
+        values = {"model": tiny_release, "data.path": data, **SETTINGS, **settings}
+        changes = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+        return ["tiny", "--out", str(out), *changes, *more]
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory) -> Path:
+    """A run from beginning to end, and ``export`` in its folder."""
+    out = tmp_path_factory.mktemp("whole")
+    assert main(["train", *command(out, "--export", str(out / "export"))]) == 0
+    return out
+
+
+def losses(run: Path) -> dict[int, dict[str, float]]:
+    """{step: losses, learning rate and gradient norm} of a run's training steps."""
+    lines = [line for line in read_scalars(run) if "lr" in line]
+    return {int(line["step"]): {k: v for k, v in line.items() if not k.startswith("throughput")} for line in lines}
+
+
+def run_process(arguments: list[str], **options: object) -> subprocess.Popen:
+    environment = os.environ | ({"XLA_FLAGS": "--xla_force_host_platform_device_count=4"} if "port" in options else {})
+    process = [sys.executable, str(PROCESS), json.dumps(options), *arguments]
+    return subprocess.Popen(process, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def copy_until(run: Path, out: Path, step: int) -> Path:
+    """A copy of a run as it was when the checkpoint of a step was the last."""
+    shutil.copytree(run, out, ignore=shutil.ignore_patterns("export"))
+    for folder in (out / "checkpoints").iterdir():
+        if int(folder.name) > step:
+            shutil.rmtree(folder)
+    return out
+
+
+def assert_close(run: Path, reference: Path) -> None:
+    found, expected = losses(run), losses(reference)
+    assert found.keys() == expected.keys()
+    for step, values in expected.items():
+        assert found[step].keys() == values.keys()
+        for name, value in values.items():
+            assert found[step][name] == pytest.approx(value, rel=1e-5, abs=1e-7), (step, name)
+
+
+# --- a whole run
+
+
+def test_a_run_logs_what_the_reference_logs(whole):
+    steps = losses(whole)
+    assert list(steps) == list(range(1, STEPS + 1))
+    of = {
+        name: [step for step, values in steps.items() if f"{name}/training_loss_hard" in values]
+        for name in ("aya", "imdb")
+    }
+    assert (len(of["aya"]), len(of["imdb"])) == (7, 4)
+    for name, task in (("aya", "retrieval"), ("imdb", "classification")):
+        kinds = ("hard", "in_batch") if task == "retrieval" else ("hard",)
+        for step in of[name]:
+            means = {f"{name}/training_loss_{kind}" for kind in kinds}
+            averages = {f"Avg/{task}/training_loss_{kind}" for kind in kinds}
+            assert steps[step].keys() == {"step", "lr", "grad_norm", *means, *averages}
+    assert steps[1]["lr"] == 0.0
+    assert steps[4]["lr"] == pytest.approx(1e-3)
+    assert steps[STEPS]["lr"] < steps[STEPS - 1]["lr"] < 1e-3
+    first, *_, last = (steps[step]["aya/training_loss_hard"] for step in of["aya"])
+    assert last < first
+
+    throughput = read_scalars(whole)[-2]
+    assert throughput["throughput/examples_per_second"] > 0
+    assert 0 <= throughput["throughput/padding_share"] < 1
+    assert "throughput/mfu_estimate" not in throughput  # nobody knows a CPU's peak
+
+
+def test_a_run_validates_every_dataset(whole):
+    lines = [line for line in read_scalars(whole) if "lr" not in line]
+    assert [line["step"] for line in lines] == [5, 10, STEPS]
+    names = {"aya": ("accuracy", "loss_hard", "loss_in_batch"), "imdb": ("accuracy", "loss_hard")}
+    tasks = {"aya": "Avg/retrieval", "imdb": "Avg/classification"}
+    expected = {
+        f"{home}/valid_{kind}" for name, kinds in names.items() for kind in kinds for home in (name, tasks[name])
+    }
+    for line in lines:
+        assert line.keys() == {"step", *expected}
+        assert 0 <= line["aya/valid_accuracy"] <= 1
+
+
+def test_tensorboard_has_the_same_scalars(whole):
+    from tensorboardX.proto.event_pb2 import Event
+
+    (file,) = (whole / "tensorboard").iterdir()
+    raw, position, events = file.read_bytes(), 0, []
+    while position < len(raw):
+        (length,) = struct.unpack_from("<Q", raw, position)
+        events.append(Event.FromString(raw[position + 12 : position + 12 + length]))
+        position += 16 + length
+    found = {(event.step, value.tag): value.simple_value for event in events for value in event.summary.value}
+    written = {(line["step"], k): v for line in read_scalars(whole) for k, v in line.items() if k != "step"}
+    assert found.keys() == written.keys()
+    for key, value in written.items():
+        assert found[key] == pytest.approx(value, rel=1e-6)
+
+
+def test_checkpoints_are_kept_and_exported(whole, tiny_release):
+    assert sorted(int(folder.name) for folder in (whole / "checkpoints").iterdir()) == [9, STEPS]
+    trained = load_params(open_checkpoint(whole / "checkpoints" / str(STEPS)), TINY)
+    exported = f2llm_jax.load(whole / "export")
+    jax.tree.map(np.testing.assert_array_equal, trained, exported.params)
+    before = f2llm_jax.load(tiny_release)
+    assert exported.prompts == before.prompts
+    assert np.abs(exported.encode("a quick fox") - before.encode("a quick fox")).max() > 1e-3
+
+
+def test_average_is_the_mean_of_the_last_checkpoints(whole, tmp_path, capsys):
+    assert main(["average", str(whole), str(tmp_path / "mean"), "--last", "2"]) == 0
+    assert f"steps 9, {STEPS}" in capsys.readouterr().out
+    parts = [load_params(open_checkpoint(whole / "checkpoints" / str(step)), TINY) for step in (9, STEPS)]
+    mean = f2llm_jax.load(tmp_path / "mean").params
+    jax.tree.map(lambda x, a, b: np.testing.assert_allclose(x, (a + b) / 2, rtol=1e-6, atol=1e-9), mean, *parts)
+    assert main(["average", str(whole), str(tmp_path / "more"), "--last", "3"]) == 2
+    assert "holds 2 checkpoints, not 3" in capsys.readouterr().err
+    assert main(["average", str(tmp_path), str(tmp_path / "more")]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+# --- interrupted
+
+
+def test_a_killed_run_goes_on_bit_for_bit(command, whole, tmp_path):
+    out = tmp_path / "run"
+    deaths = [
+        {"die_in": "f2llm_jax.train.data.DataLoader.__next__", "count": 2},  # before the first checkpoint
+        {"die_in": "f2llm_jax.train.checkpoint.Checkpoints.save", "count": 2},  # while the one of step 6 is written
+        {"die_in": "f2llm_jax.train.data.DataLoader.__next__", "count": 5},
+    ]
+    for death in deaths:
+        process = run_process(command(out, "--resume", "auto"), **death)
+        process.communicate(timeout=300)
+        assert process.returncode == -signal.SIGKILL
+    assert main(["train", *command(out, "--resume", "auto")]) == 0
+    assert losses(out) == losses(whole)
+    ends = [load_params(open_checkpoint(run / "checkpoints" / str(STEPS)), TINY) for run in (out, whole)]
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+
+
+def test_sigterm_saves_and_stops(command, whole, tmp_path, monkeypatch, capsys):
+    original = DataLoader.__next__
+
+    def preempted(loader: DataLoader):
+        item = original(loader)
+        if loader.get_state()["step"] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return item
+
+    monkeypatch.setattr(DataLoader, "__next__", preempted)
+    handler = signal.getsignal(signal.SIGTERM)
+    assert main(["train", *command(tmp_path)]) == 128 + signal.SIGTERM
+    assert f"stopped after step 5 of {STEPS}; --resume auto goes on from {tmp_path}" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["3", "5"]
+    monkeypatch.undo()
+
+    assert main(["train", *command(tmp_path)]) == 2
+    assert "holds a run up to step 5; --resume auto goes on from there" in capsys.readouterr().err
+    assert main(["train", *command(tmp_path, "--resume", "auto")]) == 0
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path, monkeypatch, capsys):
+    original = DataLoader.__next__
+
+    def broken(loader: DataLoader):
+        item = original(loader)
+        if loader.get_state()["step"] == 5:
+            item.batch.passage.lengths_b[:] = 99  # the state of a token that is not there
+        return item
+
+    monkeypatch.setattr(DataLoader, "__next__", broken)
+    assert main(["train", *command(tmp_path, **{"every.checkpoint": 1, "every.keep": 0})]) == 2
+    error = capsys.readouterr().err
+    assert "error: step 5, a batch of " in error and "hard is nan" in error
+    assert f"the last good checkpoint is {tmp_path / 'checkpoints' / '3'}" in error
+    assert max(int(name) for name in os.listdir(tmp_path / "checkpoints")) == 4
+
+
+# --- elsewhere
+
+
+def test_a_run_goes_on_on_another_mesh(command, whole, tmp_path, capsys):
+    out = copy_until(whole, tmp_path / "run", 9)
+    settings = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "every.validation": 0}
+    assert main(["train", *command(out, "--resume", "auto", **settings)]) == 0
+    warning = capsys.readouterr().err
+    assert (
+        "another config: mesh.data: 0 -> 2, mesh.fsdp: 1 -> 2, mesh.tensor: 1 -> 2, every.validation: 5 -> 0" in warning
+    )
+    assert_close(out, whole)
+
+
+def test_a_run_goes_on_with_two_processes(command, whole, tmp_path):
+    out = copy_until(whole, tmp_path / "run", 9)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    settings = {"mesh.data": 2, "mesh.fsdp": 4, "every.validation": 0}
+    arguments = command(out, "--resume", "auto", "--export", str(tmp_path / "export"), **settings)
+    processes = [run_process(arguments, port=port, process=number) for number in range(2)]
+    for process in processes:
+        error = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, error
+    assert_close(out, whole)
+    ends = [f2llm_jax.load(folder).params for folder in (tmp_path / "export", whole / "export")]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *ends)
+
+
+# --- other ways to train
+
+
+def test_bfloat16_with_a_teacher_and_cached_gradients(command, tmp_path):
+    teacher = write_release(tmp_path / "teacher", seed=1)
+    settings = {
+        "teacher": teacher,
+        "params_dtype": "bfloat16",
+        "compute.dtype": "bfloat16",
+        "compute.chunk_rows": 8,
+        "max_steps": 1,
+        "every.validation": 0,
+    }
+    assert main(["train", *command(tmp_path / "run", **settings)]) == 0
+    (values,) = losses(tmp_path / "run").values()
+    names = [name for name in values if name.endswith("training_loss_distill")]
+    assert len(names) == 2 and all(values[name] > 0 for name in names)
+    with Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.steps == [1]
+        assert checkpoints.read_config(1).params_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data.batch_size": 12}, "data.batch_size=12 does not divide over data=8 · fsdp=1 = 8 parts of the mesh"),
+        ({"mesh.data": 3}, "a mesh data=3 fsdp=1 tensor=1 takes 3 devices, not 8"),
+        ({"mesh.fsdp": 0}, "only one can be 0, not data and fsdp"),
+        ({"data.path": "nowhere"}, "nowhere holds no prepared data"),
+        ({"model": "nowhere"}, "nowhere is neither a folder nor a hub id"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_training(command, tmp_path, capsys, settings, message):
+    assert main(["train", *command(tmp_path / "run", **settings)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_export_is_not_overwritten(command, tmp_path, capsys):
+    assert main(["train", *command(tmp_path / "run", "--export", str(tmp_path))]) == 2
+    assert f"{tmp_path} exists" in capsys.readouterr().err
+
+
+def test_data_for_another_tokenizer_is_refused(command, copied_release, tmp_path, capsys):
+    (copied_release / "tokenizer.json").write_text(
+        (copied_release / "tokenizer.json").read_text().replace("<|im_end|>", "<|endoftext|>", 0)
+    )
+    edit_json(copied_release / "tokenizer_config.json", eos_token="<|endoftext|>")
+    set_appended_token(copied_release, "<|endoftext|>")
+    assert main(["train", *command(tmp_path / "run", model=copied_release)]) == 2
+    assert "was prepared for models whose EOS is token 1; that of" in capsys.readouterr().err
+
+
+# --- parts
+
+
+def test_one_free_axis_takes_all_devices():
+    shape = dict(make_train_mesh(MeshConfig(data=2, fsdp=0, tensor=2)).shape)
+    assert shape == {"data": 2, "fsdp": 2, "tensor": 2}
+    with pytest.raises(InputError, match="takes 6 devices, not 8"):
+        make_train_mesh(MeshConfig(data=3, fsdp=0))
+
+
+def test_work_counts_tokens_and_operations():
+    from f2llm_jax.train.batch import TrainBatch
+
+    def texts(lengths: list[int]) -> Batch:
+        return Batch(np.zeros((len(lengths), 8), np.int32), np.array(lengths, np.int32))
+
+    work = Work.of(TrainBatch(texts([3, 4]), texts([5, 6]), texts([1, 1, 2, 2]), np.arange(2)))
+    assert work == Work(examples=2, tokens=24, slots=64, squares=96)
+    weights = count_parameters(TINY) - TINY.vocab_size * TINY.hidden_size
+    # A position sees itself and those before it: half of 4 · length² · heads · head_dim.
+    attention = 2 * 96 * TINY.num_hidden_layers * TINY.num_attention_heads * TINY.head_dim
+    assert work.forward_flops(TINY) == 2 * 24 * weights + attention
+
+
+def test_averages_are_over_datasets():
+    results = {
+        ("retrieval", "a"): [{"x": 1.0}, {"x": 3.0}],
+        ("retrieval", "b"): [{"x": 8.0}],
+        ("clustering", "c"): [{"x": 5.0}],
+    }
+    averages = {"Avg/retrieval/valid_x": 5.0, "Avg/clustering/valid_x": 5.0}
+    assert by_dataset("valid", results) == {"a/valid_x": 2.0, "b/valid_x": 8.0, "c/valid_x": 5.0, **averages}
+
+
+def test_scalars_of_steps_to_be_done_again_are_taken_back(tmp_path):
+    with Scalars(tmp_path, 0) as scalars:
+        for step in (1, 2, 3):
+            scalars.write(step, {"x": step / 3})
+    with (tmp_path / "scalars.jsonl").open("a") as file:
+        file.write('{"step": 4, "x"')
+    with Scalars(tmp_path, 2) as scalars:
+        scalars.write(3, {"x": 7.0})
+    assert read_scalars(tmp_path) == [{"step": 1, "x": 1 / 3}, {"step": 2, "x": 2 / 3}, {"step": 3, "x": 7.0}]

@@ -1,0 +1,153 @@
+"""The training step against 40 steps of the reference's losses, AdamW, schedule and clipping in PyTorch."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+from releases import SHARED
+
+from f2llm_jax.config import ModelConfig
+from f2llm_jax.convert.load import load_params
+from f2llm_jax.convert.safetensors import Checkpoint
+from f2llm_jax.embedding import Batch, eos_states
+from f2llm_jax.train.batch import TrainBatch
+from f2llm_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from f2llm_jax.train.step import ComputeConfig, LossConfig, TrainState, train_step
+
+ORACLE = SHARED / "reference_training"
+needs_oracle = pytest.mark.skipif(not ORACLE.exists(), reason="shared/data/reference_training is not here")
+
+
+@functools.cache
+def trajectory() -> dict:
+    return json.loads((ORACLE / "trajectory.json").read_text())
+
+
+@functools.cache
+def load_model(name: str) -> tuple[ModelConfig, dict]:
+    config = ModelConfig.from_release(ORACLE / name)
+    return config, load_params(Checkpoint(ORACLE / name), config)
+
+
+def load_batch(step: int, size: int) -> TrainBatch:
+    with np.load(ORACLE / "batches.npz") as data:
+        # One length for all, so that a kind of batch is one program; what follows an EOS changes nothing.
+        ids = data[f"{step}/input_ids"]
+        rows = Batch(np.pad(ids, ((0, 0), (0, 24 - ids.shape[1]))), data[f"{step}/lengths"])
+    query, passage, negatives = (
+        Batch(rows.tokens_bt[part], rows.lengths_b[part])
+        for part in (slice(0, size), slice(size, 2 * size), slice(2 * size, None))
+    )
+    return TrainBatch(query, passage, negatives, np.arange(size, dtype=np.int32))
+
+
+def reference_optimizer():
+    run = trajectory()
+    config = OptimizerConfig(
+        learning_rate=run["learning_rate"],
+        min_learning_rate=run["min_lr"],
+        warmup_steps=run["warmup_steps"],
+        b1=run["betas"][0],
+        b2=run["betas"][1],
+        eps=run["eps"],
+        weight_decay=run["weight_decay"],
+        clip_norm=run["clip_norm"],
+    )
+    return make_optimizer(config, run["steps"]), make_schedule(config, run["steps"])
+
+
+def run_steps(compute: ComputeConfig):
+    """All steps of the trajectory: the metrics of each, and the final parameters."""
+    run = trajectory()
+    config, params = load_model("student_init")
+    teacher_config, teacher = load_model("teacher")
+    loss = LossConfig(
+        temperature=run["temperature"],
+        mrl_dims=tuple(dim for dim in run["mrl_dims"] if dim < config.hidden_size),
+        mask_duplicates=False,
+        kd_weight=run["kd_weight"],
+    )
+    optimizer, schedule = reference_optimizer()
+    step = jax.jit(
+        functools.partial(
+            train_step, config=config, loss=loss, compute=compute, optimizer=optimizer, teacher_config=teacher_config
+        ),
+        static_argnames="in_batch",
+    )
+    state = TrainState(np.int32(0), params, optimizer.init(params))
+    log = []
+    for entry in run["log"]:
+        batch = load_batch(entry["step"], entry["batch_size"])
+        state, metrics = step(state, batch, teacher, in_batch=entry["kind"] == "retrieval")
+        log.append({**{name: float(value) for name, value in metrics.items()}, "lr": float(schedule(entry["step"]))})
+    return log, state.params
+
+
+def assert_on_trajectory(log, params):
+    names = {"hard": "hard", "in_batch": "in_batch", "distill": "distill", "loss": "total", "lr": "lr"}
+    for ours, entry in zip(log, trajectory()["log"], strict=True):
+        for name, theirs in {**names, "grad_norm": "grad_norm"}.items():
+            np.testing.assert_allclose(ours[name], entry[theirs], rtol=1e-5, atol=1e-12, err_msg=f"{entry} {name}")
+    _, expected = load_model("student_final")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        reference = functools.reduce(lambda tree, key: tree[key.key], path, expected)
+        assert np.abs(leaf - reference).max() <= 1e-5, path
+
+
+@needs_oracle
+def test_trajectory_is_the_references():
+    assert_on_trajectory(*run_steps(ComputeConfig(dtype="float32", remat="none")))
+
+
+@needs_oracle
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_gradient(remat):
+    config, params = load_model("student_init")
+    rows = load_batch(0, 6).query
+
+    def grads(remat):
+        return jax.jit(jax.grad(lambda params: eos_states(params, rows, config=config, remat=remat).sum()))(params)
+
+    for own, expected in zip(jax.tree.leaves(grads(remat)), jax.tree.leaves(grads("none")), strict=True):
+        np.testing.assert_allclose(own, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+
+
+@needs_oracle
+def test_trajectory_with_cached_gradients():
+    assert_on_trajectory(*run_steps(ComputeConfig(dtype="float32", chunk_rows=6)))
+
+
+def test_schedule_is_transformers_with_a_floor():
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, 7, 50)
+    ours = make_schedule(OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-5, warmup_steps=7), 50)
+    for step in range(50):
+        theirs = scheduler.get_last_lr()[0]
+        np.testing.assert_allclose(ours(step), max(theirs, 1e-5) if step else 0.0, rtol=1e-6)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_weight_decay_and_clipping_are_torchs():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    start, grads = rng.normal(size=(5, 3)).astype(np.float32), rng.normal(size=(6, 5, 3)).astype(np.float32)
+    config = OptimizerConfig(learning_rate=1e-2, min_learning_rate=0.0, warmup_steps=2)
+    ours, schedule = make_optimizer(config, 6), make_schedule(config, 6)
+    parameter = torch.nn.Parameter(torch.tensor(start))
+    theirs = torch.optim.AdamW([parameter], lr=1.0, betas=(0.9, 0.98), weight_decay=0.01)
+    params = start
+    state = ours.init(params)
+    for step, grad in enumerate(grads):
+        updates, state = ours.update(grad, state, params)
+        params = optax.apply_updates(params, updates)
+        parameter.grad = torch.tensor(grad)
+        torch.nn.utils.clip_grad_norm_([parameter], 1.0)
+        theirs.param_groups[0]["lr"] = float(schedule(step))
+        theirs.step()
+    np.testing.assert_allclose(params, parameter.detach().numpy(), rtol=1e-5)
