@@ -1,0 +1,538 @@
+"""How fast texts become embeddings: f2llm_jax beside the CPU engines that a user would pick instead.
+
+    python benchmarks/encode.py --sizes 80M,330M,0.6B --texts short,medium,long,mix --json results.json
+
+Random weights of the real shapes, real texts, tokenising included. Every engine has a process of its own, loaded and
+warmed before the clock starts; then, in rounds, each is given the same texts in turn while the others wait, and medians
+over the rounds are reported. Ratios are medians of the ratios within a round, so that what slows the machine for a
+while slows both. Peers first find their best batch size for each kind of texts, once: it is kept in the cache folder.
+
+Needs the ``bench`` and ``test`` extras, Linux, and the folders ``qwen3-tokenizer``, ``bitext`` and ``xquad`` in --data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from engines import ENGINES, EXPORT, THREADS, Setting, export, serve
+from inputs import SIZES, TEXTS, model_config, read_texts, write_release
+
+OURS = {"float32": "f2llm-fp32", "bfloat16": "f2llm-bf16"}
+
+# What a turn is sized for: the matmul rate of a middling engine on a middling machine.
+_ASSUMED_FLOPS = 200e9
+
+# At least this many texts in a turn: fewer do not stand for their kind, and leave batches part-filled.
+_LEAST_TEXTS = {"short": 128, "medium": 64, "long": 16, "mix": 40}
+
+# A turn in which other processes took more than this share of the cores is a disturbed one.
+_DISTURBED = 0.05
+
+
+class Lost(SystemExit):
+    """A worker process ended by itself."""
+
+
+class Worker:
+    """An engine in a process of its own."""
+
+    def __init__(self, name: str, release: Path):
+        context = multiprocessing.get_context("spawn")
+        self.name = name
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, name, release), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def ask(self, method: str, texts: list[str] | None = None, setting: Setting | None = None) -> Any:
+        try:
+            self.connection.send((method, texts, setting or {}))
+            return self.connection.recv()
+        except (EOFError, BrokenPipeError):
+            self.process.join()
+            raise Lost(f"{self.name} ended without an answer, with exit code {self.process.exitcode}") from None
+
+    def close(self) -> None:
+        self.connection.send(None)
+        self.process.join()
+
+    def turn(self, texts: list[str] | None, setting: Setting | None = None, repeats: int = 0) -> Turn:
+        """A timed call; one that other processes disturbed is repeated, and the least disturbed one counts."""
+        turns: list[Turn] = []
+        while len(turns) <= repeats and not (turns and turns[-1].quiet):
+            busy = _busy_seconds()
+            seconds, cpu_seconds, result = self.ask("time", texts, setting)
+            others = max(_busy_seconds() - busy - cpu_seconds, 0) / (seconds * THREADS)
+            turns.append(Turn(seconds, cpu_seconds, others, result))
+        return min(turns, key=lambda turn: turn.others)
+
+
+class Turn(NamedTuple):
+    """What a timed call took, and what it returned.
+
+    Attributes:
+        seconds: by the clock.
+        cpu_seconds: of processor time, all threads together.
+        others: the share of the cores that other processes took meanwhile.
+        result: what the engine returned.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    others: float
+    result: Any
+
+    @property
+    def quiet(self) -> bool:
+        return self.others < _DISTURBED
+
+
+def _busy_seconds() -> float:
+    """Processor time spent by everybody, since boot."""
+    user, nice, system, _idle, _wait, *rest = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:])
+    return (user + nice + system + sum(rest[:3])) / os.sysconf("SC_CLK_TCK")
+
+
+class Texts:
+    """A kind of texts, as many of it as fill a turn for a model.
+
+    Attributes:
+        kind: one of ``TEXTS``.
+        texts: the texts.
+        tokens: how many tokens they have, EOS included.
+        flops: the matmul work of those tokens with the layers' weights; attention's own products are not counted.
+    """
+
+    def __init__(self, kind: str, size: str, data: Path, release: Path, seconds: float):
+        import tokenizers
+
+        config = model_config(size)
+        heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+        weights = config.hidden_size * (heads * config.head_dim + 3 * config.intermediate_size)
+        flops_per_token = 2 * weights * config.num_hidden_layers
+        tokenizer = tokenizers.Tokenizer.from_file(str(release / "tokenizer.json"))
+
+        def tokens(texts: list[str]) -> int:
+            return sum(len(encoding.ids) for encoding in tokenizer.encode_batch_fast(texts))
+
+        sample = read_texts(kind, 200, data)
+        count = seconds * _ASSUMED_FLOPS / (flops_per_token * tokens(sample) / len(sample))
+        self.kind = kind
+        self.texts = read_texts(kind, max(round(count), _LEAST_TEXTS[kind]), data)
+        self.tokens = tokens(self.texts)
+        self.flops = self.tokens * flops_per_token
+
+    @property
+    def key(self) -> str:
+        """A name that changes with the texts."""
+        return f"{self.kind}-{hashlib.sha256(repr(self.texts).encode()).hexdigest()[:8]}"
+
+
+class Tuning:
+    """The best setting of each engine for each kind of texts; what was found on a quiet machine is kept in a file."""
+
+    def __init__(self, file: Path, tune: bool):
+        self.file = file
+        self.tune = tune
+        self.settings: dict[str, Setting] = json.loads(file.read_text()) if file.exists() else {}
+
+    def setting(self, engine: str, size: str, texts: Texts, release: Path) -> Setting:
+        kind = ENGINES[engine].kind
+        key = f"{engine} {size} {texts.key} {THREADS} threads"
+        if key not in self.settings:
+            if not (self.tune and kind.ladders):
+                return kind.usual
+            note(f"finding the best setting of {engine} for {texts.kind}")
+            tried = [entry for ladder in kind.ladders for entry in _climb(engine, release, ladder, texts.texts)]
+            if not tried:
+                raise Lost(f"{engine} works with none of its settings")
+            self.settings[key] = min(tried, key=lambda entry: entry[0].seconds)[1]
+            if all(turn.quiet for turn, _ in tried):
+                self.file.write_text(json.dumps(self.settings, indent=2))
+        return self.settings[key]
+
+
+def _climb(engine: str, release: Path, ladder: list[Setting], texts: list[str]) -> list[tuple[Turn, Setting]]:
+    """A turn with each setting; larger batches are tried until one is clearly slower than the best.
+
+    OpenVINO 2026.4 divides by zero where it has AMX, bfloat16 and one thread for a batch: a setting that ends the
+    process is none to choose.
+    """
+    worker = Worker(engine, release)
+    tried: list[tuple[Turn, Setting]] = []
+    try:
+        for setting in ladder:
+            worker.ask("encode", texts, setting)
+            tried.append((worker.turn(texts, setting, repeats=1), setting))
+            if tried[-1][0].seconds > 1.1 * min(turn.seconds for turn, _ in tried):
+                break
+        worker.close()
+    except Lost as error:
+        note(f"{error} at {setting}")
+    return tried
+
+
+def compare(
+    size: str,
+    kinds: Sequence[str],
+    engines: Sequence[str],
+    *,
+    rounds: int,
+    repeats: int,
+    seconds: float,
+    tune: bool,
+    data: Path,
+    cache: Path,
+) -> list[Row]:
+    """A row for each kind of texts and engine of a model size."""
+    release = write_release(cache / size, size, data / "qwen3-tokenizer")
+    if not (release / EXPORT).exists():
+        _in_process(export, release)
+    workload = [Texts(kind, size, data, release, seconds) for kind in kinds]
+    tuning = Tuning(cache / "tuning.json", tune)
+    rows = {}
+    for texts in workload:
+        exact = _exact_embeddings(texts, release, cache / f"{size}-{texts.key}.npy")
+        for engine in engines:
+            rows[texts.kind, engine] = Row(size, texts, engine, tuning.setting(engine, size, texts, release), exact)
+    for group in _groups(engines, release):
+        _compare_together(group, workload, rows, release, rounds, repeats)
+    return list(rows.values())
+
+
+def _in_process(function: Any, *arguments: Any) -> None:
+    """Runs a function in a process that ends with it: what it imports takes no memory from those that are timed."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{function.__name__} failed; its message stands above")
+
+
+def _exact_embeddings(texts: Texts, release: Path, file: Path) -> np.ndarray:
+    """The embeddings by sentence-transformers in float32, computed once."""
+    if not file.exists():
+        worker = Worker("torch-fp32", release)
+        np.save(file, worker.ask("encode", texts.texts, {"batch_size": 8}))
+        worker.close()
+    return np.load(file)
+
+
+def _groups(engines: Sequence[str], release: Path) -> list[list[str]]:
+    """Engines that stay in memory together, each peer with f2llm_jax in its dtype: all at once, if memory allows."""
+    # The weights lie there in bfloat16. In float32 they take twice that, once more as an engine repacks them; 1 GiB for
+    # code and batches.
+    each = 4 * sum(file.stat().st_size for file in release.glob("*.safetensors")) + (1 << 30)
+    available = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
+    most = int(0.8 * available / each)
+    if len(engines) <= most:
+        return [list(engines)]
+    groups: list[list[str]] = []
+    ours = [engine for engine in engines if engine in OURS.values()]
+    for engine in sorted(set(engines) - set(ours), key=list(ENGINES).index):
+        companions = [own for own in ours if own == OURS[ENGINES[engine].dtype]]
+        if groups and len({*groups[-1], engine, *companions}) <= most:
+            groups[-1] += [name for name in (engine, *companions) if name not in groups[-1]]
+        else:
+            groups.append([engine, *companions])
+    return groups
+
+
+def _compare_together(
+    group: list[str],
+    workload: list[Texts],
+    rows: dict[tuple[str, str], Row],
+    release: Path,
+    rounds: int,
+    repeats: int,
+) -> None:
+    note(f"loading and warming {', '.join(group)}")
+    workers = {engine: Worker(engine, release) for engine in group}
+    ceiling = Worker("ceiling", release)
+    for texts in workload:
+        for engine, worker in workers.items():
+            row = rows[texts.kind, engine]
+            row.check(worker.ask("encode", texts.texts, row.setting))
+        for number in range(rounds):
+            rates = ceiling.turn(None, repeats=repeats).result
+            first = number % len(group)
+            turns = {}
+            for engine in group[first:] + group[:first]:
+                row = rows[texts.kind, engine]
+                turns[engine] = workers[engine].turn(texts.texts, row.setting, repeats)
+                row.turns.append(turns[engine])
+                row.ceilings.append(rates[row.dtype])
+            for engine in group:
+                own = OURS[ENGINES[engine].dtype]
+                if own in turns:
+                    rows[texts.kind, engine].ratios.append(turns[engine].seconds / turns[own].seconds)
+        note(
+            f"{texts.kind}: "
+            + ", ".join(f"{engine} {len(texts.texts) / rows[texts.kind, engine].seconds:.1f}/s" for engine in group)
+        )
+    for engine, worker in workers.items():
+        peak = worker.ask("peak")
+        for texts in workload:
+            rows[texts.kind, engine].peaks.append(peak)
+        worker.close()
+    ceiling.close()
+
+
+class Row:
+    """What one engine did with one kind of texts; the lists have an entry for each round."""
+
+    def __init__(self, size: str, texts: Texts, engine: str, setting: Setting, exact: np.ndarray):
+        self.size = size
+        self.texts = texts
+        self.engine = engine
+        self.dtype = ENGINES[engine].dtype
+        self.setting = setting
+        self.exact = exact
+        self.cosine = math.nan
+        self.turns: list[Turn] = []
+        self.ceilings: list[float] = []
+        self.ratios: list[float] = []
+        self.peaks: list[int] = []
+
+    def check(self, embeddings: np.ndarray) -> None:
+        """Keeps the least cosine with the exact embeddings; engines that compute something else do not take part."""
+        a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (np.float64(embeddings), np.float64(self.exact)))
+        self.cosine = float((a * b).sum(axis=1).min())
+        if not self.cosine > 0.99:
+            raise SystemExit(f"{self.engine} computes other embeddings: cosine {self.cosine:.4f} on {self.texts.kind}")
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(turn.seconds for turn in self.turns)
+
+    def values(self) -> dict[str, Any]:
+        """Everything, for a JSON file."""
+        rates = [self.texts.flops / turn.seconds for turn in self.turns]
+        shares = [rate / ceiling for rate, ceiling in zip(rates, self.ceilings, strict=True)]
+        return {
+            "size": self.size,
+            "texts": self.texts.kind,
+            "count": len(self.texts.texts),
+            "tokens": self.texts.tokens,
+            "engine": self.engine,
+            "dtype": self.dtype,
+            "setting": self.setting,
+            "texts_per_second": len(self.texts.texts) / self.seconds,
+            "tokens_per_second": self.texts.tokens / self.seconds,
+            "gflops": self.texts.flops / self.seconds / 1e9,
+            "ceiling_gflops": statistics.median(self.ceilings) / 1e9,
+            "ceiling_share": statistics.median(shares),
+            "cosine": self.cosine,
+            "peak_bytes": max(self.peaks),
+            "f2llm_speed_ratio": statistics.median(self.ratios) if self.ratios else None,
+            "seconds": [turn.seconds for turn in self.turns],
+            "cpu_seconds": [turn.cpu_seconds for turn in self.turns],
+            "others": statistics.median(turn.others for turn in self.turns),
+        }
+
+
+# What a user's first lines cost: everything from the start of Python to the embedding of one text.
+_FIRST = {
+    "torch": """
+import torch
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer({release!r}, device="cpu", model_kwargs=dict(dtype=torch.{dtype}))
+model.encode(["Where is the library?"])
+""",
+    "f2llm": """
+import f2llm_jax
+f2llm_jax.load({release!r}, dtype={dtype!r}).encode(["Where is the library?"])
+""",
+}
+
+
+def first_results(size: str, rounds: int, data: Path, cache: Path) -> list[dict[str, Any]]:
+    """Seconds from the start of a process to its first embedding; compiled programs are in the cache already."""
+    release = write_release(cache / size, size, data / "qwen3-tokenizer")
+    seconds: dict[tuple[str, str], list[float]] = {(name, dtype): [] for dtype in OURS for name in _FIRST}
+    for number in range(rounds + 1):
+        for (name, dtype), entries in seconds.items():
+            code = _FIRST[name].format(release=str(release), dtype=dtype) + "print('done', flush=True)"
+            start = time.perf_counter()
+            with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+                assert process.stdout is not None
+                answered = any(line == "done\n" for line in process.stdout)
+                if number:  # the first fills the caches
+                    entries.append(time.perf_counter() - start)
+            if not answered:
+                raise SystemExit(f"{name} gave no first result; its message stands above")
+    return [
+        {"size": size, "engine": name, "dtype": dtype, "seconds": statistics.median(entries)}
+        for (name, dtype), entries in seconds.items()
+    ]
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown, columns aligned."""
+    cells = [list(header), *map(list, lines)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
+    rule = ["-" * width for width in widths]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in [cells[0], rule, *cells[1:]]
+    )
+
+
+def speed_table(rows: list[dict[str, Any]]) -> str:
+    """Every row, in the order measured."""
+    header = (
+        "model", "texts", "tokens", "engine", "setting", "texts/s", "±", "tokens/s", "GFLOP/s", "of ceiling", "cosine",
+        "peak MB", "f2llm is", "texts/core-s", "others",
+    )  # fmt: skip
+    lines = []
+    for row in rows:
+        fastest, slowest = min(row["seconds"]), max(row["seconds"])
+        ratio = row["f2llm_speed_ratio"]
+        lines.append(
+            (
+                row["size"],
+                f"{row['texts']} ({row['count']})",
+                f"{row['tokens'] / row['count']:.0f}",
+                row["engine"],
+                ", ".join(map(str, row["setting"].values())),
+                f"{row['texts_per_second']:.1f}",
+                f"{(slowest - fastest) / 2 / statistics.median(row['seconds']):.0%}",
+                f"{row['tokens_per_second']:.0f}",
+                f"{row['gflops']:.0f}",
+                f"{row['ceiling_share']:.0%}",
+                f"{row['cosine']:.6f}",
+                f"{row['peak_bytes'] / 1e6:.0f}",
+                "" if ratio is None or row["engine"] in OURS.values() else f"{ratio:.2f} x",
+                f"{row['count'] / statistics.median(row['cpu_seconds']):.1f}",
+                f"{row['others']:.0%}",
+            )
+        )
+    return table(header, lines)
+
+
+def summary_table(rows: list[dict[str, Any]]) -> str:
+    """f2llm_jax against torch and against the best peer of each dtype, and its share of the ceiling."""
+    lines = []
+    for own in rows:
+        if own["engine"] not in OURS.values():
+            continue
+        peers = {
+            row["engine"]: row
+            for row in rows
+            if (row["size"], row["texts"], row["dtype"]) == (own["size"], own["texts"], own["dtype"]) and row != own
+        }
+        torch = peers.get("torch-fp32") or peers.get("torch-bf16")
+        best = min(peers.values(), key=lambda row: row["f2llm_speed_ratio"], default=None)
+        lines.append(
+            (
+                own["size"],
+                own["texts"],
+                own["dtype"],
+                f"{torch['f2llm_speed_ratio']:.2f} x" if torch else "",
+                f"{best['f2llm_speed_ratio']:.2f} x ({best['engine']})" if best else "",
+                f"{own['ceiling_share']:.0%} of {own['ceiling_gflops']:.0f} GFLOP/s",
+                f"{own['peak_bytes'] / torch['peak_bytes']:.2f} x" if torch else "",
+                f"{own['cosine']:.6f}",
+            )
+        )
+    header = ("model", "texts", "dtype", "speed / torch", "speed / best peer", "of ceiling", "memory / torch", "cosine")
+    return table(header, lines)
+
+
+def first_table(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for dtype in OURS:
+        seconds = {row["engine"]: row["seconds"] for row in rows if row["dtype"] == dtype}
+        ratio = f"{seconds['f2llm'] / seconds['torch']:.2f} x"
+        lines.append((rows[0]["size"], dtype, *(f"{seconds[name]:.2f} s" for name in _FIRST), ratio))
+    return table(("model", "dtype", "sentence-transformers", "f2llm", "time / torch"), lines)
+
+
+def machine() -> str:
+    """Processor, cores, and the versions of what is compared."""
+    model = Path("/proc/cpuinfo").read_text().split("model name")[1].split(":", 1)[1].split("\n", 1)[0].strip()
+    flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
+    units = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    packages = ("jax", "torch", "sentence-transformers", "transformers", "onnxruntime", "openvino")
+    versions = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
+    return f"{THREADS} cores of {model} ({', '.join(units)}); {versions}"
+
+
+def note(message: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {message}", file=sys.stderr, flush=True)
+
+
+def choices(allowed: Sequence[str]) -> Any:
+    """An argparse type: some of ``allowed``, separated by commas."""
+
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        if unknown := set(names) - set(allowed):
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: choose from {', '.join(allowed)}")
+        return names
+
+    return parse
+
+
+def main() -> None:
+    names = [name for name in ENGINES if name != "ceiling"]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "f2llm_jax" / "benchmarks"
+    data = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--sizes", type=choices(SIZES), help="80M,330M,0.6B; all, unless --first is given")
+    parser.add_argument("--texts", type=choices(TEXTS), default=list(TEXTS), help="short,medium,long,mix")
+    parser.add_argument("--engines", type=choices(names), default=names, help=",".join(names))
+    parser.add_argument("--rounds", type=int, default=5, help="turns of every engine on every row")
+    parser.add_argument("--repeats", type=int, default=1, help="of a turn that other processes disturbed")
+    parser.add_argument(
+        "--no-tune", dest="tune", action="store_false", help="where no best batch size is known, take a usual one"
+    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="about how long a turn should take")
+    parser.add_argument("--first", choices=SIZES, help="measure the first result of a new process with this model")
+    parser.add_argument("--data", type=Path, default=data, help="the folder with tokenizer and texts")
+    parser.add_argument("--cache", type=Path, default=cache, help="where models, exports and tunings are kept")
+    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    arguments = parser.parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
+    print(machine(), flush=True)
+    rows: list[dict[str, Any]] = []
+    for size in arguments.sizes or ([] if arguments.first else SIZES):
+        measured = compare(
+            size,
+            arguments.texts,
+            arguments.engines,
+            rounds=arguments.rounds,
+            repeats=arguments.repeats,
+            seconds=arguments.seconds,
+            tune=arguments.tune,
+            data=arguments.data,
+            cache=arguments.cache,
+        )
+        rows += [row.values() for row in measured]
+    if rows:
+        print("\n" + speed_table(rows) + "\n\n" + summary_table(rows), flush=True)
+    first = first_results(arguments.first, arguments.rounds, arguments.data, arguments.cache) if arguments.first else []
+    if first:
+        print("\n" + first_table(first))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine(), "rows": rows, "first": first}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

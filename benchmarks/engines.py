@@ -1,0 +1,355 @@
+"""The engines that encode.py compares: each computes the same embeddings from the same texts, in a process of its own.
+
+Every engine gets what a user who knows it would give it: its own fast tokenizer, texts of like length together, rows
+padded on the right to the longest of their batch, all cores, and the batch size that was fastest for these texts.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from f2llm_jax.config import ModelConfig
+
+THREADS = len(os.sched_getaffinity(0))
+
+# A setting is what is tuned for a kind of texts: {name: value}, handed to ``encode``. A ladder lists them from small
+# batches to large ones.
+Setting = dict[str, Any]
+
+_BATCH_ROWS = (4, 8, 16, 32, 64, 128)
+_BATCH_TOKENS = (256, 512, 1024, 2048, 4096)
+
+
+class Torch:
+    """sentence-transformers on PyTorch, attention by ``scaled_dot_product_attention``; it sorts texts by itself."""
+
+    usual: ClassVar[Setting] = {"batch_size": 32}
+    ladders: ClassVar[list[list[Setting]]] = [[{"batch_size": rows} for rows in _BATCH_ROWS]]
+
+    def __init__(self, release: Path, dtype: str):
+        import torch
+        from sentence_transformers import SentenceTransformer
+
+        torch.set_num_threads(THREADS)
+        options = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
+        self.model = SentenceTransformer(str(release), device="cpu", model_kwargs=options)
+
+    def encode(self, texts: list[str], batch_size: int) -> np.ndarray:
+        return self.model.encode(texts, batch_size=batch_size, show_progress_bar=False)
+
+
+class F2LLM:
+    """f2llm_jax as a user calls it; it has nothing to tune."""
+
+    usual: ClassVar[Setting] = {}
+    ladders: ClassVar[list[list[Setting]]] = []
+
+    def __init__(self, release: Path, dtype: str):
+        import f2llm_jax
+
+        self.model = f2llm_jax.load(release, dtype=dtype)
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        return self.model.encode(texts)
+
+
+class OnnxRuntime:
+    """ONNX Runtime, float32."""
+
+    usual: ClassVar[Setting] = {"batch_tokens": 512}
+    ladders: ClassVar[list[list[Setting]]] = [[{"batch_tokens": tokens} for tokens in _BATCH_TOKENS]]
+
+    def __init__(self, release: Path, dtype: str):
+        import onnxruntime
+
+        assert dtype == "float32"
+        self.tokenizer = _tokenizer(release)
+        self.hidden_size = ModelConfig.from_release(release).hidden_size
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = THREADS
+        self.session = onnxruntime.InferenceSession(release / EXPORT, options, providers=["CPUExecutionProvider"])
+
+    def encode(self, texts: list[str], batch_tokens: int) -> np.ndarray:
+        results = np.empty((len(texts), self.hidden_size), np.float32)
+        for rows, inputs in _batches(self.tokenizer, texts, batch_tokens):
+            results[rows] = self.session.run(None, inputs)[0]
+        return results
+
+
+class OpenVino:
+    """OpenVINO, float32 or bfloat16; its hint decides between all cores for a batch, and a batch for each core."""
+
+    usual: ClassVar[Setting] = {"hint": "LATENCY", "batch_tokens": 512}
+    ladders: ClassVar[list[list[Setting]]] = [
+        [{"hint": hint, "batch_tokens": tokens} for tokens in _BATCH_TOKENS] for hint in ("LATENCY", "THROUGHPUT")
+    ]
+
+    def __init__(self, release: Path, dtype: str):
+        self.tokenizer = _tokenizer(release)
+        self.hidden_size = ModelConfig.from_release(release).hidden_size
+        self.graph = release / EXPORT
+        self.precision = {"float32": "f32", "bfloat16": "bf16"}[dtype]
+        self.hint: str | None = None
+
+    def encode(self, texts: list[str], hint: str, batch_tokens: int) -> np.ndarray:
+        if hint != self.hint:
+            self._compile(hint)
+        results = np.empty((len(texts), self.hidden_size), np.float32)
+        pending: deque[tuple[Any, list[int]]] = deque()
+
+        def store() -> Any:
+            request, rows = pending.popleft()
+            request.wait()
+            results[rows] = request.get_output_tensor(0).data
+            return request
+
+        for rows, inputs in _batches(self.tokenizer, texts, batch_tokens):
+            request = self.requests[len(pending)] if len(pending) < len(self.requests) else store()
+            request.start_async(inputs)
+            pending.append((request, rows))
+        while pending:
+            store()
+        return results
+
+    def _compile(self, hint: str) -> None:
+        import openvino
+
+        settings = {
+            "INFERENCE_PRECISION_HINT": self.precision,
+            "PERFORMANCE_HINT": hint,
+            "INFERENCE_NUM_THREADS": THREADS,
+        }
+        self.requests: list[Any] = []  # frees the model before this one
+        model = openvino.Core().compile_model(self.graph, "CPU", settings)
+        at_a_time = model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+        self.requests = [model.create_infer_request() for _ in range(at_a_time)]
+        self.hint = hint
+
+
+def _tokenizer(release: Path) -> Any:
+    import tokenizers
+
+    return tokenizers.Tokenizer.from_file(str(release / "tokenizer.json"))
+
+
+def _batches(tokenizer: Any, texts: list[str], batch_tokens: int) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
+    """Which texts, and the exported graph's inputs for them: longest first, rows · longest within ``batch_tokens``."""
+    ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
+    order = sorted(range(len(ids)), key=lambda text: -len(ids[text]))
+    first = 0
+    while first < len(order):
+        length = len(ids[order[first]])
+        rows = order[first : first + max(batch_tokens // length, 1)]
+        first += len(rows)
+        tokens_bt = np.zeros((len(rows), length), np.int64)
+        for row, text in enumerate(rows):
+            tokens_bt[row, : len(ids[text])] = ids[text]
+        yield (
+            rows,
+            {
+                "tokens": tokens_bt,
+                "positions": np.arange(length, dtype=np.int64)[None],
+                "mask": _causal_mask(length),
+                "last": np.array([len(ids[text]) - 1 for text in rows], np.int64),
+            },
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _causal_mask(length: int) -> np.ndarray:
+    """Additive float32 [1, 1, length, length]. Padding lies behind the EOS, so the causal mask hides it too."""
+    return np.triu(np.full((length, length), np.finfo(np.float32).min, np.float32), 1)[None, None]
+
+
+# What an export writes into the release folder.
+EXPORT = "onnx/model.onnx"
+
+
+def export(release: Path) -> None:
+    """Writes transformers' Qwen3Model with EOS pooling and normalisation as an ONNX graph, in float32.
+
+    The mask is an input: transformers makes its own with operations that depend on values, which do not trace. Of the
+    exporters (TorchScript, dynamo) and attentions (eager, sdpa), TorchScript's graph of the eager one ran fastest, by
+    15 % over dynamo's in ONNX Runtime, by 5 % over OpenVINO's own conversion in OpenVINO.
+    """
+    import torch
+    import transformers
+
+    class Pooled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = transformers.Qwen3Model.from_pretrained(
+                release, dtype=torch.float32, attn_implementation="eager"
+            )
+
+        def forward(self, tokens: Any, positions: Any, mask: Any, last: Any) -> Any:
+            states = self.backbone(
+                input_ids=tokens, position_ids=positions, attention_mask={"full_attention": mask}, use_cache=False
+            ).last_hidden_state
+            states = states[torch.arange(states.shape[0]), last]
+            return torch.nn.functional.normalize(states, dim=-1)
+
+    rows, length = 3, 7
+    example = {
+        "tokens": torch.randint(0, 1000, (rows, length)),
+        "positions": torch.arange(length)[None],
+        "mask": torch.from_numpy(_causal_mask(length)),
+        "last": torch.tensor([6, 3, 2]),
+    }
+    file = release / EXPORT
+    file.parent.mkdir(exist_ok=True)
+    with torch.no_grad():
+        torch.onnx.export(
+            Pooled().eval(),
+            tuple(example.values()),
+            str(file),
+            dynamo=False,
+            opset_version=17,
+            input_names=list(example),
+            output_names=["embedding"],
+            dynamic_axes={
+                "tokens": {0: "b", 1: "t"},
+                "positions": {1: "t"},
+                "mask": {2: "t", 3: "t"},
+                "last": {0: "b"},
+            },
+        )
+
+
+class Ceiling:
+    """The rate of this machine's matrix products in JAX at a model's own shapes: what no engine on JAX can exceed.
+
+    A layer's weights are taken apart and joined (query, key and value; gate and up), in both orientations, with several
+    numbers of rows, and the fastest of all that counts.
+    """
+
+    ROWS = (512, 1024, 2048)
+
+    def __init__(self, release: Path, dtype: str):
+        from f2llm_jax.encoder import use_compilation_cache
+
+        use_compilation_cache()
+        c = ModelConfig.from_release(release)
+        d, f = c.hidden_size, c.intermediate_size
+        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        # Ways to do each part of a layer, as (inputs, outputs) of the products it takes.
+        self.parts = (
+            (((d, q), (d, kv), (d, kv)), ((d, q + 2 * kv),)),
+            (((q, d),),),
+            (((d, f), (d, f)), ((d, 2 * f),)),
+            (((f, d),),),
+        )
+        self.dtypes = ("float32", "bfloat16")
+        self.fastest = {
+            (shape, dtype): min(self._products(shape, dtype), key=lambda product: product.seconds_per_row(3))
+            for dtype in self.dtypes
+            for shape in {shape for ways in self.parts for way in ways for shape in way}
+        }
+
+    def encode(self) -> dict[str, float]:
+        """FLOP/s of a whole layer's products, by dtype of the operands; results are float32."""
+        flops = 2 * sum(math.prod(shape) for ways in self.parts for shape in ways[0])
+        rates = {}
+        for dtype in self.dtypes:
+            seconds = {
+                shape: product.seconds_per_row(5) for (shape, of), product in self.fastest.items() if of == dtype
+            }
+            rates[dtype] = flops / sum(min(sum(seconds[shape] for shape in way) for way in ways) for ways in self.parts)
+        return rates
+
+    def _products(self, shape: tuple[int, int], dtype: str) -> Iterator[_Product]:
+        for rows in self.ROWS:
+            for transposed in (False, True):
+                yield _Product(rows, shape, dtype, transposed)
+
+
+class _Product:
+    """y = x W in JAX: operands in ``dtype``, result in float32."""
+
+    def __init__(self, rows: int, shape: tuple[int, int], dtype: str, transposed: bool):
+        import jax
+        import jax.numpy as jnp
+
+        inputs, outputs = shape
+        random = np.random.default_rng(0)
+        self.rows = rows
+        self.x = jnp.asarray(random.standard_normal((rows, inputs), np.float32), dtype)
+        weights = random.standard_normal((outputs, inputs) if transposed else (inputs, outputs), np.float32)
+        self.w = jnp.asarray(weights, dtype)
+        self.multiply = jax.jit(
+            functools.partial(
+                jnp.einsum,
+                "mi,oi->mo" if transposed else "mi,io->mo",
+                precision=jax.lax.Precision.HIGHEST if dtype == "float32" else None,
+                preferred_element_type=jnp.float32,
+            )
+        )
+        self.multiply(self.x, self.w).block_until_ready()
+
+    def seconds_per_row(self, calls: int) -> float:
+        """The least of a few calls, each over enough products that the clock and the call do not count."""
+        return min(self._call() for _ in range(calls)) / self.rows
+
+    def _call(self) -> float:
+        start = time.perf_counter()
+        self.multiply(self.x, self.w).block_until_ready()
+        return time.perf_counter() - start
+
+
+class Engine(NamedTuple):
+    kind: Any
+    dtype: str
+
+
+ENGINES = {
+    "torch-fp32": Engine(Torch, "float32"),
+    "onnxruntime-fp32": Engine(OnnxRuntime, "float32"),
+    "openvino-fp32": Engine(OpenVino, "float32"),
+    "f2llm-fp32": Engine(F2LLM, "float32"),
+    "torch-bf16": Engine(Torch, "bfloat16"),
+    "openvino-bf16": Engine(OpenVino, "bfloat16"),
+    "f2llm-bf16": Engine(F2LLM, "bfloat16"),
+    "ceiling": Engine(Ceiling, "float32"),
+}
+
+
+def serve(connection: Any, name: str, release: Path) -> None:
+    """A worker process: loads an engine, then answers ``Worker`` of encode.py until it is told None.
+
+    A request is (method, texts, setting): ``encode`` returns its result, ``time`` the wall and the processor seconds
+    (of all threads) that it took and its result, ``peak`` the largest resident memory of the process so far in bytes.
+    """
+    engine = ENGINES[name].kind(release, ENGINES[name].dtype)
+    for method, texts, setting in iter(functools.partial(_receive, connection), None):
+        arguments = () if texts is None else (texts,)
+        if method == "encode":
+            connection.send(engine.encode(*arguments, **setting))
+        elif method == "time":
+            start, cpu_start = time.perf_counter(), time.process_time()
+            result = engine.encode(*arguments, **setting)
+            connection.send((time.perf_counter() - start, time.process_time() - cpu_start, result))
+        else:
+            connection.send(_peak_bytes())
+
+
+def _receive(connection: Any) -> Any:
+    """The next request; None also when the parent is gone."""
+    try:
+        return connection.recv()
+    except EOFError:
+        return None
+
+
+def _peak_bytes() -> int:
+    """Not getrusage's, which starts at the parent's."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
