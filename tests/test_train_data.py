@@ -14,9 +14,16 @@ import pytest
 import tensorflow_datasets as tfds
 from raw_data import rows, write_raw
 
-from f2llm_jax.batching import bucket_lengths
 from f2llm_jax.errors import InputError
-from f2llm_jax.train.data import DataLoader, Share, TrainBatches, TrainingData, ValidationBatches, draw_datasets
+from f2llm_jax.train.data import (
+    DataLoader,
+    Share,
+    TrainBatches,
+    TrainingData,
+    ValidationBatches,
+    draw_datasets,
+    row_lengths,
+)
 from f2llm_jax.train.prepare import prepare
 
 ROWS = {"aya": 400, "banking77": 90, "imdb": 30, "mqa_de": 200}
@@ -113,18 +120,21 @@ def test_batches_hold_the_documents_of_their_examples(folder, data):
     assert len(positions) > 20
 
 
-def test_shapes_are_the_least_buckets(data):
-    lengths = bucket_lengths(1024)
+def test_shapes_are_the_least_of_few(data):
+    queries, documents = row_lengths(1024, steps=1), row_lengths(1024, steps=2)
+    assert [*queries] == [32, 64, 128, 256, 512, 1024]
+    assert [*documents] == [32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
+    assert [*row_lengths(100, steps=2)] == [32, 48, 64, 96, 100] and [*row_lengths(20, steps=2)] == [20]
     batches = TrainBatches(data, batch_size=BATCH)
     seen = set()
     for step in range(len(batches)):
         batch = batches[step].batch
         longest = max(batch.passage.lengths_b.max(), batch.negatives.lengths_b.max())
-        assert batch.query.tokens_bt.shape[1] == next(n for n in lengths if n >= batch.query.lengths_b.max())
+        assert batch.query.tokens_bt.shape[1] == next(n for n in queries if n >= batch.query.lengths_b.max())
         assert batch.passage.tokens_bt.shape[1] == batch.negatives.tokens_bt.shape[1]
-        assert batch.passage.tokens_bt.shape[1] == next(n for n in lengths if n >= longest)
+        assert batch.passage.tokens_bt.shape[1] == next(n for n in documents if n >= longest)
         assert all(array.dtype == np.int32 for array in leaves(batch))
-        seen.add(batch.query.tokens_bt.shape[1])
+        seen.add(batch.passage.tokens_bt.shape[1])
     assert len(seen) > 1
 
 

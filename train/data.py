@@ -18,7 +18,6 @@ import grain
 import numpy as np
 from absl import flags
 
-from f2llm_jax.batching import bucket_lengths
 from f2llm_jax.configs.datasets import NEGATIVES, Task
 from f2llm_jax.embedding import Batch
 from f2llm_jax.errors import InputError
@@ -76,7 +75,8 @@ class TrainingData:
         self.folder = Path(folder)
         self.settings = Settings.read(self.folder)
         self.max_length = min(max_length, self.settings.max_length)
-        self._bucket_lengths = np.array(bucket_lengths(self.max_length))
+        self._query_lengths = row_lengths(self.max_length, steps=1)
+        self._document_lengths = row_lengths(self.max_length, steps=2)
         _allow_open_files()
         self._documents = Records(self.folder, "documents", "train")
         self._examples = {split: Records(self.folder, "examples", split) for split in SPLITS if self._count(split)}
@@ -109,8 +109,8 @@ class TrainingData:
         numbers = dataset.first[split] + examples
         columns = np.array([0, 1, *(2 + negatives)])
         lengths = np.minimum(self._lengths[split][numbers[:, None], columns], self.max_length)
-        query_length = self._bucket_length(lengths[:, 0])
-        document_length = self._bucket_length(lengths[:, 1:])
+        query_length = _round_up(lengths[:, 0].max(), self._query_lengths)
+        document_length = _round_up(lengths[:, 1:].max(), self._document_lengths)
 
         records = self._examples[split].read(numbers[share.rows(len(numbers))])
         passages = np.array([record["passage"] for record in records], np.int64)
@@ -124,9 +124,6 @@ class TrainingData:
             passage_ids_b=passages.astype(np.int32),  # type: ignore[arg-type]
         )
 
-    def _bucket_length(self, lengths: np.ndarray) -> int:
-        return int(self._bucket_lengths[np.searchsorted(self._bucket_lengths, lengths.max())])
-
     def _rows(self, sequences: list[np.ndarray], length: int) -> Batch:
         tokens_bt = np.full((len(sequences), length), self.settings.pad_id, np.int32)
         lengths_b = np.array([min(len(tokens), self.max_length) for tokens in sequences], np.int32)
@@ -134,6 +131,24 @@ class TrainingData:
             tokens_bt[row, : lengths_b[row]] = tokens[: lengths_b[row]]
         tokens_bt[np.arange(len(sequences)), lengths_b - 1] = self.settings.eos_id
         return Batch(tokens_bt, lengths_b)
+
+
+def row_lengths(max_length: int, *, steps: int) -> np.ndarray:
+    """The lengths that rows of a training batch may have: ``steps`` per doubling from 32 on, up to ``max_length``.
+
+    Every pair of lengths of queries and documents is a program to compile. With one step for queries, which are few of
+    a batch's tokens, and two for documents, there are 66 pairs up to 1,024 tokens.
+    """
+    lengths = [
+        start + step * start // steps
+        for start in (2**n for n in range(5, max_length.bit_length()))
+        for step in range(steps)
+    ]
+    return np.array([*(length for length in lengths if length < max_length), max_length])
+
+
+def _round_up(tokens: int, lengths: np.ndarray) -> int:
+    return int(lengths[np.searchsorted(lengths, tokens)])
 
 
 def _allow_open_files() -> None:
