@@ -125,9 +125,9 @@ def test_shapes_are_the_least_of_few(data):
     assert [*queries] == [32, 64, 128, 256, 512, 1024]
     assert [*documents] == [32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
     assert [*row_lengths(100, steps=2)] == [32, 48, 64, 96, 100] and [*row_lengths(20, steps=2)] == [20]
-    batches = TrainBatches(data, batch_size=BATCH)
+    batches = TrainBatches(data, batch_size=2)
     seen = set()
-    for step in range(len(batches)):
+    for step in range(40):
         batch = batches[step].batch
         longest = max(batch.passage.lengths_b.max(), batch.negatives.lengths_b.max())
         assert batch.query.tokens_bt.shape[1] == next(n for n in queries if n >= batch.query.lengths_b.max())

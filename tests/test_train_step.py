@@ -1,5 +1,6 @@
 """The training step against 40 steps of the reference's losses, AdamW, schedule and clipping in PyTorch."""
 
+import contextlib
 import functools
 import json
 
@@ -7,15 +8,26 @@ import jax
 import numpy as np
 import optax
 import pytest
-from releases import SHARED
+from releases import SHARED, TINY
 
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert.load import load_params
 from f2llm_jax.convert.safetensors import Checkpoint
 from f2llm_jax.embedding import Batch, eos_states
+from f2llm_jax.model import init_params
+from f2llm_jax.sharding import make_mesh, param_shardings
 from f2llm_jax.train.batch import TrainBatch
 from f2llm_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from f2llm_jax.train.step import ComputeConfig, LossConfig, TrainState, train_step
+from f2llm_jax.train.placement import abstract_state, global_batch, shardings_of
+from f2llm_jax.train.step import (
+    ComputeConfig,
+    LossConfig,
+    TrainState,
+    batch_texts,
+    loss_terms,
+    train_step,
+    value_and_grad,
+)
 
 ORACLE = SHARED / "reference_training"
 needs_oracle = pytest.mark.skipif(not ORACLE.exists(), reason="shared/data/reference_training is not here")
@@ -59,8 +71,8 @@ def reference_optimizer():
     return make_optimizer(config, run["steps"]), make_schedule(config, run["steps"])
 
 
-def run_steps(compute: ComputeConfig):
-    """All steps of the trajectory: the metrics of each, and the final parameters."""
+def run_steps(compute: ComputeConfig, mesh: jax.sharding.Mesh | None = None):
+    """All steps of the trajectory, on a mesh or on one device: the metrics of each, and the final parameters."""
     run = trajectory()
     config, params = load_model("student_init")
     teacher_config, teacher = load_model("teacher")
@@ -76,10 +88,20 @@ def run_steps(compute: ComputeConfig):
             train_step, config=config, loss=loss, compute=compute, optimizer=optimizer, teacher_config=teacher_config
         ),
         static_argnames="in_batch",
+        out_shardings=None
+        if mesh is None
+        else (shardings_of(abstract_state(config, optimizer, "float32", mesh)), None),
     )
-    state = TrainState(np.int32(0), params, optimizer.init(params))
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        if mesh is not None:
+            params = jax.device_put(params, param_shardings(config, mesh))
+            teacher = jax.device_put(teacher, param_shardings(teacher_config, mesh))
+        return follow(step, TrainState(np.int32(0), params, optimizer.init(params)), teacher, schedule)
+
+
+def follow(step, state, teacher, schedule):
     log = []
-    for entry in run["log"]:
+    for entry in trajectory()["log"]:
         batch = load_batch(entry["step"], entry["batch_size"])
         state, metrics = step(state, batch, teacher, in_batch=entry["kind"] == "retrieval")
         log.append({**{name: float(value) for name, value in metrics.items()}, "lr": float(schedule(entry["step"]))})
@@ -94,7 +116,7 @@ def assert_on_trajectory(log, params):
     _, expected = load_model("student_final")
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         reference = functools.reduce(lambda tree, key: tree[key.key], path, expected)
-        assert np.abs(leaf - reference).max() <= 1e-5, path
+        assert np.abs(np.asarray(leaf) - np.asarray(reference)).max() <= 1e-5, path
 
 
 @needs_oracle
@@ -118,6 +140,45 @@ def test_remat_changes_no_gradient(remat):
 @needs_oracle
 def test_trajectory_with_cached_gradients():
     assert_on_trajectory(*run_steps(ComputeConfig(dtype="float32", chunk_rows=6)))
+
+
+@needs_oracle
+@pytest.mark.parametrize("chunk_rows", [0, 6])
+def test_trajectory_on_a_mesh(chunk_rows):
+    """Six queries over eight parts of the batch: XLA fills up what does not divide."""
+    compute = ComputeConfig(dtype="float32", chunk_rows=chunk_rows)
+    assert_on_trajectory(*run_steps(compute, make_mesh(data=2, fsdp=4)))
+
+
+@pytest.mark.parametrize("chunk_rows", [0, 16])
+def test_gradients_on_a_mesh_are_those_of_one_device(chunk_rows):
+    """The in-batch loss is over the batch of all devices, and its gradient reaches passages on other devices."""
+    compute = ComputeConfig(dtype="float32", chunk_rows=chunk_rows)
+    params = init_params(TINY, jax.random.key(0))
+    rng = np.random.default_rng(0)
+
+    def rows(count: int) -> Batch:
+        return Batch(rng.integers(0, 200, (count, 8)).astype(np.int32), rng.integers(1, 9, count).astype(np.int32))
+
+    batch = TrainBatch(rows(16), rows(16), rows(32), np.arange(16, dtype=np.int32) // 2)
+
+    def grads(params, batch):
+        def loss(states):
+            terms = loss_terms(states, batch, LossConfig(mrl_dims=(8, 32)), in_batch=True)
+            return terms["hard"] + terms["in_batch"], terms
+
+        return value_and_grad(loss, params, batch_texts(batch), TINY, compute)
+
+    (expected_loss, _, expected) = jax.jit(grads)(params, batch)
+    mesh = make_mesh(data=8)
+    with jax.set_mesh(mesh):
+        shardings = param_shardings(TINY, mesh)
+        (loss, _, found) = jax.jit(grads, out_shardings=(None, None, shardings))(
+            jax.device_put(params, shardings), global_batch(batch, mesh)
+        )
+    assert float(loss) == pytest.approx(float(expected_loss), rel=1e-6)
+    for (path, own), reference in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        assert np.abs(np.asarray(own) - np.asarray(reference)).max() <= 1e-5 * np.abs(reference).max(), path
 
 
 def test_schedule_is_transformers_with_a_floor():

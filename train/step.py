@@ -111,11 +111,11 @@ def train_step(
     Returns:
         The state after, and float32 scalars: ``loss``, ``hard``, ``in_batch``, ``distill``, ``grad_norm``.
     """
-    texts = _texts(batch)
+    texts = batch_texts(batch)
     teacher = None
     if teacher_params is not None:
         assert teacher_config is not None
-        teacher = _states(teacher_params, texts, teacher_config, compute)
+        teacher = batch_states(teacher_params, texts, teacher_config, compute)
 
     def batch_loss(states: States) -> tuple[jax.Array, dict[str, jax.Array]]:
         terms = loss_terms(states, batch, loss, in_batch=in_batch, teacher=teacher)
@@ -170,12 +170,12 @@ def value_and_grad(
     if not compute.chunk_rows:
 
         def direct(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return batch_loss(_states(params, texts, config, compute))
+            return batch_loss(batch_states(params, texts, config, compute))
 
         (total, terms), grads = jax.value_and_grad(direct, has_aux=True)(params)
         return total, terms, grads
 
-    states = _states(params, texts, config, compute)
+    states = batch_states(params, texts, config, compute)
     (total, terms), cotangents = jax.value_and_grad(batch_loss, has_aux=True)(states)
     grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
     for rows, cotangent_bd in zip(texts, cotangents, strict=True):
@@ -183,7 +183,7 @@ def value_and_grad(
     return total, terms, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
 
-def _texts(batch: TrainBatch) -> tuple[Batch, Batch]:
+def batch_texts(batch: TrainBatch) -> tuple[Batch, Batch]:
     """The queries, and passages and negatives as one run of rows of the same length."""
     if batch.negatives is None:
         return batch.query, batch.passage
@@ -191,7 +191,9 @@ def _texts(batch: TrainBatch) -> tuple[Batch, Batch]:
     return batch.query, documents
 
 
-def _states(params: Params, texts: tuple[Batch, Batch], config: ModelConfig, compute: ComputeConfig) -> States:
+def batch_states(params: Params, texts: tuple[Batch, Batch], config: ModelConfig, compute: ComputeConfig) -> States:
+    """The states of queries and documents (``batch_texts``), all at once or in chunks."""
+
     def encode(rows: Batch) -> jax.Array:
         return eos_states(params, rows, config=config, dtype=compute.dtype, remat=compute.remat)
 

@@ -21,7 +21,7 @@ from f2llm_jax.train.config import TrainConfig
 from f2llm_jax.train.loader import Loader
 from f2llm_jax.train.meter import LOSSES, by_dataset
 from f2llm_jax.train.placement import everywhere, global_batch
-from f2llm_jax.train.step import ComputeConfig, LossConfig, _states, _texts, loss_terms, split_states
+from f2llm_jax.train.step import ComputeConfig, LossConfig, batch_states, batch_texts, loss_terms, split_states
 
 # Batches dispatched before the results of an older one are fetched.
 _IN_FLIGHT = 2
@@ -47,7 +47,7 @@ def validation_step(
         float32 scalars: ``loss_hard`` and ``accuracy`` (the share of queries that are nearer to their passage than to
         all of their negatives), if there are negatives; ``loss_in_batch``, for retrieval.
     """
-    states = _states(params, _texts(batch), config, compute)
+    states = batch_states(params, batch_texts(batch), config, compute)
     terms = loss_terms(states, batch, dataclasses.replace(loss, mrl_dims=()), in_batch=in_batch)
     values = {LOSSES["in_batch"]: terms["in_batch"]} if in_batch else {}
     query_bd, passage_bd, negatives_bnd = split_states(states)
