@@ -1,0 +1,188 @@
+"""Training steps of the 80M shape, ours and PyTorch's, side by side in one run.
+
+    python benchmarks/train_speed.py --data ../shared/data
+
+Both take the same batches of real text (DATA/train_raw, the Qwen3 tokenizer), the same weights, losses, optimizer and
+schedule: hard negatives and in-batch at every Matryoshka size, AdamW, clipping. PyTorch's side is the loop of the
+reference as its repository describes it, around transformers' Qwen3Model: rows padded to the longest of the batch,
+pooled at the EOS. In float32 both are that throughout. In bfloat16, PyTorch trains bfloat16 weights, as the reference
+does; ours are float32 with bfloat16 products.
+
+Steps alternate; the ratio is the median of the ratios of neighbours, so that what slows the machine for a while slows
+both. Needs the ``train`` and ``test`` extras.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+import transformers
+from inputs import write_release
+
+import f2llm_jax
+from f2llm_jax.config import ModelConfig
+from f2llm_jax.embedding import Batch
+from f2llm_jax.losses import TEMPERATURE, matryoshka_weights
+from f2llm_jax.train.batch import TrainBatch
+from f2llm_jax.train.data import TrainBatches, TrainingData
+from f2llm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from f2llm_jax.train.prepare import prepare
+from f2llm_jax.train.step import ComputeConfig, LossConfig, TrainState, train_step
+
+# Queries of a batch; each has a passage and 7 negatives.
+WORK = {"paragraphs": ("xquad_en", 4), "sentences": ("tatoeba_deu", 32)}
+OPTIMIZER = OptimizerConfig(learning_rate=4e-5)
+TOTAL_STEPS = 1000
+
+Step = Callable[[TrainBatch], float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each; default: %(default)s")
+    parser.add_argument("--remat", default="dots", help="our rematerialisation policy; default: %(default)s")
+    args = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
+    print(
+        f"80M shape, {os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, jax {jax.__version__}\n"
+    )
+    print("| batches | dtype | rows x tokens | ours, examples/s | PyTorch, examples/s | ratio | first losses |")
+    print("|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        release = write_release(Path(folder, "release"), "80M", args.data / "qwen3-tokenizer")
+        for kind, (dataset, size) in WORK.items():
+            prepared = Path(folder, kind)
+            prepare(args.data / "train_raw", release, prepared, include=(dataset,), max_length=256)
+            batches = [own_length(TrainBatches(TrainingData(prepared), batch_size=size)[0].batch)] * (args.rounds + 1)
+            for dtype in ("float32", "bfloat16"):
+                ours, theirs = our_step(release, dtype, args.remat), torch_step(release, dtype)
+                print(row(kind, dtype, batches, list(timed(ours, theirs, batches))), flush=True)
+                del ours, theirs
+
+
+def own_length(batch: TrainBatch) -> TrainBatch:
+    """The rows cut to the longest of queries and of documents: no side pads more than the other."""
+
+    def cut(rows: Batch, length: int) -> Batch:
+        return Batch(rows.tokens_bt[:, :length], rows.lengths_b)
+
+    assert batch.negatives is not None
+    documents = max(batch.passage.lengths_b.max(), batch.negatives.lengths_b.max())
+    return batch._replace(
+        query=cut(batch.query, batch.query.lengths_b.max()),
+        passage=cut(batch.passage, documents),
+        negatives=cut(batch.negatives, documents),
+    )
+
+
+def timed(ours: Step, theirs: Step, batches: list[TrainBatch]) -> Iterator[tuple[float, float, float, float]]:
+    """Of every round, seconds of both and losses of both."""
+    for batch in batches:
+        seconds, losses = [], []
+        for step in (ours, theirs):
+            start = time.perf_counter()
+            losses.append(step(batch))
+            seconds.append(time.perf_counter() - start)
+        yield *seconds, *losses  # type: ignore[misc]
+
+
+def row(kind: str, dtype: str, batches: list[TrainBatch], rounds: list[tuple[float, float, float, float]]) -> str:
+    _, _, our_loss, torch_loss = rounds[0]  # the first round compiles, and shows that both compute the same
+    our_seconds, torch_seconds = (statistics.median(column) for column in list(zip(*rounds[1:], strict=True))[:2])
+    ratio = statistics.median(theirs / ours for ours, theirs, _, _ in rounds[1:])
+    batch = batches[0]
+    assert batch.negatives is not None
+    shapes = [batch.query.tokens_bt.shape, np.add(batch.passage.tokens_bt.shape, (len(batch.negatives.lengths_b), 0))]
+    size = len(batch.query.lengths_b)
+    cells = [
+        kind,
+        dtype,
+        " + ".join(f"{rows} x {length}" for rows, length in shapes),
+        f"{size / our_seconds:.2f}",
+        f"{size / torch_seconds:.2f}",
+        f"{ratio:.2f}",
+        f"{our_loss:.4f} / {torch_loss:.4f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def our_step(release: Path, dtype: str, remat: str) -> Step:
+    model = f2llm_jax.load(release)
+    optimizer = make_optimizer(OPTIMIZER, TOTAL_STEPS)
+    update = jax.jit(
+        functools.partial(
+            train_step,
+            config=model.config,
+            loss=LossConfig(mrl_dims=model.config.matryoshka_dims[:-1], mask_duplicates=False),
+            compute=ComputeConfig(dtype=dtype, remat=remat),
+            optimizer=optimizer,
+            in_batch=True,
+        ),
+        donate_argnums=0,
+    )
+    state = TrainState(np.int32(0), model.params, optimizer.init(model.params))
+
+    def step(batch: TrainBatch) -> float:
+        nonlocal state
+        state, metrics = update(state, batch)
+        return float(metrics["loss"])
+
+    return step
+
+
+def torch_step(release: Path, dtype: str) -> Step:
+    model = transformers.AutoModel.from_pretrained(release, dtype=getattr(torch, dtype))
+    model.train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=OPTIMIZER.learning_rate,
+        betas=(OPTIMIZER.b1, OPTIMIZER.b2),
+        eps=OPTIMIZER.eps,
+        weight_decay=OPTIMIZER.weight_decay,
+    )
+    scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, OPTIMIZER.warmup_steps, TOTAL_STEPS)
+    weights = matryoshka_weights(model.config.hidden_size, ModelConfig.from_release(release).matryoshka_dims[:-1])
+
+    def states(rows: Batch) -> torch.Tensor:
+        tokens_bt, lengths_b = torch.from_numpy(rows.tokens_bt).long(), torch.from_numpy(rows.lengths_b).long()
+        mask_bt = torch.arange(tokens_bt.shape[1]) < lengths_b[:, None]
+        states_btd = model(input_ids=tokens_bt, attention_mask=mask_bt, use_cache=False).last_hidden_state
+        return states_btd[torch.arange(len(lengths_b)), lengths_b - 1].float()
+
+    def step(batch: TrainBatch) -> float:
+        query_bd, passage_bd, negatives_md = (states(rows) for rows in batch[:3])
+        size = len(query_bd)
+        documents_bnd = torch.cat([passage_bd[:, None], negatives_md.reshape(size, -1, negatives_md.shape[1])], dim=1)
+        loss: Any = 0.0
+        for dim, weight in weights.items():
+            query, documents = (torch.nn.functional.normalize(x[..., :dim], dim=-1) for x in (query_bd, documents_bnd))
+            hard = torch.nn.functional.cross_entropy(
+                torch.einsum("bd,bnd->bn", query, documents) / TEMPERATURE, torch.zeros(size, dtype=torch.long)
+            )
+            in_batch = torch.nn.functional.cross_entropy(query @ documents[:, 0].T / TEMPERATURE, torch.arange(size))
+            loss = loss + weight * (hard + in_batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+if __name__ == "__main__":
+    main()
