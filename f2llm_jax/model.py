@@ -27,6 +27,7 @@ import numpy as np
 from f2llm_jax.attention import attention, matmul_precision
 from f2llm_jax.axes import constrain
 from f2llm_jax.config import ModelConfig
+from f2llm_jax.vocabulary import lookup
 
 Params = dict[str, Any]
 """A nested dict of arrays; those under ``layers`` carry the layers on axis 0."""
@@ -190,7 +191,7 @@ class Backbone(nn.Module):
         table_vd = self.param(
             "embed_tokens", nn.with_logical_partitioning(_normal, ("vocab", "embed")), (c.vocab_size, c.hidden_size)
         )
-        x_btd = constrain(table_vd[tokens_bt].astype(jnp.float32), "batch", "length", "embed")
+        x_btd = lookup(table_vd, tokens_bt).astype(jnp.float32)
         rotary = rotary_angles(positions(tokens_bt.shape[1], segment_ids_bt), c.head_dim, c.rope_theta)
         # Within a scan nothing can be merged with the forward pass anyway: prevent_cse would only cost.
         block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False, static_argnums=(4,))
