@@ -35,6 +35,11 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Sequenc
     return jax.make_mesh((data, fsdp, tensor), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
 
 
+def batch_parts(mesh: Mesh) -> int:
+    """How many parts a batch is cut into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def padded_config(config: ModelConfig, mesh: Mesh | None) -> ModelConfig:
     """The config with its vocabulary rounded up to what divides over the tensor axis; the added rows are zeros."""
     parts = 1 if mesh is None else mesh.shape["tensor"]

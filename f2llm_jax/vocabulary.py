@@ -1,7 +1,7 @@
 """The vocabulary table on a mesh: looked up where it rests, so that only tokens and their rows travel.
 
-The table is the largest parameter of the small models (61 % of the 80M), split over ``tensor`` by rows and over ``fsdp``
-by hidden size. Indexing it as one array would gather it on every device first.
+The table is the largest parameter of the small models (61 % of the 80M), split over ``tensor`` by rows and over
+``fsdp`` by hidden size. Indexing it as one array would gather it on every device first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from f2llm_jax.axes import COMPUTE_RULES, STORAGE_RULES, partition_spec
 def lookup(table_vd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
     """``table_vd[tokens_bt]``, on the mesh of ``jax.set_mesh`` without gathering the table.
 
-    A device reads, for all rows of its fsdp group, the tokens that are in its part of the vocabulary, and gets zeros for
+    A device reads, for all rows of its fsdp group, the tokens that are in its part of the vocabulary, and zeros for
     the others. An all-to-all over fsdp then trades rows for hidden size, and a sum over tensor puts the parts together.
     Gradients go the same way back.
 
