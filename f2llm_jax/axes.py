@@ -65,17 +65,15 @@ def partition_spec(
             return None
         if size % parts:
             sizes = " · ".join(f"{axis}={mesh_shape[axis]}" for axis in used)
-            advice = f"{' · '.join(used)} can be a divisor of {size}"
-            if name == "kv_heads":
-                advice += " or a multiple of it"
-            raise InputError(f"{size} {_PLURALS.get(name, name)} do not divide over {sizes}; {advice}")
+            if name == "batch":
+                raise InputError(f"{size} rows do not divide over {sizes}; the rows can be a multiple of {parts}")
+            multiple = " or a multiple of it" if name == "kv_heads" else ""
+            raise InputError(
+                f"{size} {name} do not divide over {sizes}; {' · '.join(used)} can be a divisor of {size}{multiple}"
+            )
         return axes
 
     return PartitionSpec(*map(mesh_axes, shape, names))
-
-
-# As error messages call them.
-_PLURALS = {"batch": "rows"}
 
 
 def constrain(x: jax.Array, *names: str) -> jax.Array:

@@ -98,9 +98,9 @@ class Rows(NamedTuple):
 def choose_layout(layout: str, platform: str, chunk: list[np.ndarray], buckets: Buckets, packing: Packing) -> str:
     """The layout for texts like these: the one asked for, or for "auto" what the platform does best.
 
-    On accelerators the one that computes fewer tokens: of large batches, packed, but for a few short texts, bucketed. On
-    CPUs bucketed: batches are small there, so that their rows are of like lengths, and scores between the texts of a
-    packed row cost time that nothing is gained by.
+    On accelerators the one that computes fewer tokens: their batches are large, so that rows of one text each are of
+    many lengths, and packed rows win but for a few short texts. On CPUs bucketed: batches are small, their rows of like
+    lengths, and the scores between the texts of a packed row would be computed for nothing.
 
     Args:
         layout: "auto", "bucketed" or "packed".
