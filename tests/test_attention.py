@@ -93,17 +93,40 @@ def test_in_bfloat16_too():
         assert_close(got, expected, "bfloat16")
 
 
-def heads_and_mesh():
-    """Key/value heads that divide over tensor=4, and fewer of them than that."""
-    for n, k in ((8, 4), (8, 2)):
-        yield n, k, {"data": 1, "fsdp": 2, "tensor": 4}
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
+def test_float32_means_float32_within_splash(dtype, precision):
+    """A TPU would multiply float32 in bfloat16 otherwise; of the two passes, the backward one is traced later."""
+    inputs, segment_ids_bt = case((1, 128, 2, 1, 128), dtype, segments=True)
+
+    def total(*inputs):
+        return jnp.sum(attention(*inputs, segment_ids_bt, kernel="splash"))
+
+    jaxpr = jax.make_jaxpr(jax.grad(total, argnums=(0, 1, 2)))(*inputs)
+    products = [equation for kernel in equations(jaxpr, "pallas_call") for equation in within(kernel, "dot_general")]
+    assert len(products) == 2 + 4 + 3  # scores and output; for keys and values; for queries
+    assert {equation.params["precision"] for equation in products} == {(jax.lax.Precision[precision],) * 2}
 
 
-@pytest.mark.parametrize(("n", "k", "axes"), heads_and_mesh())
-def test_splash_on_a_mesh_takes_own_rows_and_heads(n, k, axes):
-    inputs, segment_ids_bt = case((2, 100, n, k, 16), "float32", segments=True)
+def equations(jaxpr, name):
+    """The equations of a primitive in a program, however deep."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == name:
+            yield equation
+        else:
+            yield from within(equation, name)
+
+
+def within(equation, name):
+    for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+        if hasattr(value, "eqns"):
+            yield from equations(value, name)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])  # they divide over tensor=4; they are fewer
+def test_splash_on_a_mesh_takes_own_rows_and_heads(kv_heads):
+    inputs, segment_ids_bt = case((2, 100, 8, kv_heads, 16), "float32", segments=True)
     expected = value_and_gradients(partial(attention, kernel="reference"), inputs, segment_ids_bt)
-    with jax.set_mesh(make_mesh(**axes)):
+    with jax.set_mesh(make_mesh(fsdp=2, tensor=4)):
         got = value_and_gradients(partial(attention, kernel="splash"), inputs, segment_ids_bt)
     assert_close(got, expected, "float32")
 
