@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from f2llm_jax.config import ModelConfig
-    from f2llm_jax.embedding import Batch, embed, eos_states, matryoshka
+    from f2llm_jax.embedding import Batch, PackedBatch, embed, eos_states, matryoshka
     from f2llm_jax.encoder import Encoder, load
     from f2llm_jax.errors import F2LLMError, InputError, ReleaseError
     from f2llm_jax.evaluation.mteb_adapter import mteb_model
@@ -28,6 +28,7 @@ _HOMES = {
     "F2LLMError": "errors",
     "InputError": "errors",
     "ModelConfig": "config",
+    "PackedBatch": "embedding",
     "ReleaseError": "errors",
     "count_parameters": "model",
     "embed": "embedding",

@@ -1,67 +1,139 @@
 """Causal grouped-query attention: one signature, several kernels, picked by platform or by name.
 
-Rows are filled from the left, so a causal mask is all a text needs: its tokens never see the padding behind them.
-Dimensions: b batch, t query position, s key position, k key/value head, g query head of the group that shares a
-key/value head, h size of a head.
+A position sees itself and those before it that carry the same segment id. Rows of one text each need no segment ids:
+they are filled from the left, so that no token of the text sees the padding behind it.
+
+    kernel     where                           computes
+    blocked    everywhere; default on CPUs     plain products of blocks, nothing above the diagonal
+    splash     TPUs; interpreted on CPUs       jax.experimental.pallas.ops.tpu.splash_attention
+    cudnn      GPUs, not in float32            jax.nn.dot_product_attention(implementation="cudnn")
+    reference  everywhere                      the formula; what the others are tested against
+
+All take grouped queries as they are: keys and values are never repeated. On a mesh, splash and cudnn run under
+``shard_map`` over batch and heads; the compiler splits the others by itself.
+
+Dimensions: b batch, t query position, s key position, n query head, k key/value head, g query head of the group that
+shares a key/value head, q query of such a group (t · g), h size of a head.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+
+from f2llm_jax.axes import COMPUTE_RULES, partition_spec
+from f2llm_jax.errors import InputError
 
 # Queries of a block see at most the keys up to its own end, so a causal row of n blocks computes (n + 1) / 2n of the
 # full score matrix, and the scores of one block stay in the cache of a core.
 QUERY_BLOCK = 128
 
+# Positions of a block of the splash kernel, at most; a block is a multiple of the lanes of a TPU's vector unit.
+SPLASH_BLOCK = 512
+LANES = 128
 
-def attention(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, *, kernel: str = "blocked") -> jax.Array:
-    """softmax(q · k / sqrt(head_dim)) · v, each position seeing itself and those before it.
+
+def attention(
+    q_btnh: jax.Array,
+    k_bskh: jax.Array,
+    v_bskh: jax.Array,
+    segment_ids_bt: jax.Array | None = None,
+    *,
+    kernel: str = "auto",
+) -> jax.Array:
+    """softmax(q · k) · v, each position seeing itself and those before it, of its own segment.
 
     Args:
-        q_btkgh: queries [batch, length, key/value heads, query heads per key/value head, head_dim].
+        q_btnh: queries [batch, length, heads, head_dim], already divided by sqrt(head_dim).
         k_bskh: keys [batch, length, key/value heads, head_dim], same dtype as the queries.
         v_bskh: values, like the keys.
-        kernel: one of ``KERNELS``.
+        segment_ids_bt: int32 [batch, length]; None where every row is one segment.
+        kernel: one of ``KERNELS``, or "auto" for ``default_kernel`` of the platform.
 
     Returns:
-        float32, shaped like the queries. Scores, softmax and sums are float32 whatever the inputs are.
+        float32, shaped like the queries. Scores, softmax and sums are float32 whatever the inputs are; splash and
+        cudnn round what they return to the dtype of the queries.
 
     Raises:
-        ValueError: no such kernel.
+        InputError: no such kernel, or one that does not compute in this dtype.
     """
+    name = resolve_kernel(kernel, platform(), q_btnh.dtype)
+    compute = KERNELS[name]
+    if name in ("splash", "cudnn") and not jax.sharding.get_abstract_mesh().empty:
+        compute = functools.partial(_on_shards, compute)
+    return compute(q_btnh, k_bskh, v_bskh, segment_ids_bt).astype(jnp.float32)
+
+
+def platform() -> str:
+    """``cpu``, ``gpu`` or ``tpu``: that of the mesh of ``jax.set_mesh``, else JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def default_kernel(platform: str, dtype: jax.typing.DTypeLike) -> str:
+    """The kernel of a platform. On GPUs float32 has none of its own: cuDNN's computes in 16 bits only."""
+    if platform == "tpu":
+        return "splash"
+    return "cudnn" if platform == "gpu" and dtype != jnp.float32 else "blocked"
+
+
+def resolve_kernel(kernel: str, platform: str, dtype: jax.typing.DTypeLike) -> str:
+    """The kernel's name, chosen by ``default_kernel`` for "auto".
+
+    Raises:
+        InputError: no such kernel, or one that does not compute in this dtype.
+    """
+    if kernel == "auto":
+        return default_kernel(platform, dtype)
     if kernel not in KERNELS:
-        raise ValueError(f"no attention kernel {kernel!r}; there are {', '.join(KERNELS)}")
-    return KERNELS[kernel](q_btkgh, k_bskh, v_bskh)
+        raise InputError(f"no attention kernel {kernel!r}; there are auto, {', '.join(KERNELS)}")
+    if kernel == "cudnn" and dtype == jnp.float32:
+        raise InputError("the cudnn kernel computes in bfloat16 or float16, not in float32; take kernel='blocked'")
+    return kernel
 
 
-def reference(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array) -> jax.Array:
+def reference(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None) -> jax.Array:
     """All scores at once, as the formula says: what the others are tested against."""
-    _, t, _, _, h = q_btkgh.shape
-    precision = matmul_precision(q_btkgh.dtype)
-    score_bktgs = jnp.einsum(
-        "btkgh,bskh->bktgs", q_btkgh, k_bskh, precision=precision, preferred_element_type=jnp.float32
+    b, t, n, h = q_btnh.shape
+    k = k_bskh.shape[2]
+    precision = matmul_precision(q_btnh.dtype)
+    score_bkgts = jnp.einsum(
+        "btkgh,bskh->bkgts",
+        q_btnh.reshape(b, t, k, n // k, h),
+        k_bskh,
+        precision=precision,
+        preferred_element_type=jnp.float32,
     )
-    seen_t1s = jnp.tril(jnp.ones((t, t), bool))[:, None]
-    weight_bktgs = jax.nn.softmax(jnp.where(seen_t1s, score_bktgs * h**-0.5, -jnp.inf), axis=-1)
-    return jnp.einsum(
-        "bktgs,bskh->btkgh",
-        weight_bktgs.astype(v_bskh.dtype),
+    seen_bts = jnp.tril(jnp.ones((1, t, t), bool))
+    if segment_ids_bt is not None:
+        seen_bts &= segment_ids_bt[:, :, None] == segment_ids_bt[:, None, :]
+    weight_bkgts = jax.nn.softmax(jnp.where(seen_bts[:, None, None], score_bkgts, -jnp.inf), axis=-1)
+    out_btkgh = jnp.einsum(
+        "bkgts,bskh->btkgh",
+        weight_bkgts.astype(v_bskh.dtype),
         v_bskh,
         precision=precision,
         preferred_element_type=jnp.float32,
     )
+    return out_btkgh.reshape(q_btnh.shape)
 
 
-def blocked(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array) -> jax.Array:
+def blocked(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None) -> jax.Array:
     """Query blocks, each against the keys up to its end: what lies above the diagonal blocks is never computed.
 
     The queries that share a key/value head are rows of one matrix (q = (t, g)), so that a block is a plain product per
     text and key/value head.
     """
-    b, t, k, g, h = q_btkgh.shape
-    precision = matmul_precision(q_btkgh.dtype)
-    q_bkqh = q_btkgh.transpose(0, 2, 1, 3, 4).reshape(b, k, t * g, h)
+    b, t, n, h = q_btnh.shape
+    k = k_bskh.shape[2]
+    g = n // k
+    precision = matmul_precision(q_btnh.dtype)
+    q_bkqh = q_btnh.reshape(b, t, k, g, h).transpose(0, 2, 1, 3, 4).reshape(b, k, t * g, h)
     k_bksh, v_bksh = k_bskh.transpose(0, 2, 1, 3), v_bskh.transpose(0, 2, 1, 3)
     blocks = []
     for first in range(0, t, QUERY_BLOCK):
@@ -73,8 +145,11 @@ def blocked(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array) -> jax.Arr
             precision=precision,
             preferred_element_type=jnp.float32,
         )
-        position_q1 = first + jnp.arange((end - first) * g)[:, None] // g
-        score_bkqs = score_bkqs * h**-0.5 + jnp.where(position_q1 >= jnp.arange(end), 0.0, -jnp.inf)
+        seen_qs = first + jnp.arange((end - first) * g)[:, None] // g >= jnp.arange(end)
+        if segment_ids_bt is not None:
+            segment_ids_bq = jnp.repeat(segment_ids_bt[:, first:end], g, axis=1)
+            seen_qs = seen_qs & (segment_ids_bq[:, None, :, None] == segment_ids_bt[:, None, None, :end])
+        score_bkqs += jnp.where(seen_qs, 0.0, -jnp.inf)
         # The sum is divided out after the product with v, where it touches h values a query instead of s.
         weight_bkqs = jnp.exp(score_bkqs - jnp.max(score_bkqs, axis=-1, keepdims=True))
         out_bkqh = jnp.einsum(
@@ -86,12 +161,120 @@ def blocked(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array) -> jax.Arr
         )
         blocks.append(out_bkqh / jnp.sum(weight_bkqs, axis=-1, keepdims=True))
     out_bkqh = jnp.concatenate(blocks, axis=2) if len(blocks) > 1 else blocks[0]
-    return out_bkqh.reshape(b, k, t, g, h).transpose(0, 2, 1, 3, 4)
+    return out_bkqh.reshape(b, k, t, g, h).transpose(0, 2, 1, 3, 4).reshape(q_btnh.shape)
 
 
-KERNELS = {"blocked": blocked, "reference": reference}
+def splash(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None) -> jax.Array:
+    """The Pallas kernel for TPUs; elsewhere the same program is interpreted, slowly.
+
+    Rows are padded behind their end to a multiple of the block: no position sees what comes after it.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    t, n = q_btnh.shape[1:3]
+    block = splash_block(t)
+    padded = math.ceil(t / block) * block
+    blocks = dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), block)
+    run = splash_attention.make_splash_mha(
+        splash_attention.MultiHeadMask([splash_attention.CausalMask((padded, padded))] * n),
+        block_sizes=splash_attention.BlockSizes(**blocks),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=platform() != "tpu",
+    )
+
+    def heads_first(x_btnh: jax.Array) -> jax.Array:
+        return jnp.pad(x_btnh, ((0, 0), (0, padded - t), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
+
+    segments = None
+    if segment_ids_bt is not None:
+        segment_ids_bt = jnp.pad(segment_ids_bt, ((0, 0), (0, padded - t)))
+        segments = splash_attention.SegmentIds(segment_ids_bt, segment_ids_bt)
+    compute = _with_precision(jax.vmap(run), matmul_precision(q_btnh.dtype))
+    out_bnth = compute(heads_first(q_btnh), heads_first(k_bskh), heads_first(v_bskh), segments)
+    return out_bnth.transpose(0, 2, 1, 3)[:, :t]
 
 
-def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
+def splash_block(length: int) -> int:
+    """The least multiple of ``LANES``, up to ``SPLASH_BLOCK``, with which rows of this length take fewest blocks."""
+    blocks = math.ceil(length / SPLASH_BLOCK)
+    return math.ceil(length / blocks / LANES) * LANES
+
+
+def cudnn(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None) -> jax.Array:
+    """cuDNN's flash attention. Segment ids become a mask [batch, 1, length, length], which cuDNN reads as a bias."""
+    return fused(q_btnh, k_bskh, v_bskh, segment_ids_bt, implementation="cudnn")
+
+
+def fused(
+    q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None, *, implementation: Any
+) -> jax.Array:
+    """``jax.nn.dot_product_attention`` with this module's masks; "xla" shows on a CPU that they are right."""
+    mask_b1ts = None
+    if segment_ids_bt is not None:
+        mask_b1ts = (segment_ids_bt[:, :, None] == segment_ids_bt[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(
+        q_btnh, k_bskh, v_bskh, mask=mask_b1ts, scale=1.0, is_causal=True, implementation=implementation
+    )
+
+
+KERNELS: dict[str, Callable[..., jax.Array]] = {
+    "blocked": blocked,
+    "cudnn": cudnn,
+    "reference": reference,
+    "splash": splash,
+}
+
+
+def matmul_precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision:
     """float32 means float32: without this, a TPU multiplies float32 matrices in bfloat16."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def _with_precision(compute: Callable[..., jax.Array], precision: jax.lax.Precision) -> Callable[..., jax.Array]:
+    """The function with all its products in ``precision``, and those of its gradient, which JAX traces later."""
+    context = functools.partial(jax.default_matmul_precision, precision.name.lower())
+
+    @jax.custom_vjp
+    def run(*args: Any) -> jax.Array:
+        with context():
+            return compute(*args)
+
+    def forward(*args: Any) -> Any:
+        with context():
+            return jax.vjp(compute, *args)
+
+    def backward(pull: Any, cotangent: jax.Array) -> Any:
+        with context():
+            return pull(cotangent)
+
+    run.defvjp(forward, backward)
+    return run
+
+
+def _on_shards(
+    compute: Callable[..., jax.Array],
+    q_btnh: jax.Array,
+    k_bskh: jax.Array,
+    v_bskh: jax.Array,
+    segment_ids_bt: jax.Array | None,
+) -> jax.Array:
+    """A kernel that the compiler cannot split, on every device's own rows and heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = functools.partial(partition_spec, rules=COMPUTE_RULES, mesh_shape=mesh.shape)
+    q_spec = spec(q_btnh.shape, ("batch", "length", "heads", "head_dim"))
+    kv_spec = spec(k_bskh.shape, ("batch", "length", "kv_heads", "head_dim"))
+    group = q_btnh.shape[2] // k_bskh.shape[2]
+
+    def on_shard(
+        q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None
+    ) -> jax.Array:
+        if kv_spec != q_spec:  # all key/value heads are here, of which these query heads share one
+            own = jax.lax.axis_index(q_spec[2]) * q_btnh.shape[2] // group
+            k_bskh, v_bskh = (jax.lax.dynamic_slice_in_dim(x, own, 1, axis=2) for x in (k_bskh, v_bskh))
+        return compute(q_btnh, k_bskh, v_bskh, segment_ids_bt)
+
+    segments_spec = None if segment_ids_bt is None else jax.P(q_spec[0])
+    # A Pallas call does not say over which axes its results vary, which is what check_vma would ask of it.
+    run = jax.shard_map(on_shard, in_specs=(q_spec, kv_spec, kv_spec, segments_spec), out_specs=q_spec, check_vma=False)
+    return run(q_btnh, k_bskh, v_bskh, segment_ids_bt)

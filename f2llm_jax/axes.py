@@ -3,12 +3,20 @@
 The mesh has three axes: ``data`` (replicas), ``fsdp`` (parameters and batch) and ``tensor`` (heads, MLP channels,
 vocabulary). Parameters rest split over ``fsdp`` as well; a layer that uses one gathers it over that axis first. That
 difference between the two sets of rules is ZeRO-3.
+
+Key/value heads are few: where ``tensor`` is a multiple of their number, every device has all of them (eight heads on
+tensor=16 would be half a head each), and uses the one that its query heads share.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+
 import jax
 from jax.sharding import PartitionSpec
+
+from f2llm_jax.errors import InputError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -34,6 +42,40 @@ COMPUTE_RULES: dict[str, MeshAxes] = {
 """Where weights and activations are when they are used."""
 
 
+def partition_spec(
+    shape: Sequence[int], names: Sequence[str], rules: Mapping[str, MeshAxes], mesh_shape: Mapping[str, int]
+) -> PartitionSpec:
+    """Where an array lies on a mesh.
+
+    Args:
+        shape: of the array.
+        names: the logical name of each of its axes.
+        rules: ``STORAGE_RULES`` or ``COMPUTE_RULES``.
+        mesh_shape: {mesh axis: devices along it}.
+
+    Raises:
+        InputError: a dimension does not divide over its mesh axes; the message has the numbers.
+    """
+
+    def mesh_axes(size: int, name: str) -> MeshAxes:
+        axes = rules[name]
+        used = (axes,) if isinstance(axes, str) else axes or ()
+        parts = math.prod(mesh_shape[axis] for axis in used)
+        if name == "kv_heads" and parts > size and parts % size == 0:
+            return None
+        if size % parts:
+            sizes = " · ".join(f"{axis}={mesh_shape[axis]}" for axis in used)
+            if name == "batch":
+                raise InputError(f"{size} rows do not divide over {sizes}; the rows can be a multiple of {parts}")
+            multiple = " or a multiple of it" if name == "kv_heads" else ""
+            raise InputError(
+                f"{size} {name} do not divide over {sizes}; {' · '.join(used)} can be a divisor of {size}{multiple}"
+            )
+        return axes
+
+    return PartitionSpec(*map(mesh_axes, shape, names))
+
+
 def constrain(x: jax.Array, *names: str) -> jax.Array:
     """Puts an array where ``COMPUTE_RULES`` want it, on the mesh of ``jax.set_mesh``; without a mesh, nothing.
 
@@ -41,6 +83,7 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
         x: any array.
         names: the logical name of each of its axes.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(COMPUTE_RULES[name] for name in names)))
+    return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, names, COMPUTE_RULES, mesh.shape))

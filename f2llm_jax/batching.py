@@ -1,13 +1,20 @@
-"""Rows of static shape from texts of any length: length buckets, filled from the longest text down."""
+"""Rows of static shape from texts of any length, in one of two layouts.
+
+bucketed: one text a row, rows of a few lengths, filled from the longest text down.
+packed: many texts a row, separated by segment ids, in rows of one length (longer ones for longer texts).
+"""
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from f2llm_jax.embedding import Batch
+from f2llm_jax.embedding import Batch, PackedBatch
 from f2llm_jax.errors import InputError
 
 
@@ -73,10 +80,46 @@ class Buckets:
 
 
 class Rows(NamedTuple):
-    """A batch, and which texts its first rows are; what follows them is padding."""
+    """A batch, and which texts it holds.
 
-    batch: Batch
+    Attributes:
+        batch: the rows.
+        texts: the numbers of the texts.
+        slots: where their results are: of a ``Batch`` the row of each, of a ``PackedBatch`` row · texts per row + slot.
+        tokens: of these texts; the rest of the batch is padding.
+    """
+
+    batch: Batch | PackedBatch
     texts: list[int]
+    slots: np.ndarray
+    tokens: int
+
+
+def choose_layout(layout: str, platform: str, chunk: list[np.ndarray], buckets: Buckets, packing: Packing) -> str:
+    """The layout for texts like these: the one asked for, or for "auto" what the platform does best.
+
+    On accelerators the one that computes fewer tokens: their batches are large, so that rows of one text each are of
+    many lengths, and packed rows win but for a few short texts. On CPUs bucketed: batches are small, their rows of like
+    lengths, and the scores between the texts of a packed row would be computed for nothing.
+
+    Args:
+        layout: "auto", "bucketed" or "packed".
+        platform: ``cpu``, ``gpu`` or ``tpu``.
+        chunk: some of the texts, as token arrays.
+        buckets, packing: the shapes of both.
+
+    Raises:
+        InputError: no such layout.
+    """
+    if layout not in ("auto", "bucketed", "packed"):
+        raise InputError(f"no layout {layout!r}; there are auto, bucketed, packed")
+    if layout != "auto":
+        return layout
+    if platform == "cpu":
+        return "bucketed"
+    in_buckets = sum(rows.batch.tokens_bt.size for rows in batched([chunk], buckets, 0))
+    in_packs = sum(rows.batch.tokens_bt.size for rows in packed([chunk], packing, 0))
+    return "packed" if in_packs <= in_buckets else "bucketed"
 
 
 def batched(sequences: Iterable[list[np.ndarray]], buckets: Buckets, pad_id: int) -> Iterator[Rows]:
@@ -119,4 +162,131 @@ def _fill(bucket: Bucket, items: list[tuple[int, np.ndarray]], pad_id: int) -> R
     for row, (_, ids) in enumerate(items):
         tokens_bt[row, : len(ids)] = ids
         lengths_b[row] = len(ids)
-    return Rows(Batch(tokens_bt, lengths_b), [text for text, _ in items])
+    tokens = int(lengths_b[: len(items)].sum())
+    return Rows(Batch(tokens_bt, lengths_b), [text for text, _ in items], np.arange(len(items)), tokens)
+
+
+PACKED_LENGTH = 1024
+"""Of a packed row. Longer rows waste less and attend more: of a row's scores only those within a text count."""
+
+
+class Packing:
+    """The shapes that packed batches may have.
+
+    Attributes:
+        lengths: the row lengths, ascending: a text opens a row of the least length that it fits in.
+        batch_tokens: rows · length of a full batch stays within it, unless one row per device is more.
+        multiple: the number of rows is a multiple of it: devices that share a batch get equal parts.
+    """
+
+    def __init__(self, batch_tokens: int, max_length: int, multiple: int = 1):
+        if batch_tokens < 1:
+            raise InputError(f"batch_tokens must be positive, not {batch_tokens}")
+        lengths = [PACKED_LENGTH]
+        while lengths[-1] < max_length:
+            lengths.append(2 * lengths[-1])
+        self.lengths = tuple(lengths)
+        self.batch_tokens = batch_tokens
+        self.multiple = multiple
+
+    def rows(self, length: int) -> int:
+        """The rows of a full batch."""
+        return max(self.batch_tokens // length // self.multiple, 1) * self.multiple
+
+    def last_rows(self, length: int, rows: int) -> int:
+        """The rows of a batch for the few that are left, in eight steps per doubling, times ``multiple``."""
+        parts = math.ceil(rows / self.multiple)
+        step = max(_power_of(2, parts) // 16, 1)
+        return min(self.rows(length), self.multiple * math.ceil(parts / step) * step)
+
+
+class _PackedRow:
+    """A row that is being filled."""
+
+    def __init__(self, length: int):
+        self.free = length
+        self.items: list[tuple[int, np.ndarray]] = []
+
+    def add(self, item: tuple[int, np.ndarray]) -> None:
+        self.items.append(item)
+        self.free -= len(item[1])
+
+
+def packed(sequences: Iterable[list[np.ndarray]], packing: Packing, pad_id: int) -> Iterator[Rows]:
+    """Batches of rows that hold many texts each.
+
+    The texts of a chunk, longest first, go where the least room is left that they fit in (best fit decreasing). Rows
+    stay open from chunk to chunk: of every length as many as a batch has, the emptiest, wait for texts that fill them.
+
+    Args:
+        sequences: the texts in chunks, each a list of int32 token arrays.
+        packing: the shapes.
+        pad_id: fills what is left of rows.
+
+    Yields:
+        Every text once, under its number in order of ``sequences``. The slots for texts of a row are a power of four,
+        as few as the fullest row of the batch needs: a program is compiled for each number met.
+    """
+    waiting: dict[int, list[_PackedRow]] = {length: [] for length in packing.lengths}
+    open_rows: list[_PackedRow] = []  # those with room, ascending by it
+    count = 0
+    for chunk in sequences:
+        items = sorted(enumerate(chunk, start=count), key=lambda item: -len(item[1]))
+        count += len(chunk)
+        for item in items:
+            _place(item, waiting, open_rows)
+        for length, rows in waiting.items():
+            rows.sort(key=lambda row: row.free)
+            batch = packing.rows(length)
+            while len(rows) >= 2 * batch:
+                yield _pack(rows[:batch], batch, length, pad_id)
+                del rows[:batch]
+        open_rows = sorted((row for row in itertools.chain(*waiting.values()) if row.free), key=lambda row: row.free)
+    for length, rows in waiting.items():
+        while rows:
+            batch = packing.last_rows(length, len(rows))
+            yield _pack(rows[:batch], batch, length, pad_id)
+            del rows[:batch]
+
+
+def _place(item: tuple[int, np.ndarray], waiting: dict[int, list[_PackedRow]], open_rows: list[_PackedRow]) -> None:
+    """Adds a text to the fullest of the open rows that it fits in, or to a new row."""
+    tokens = len(item[1])
+    best = bisect.bisect_left(open_rows, tokens, key=lambda row: row.free)
+    if best < len(open_rows):
+        row = open_rows.pop(best)
+    else:
+        length = next(length for length in waiting if length >= tokens)
+        row = _PackedRow(length)
+        waiting[length].append(row)
+    row.add(item)
+    if row.free:
+        bisect.insort(open_rows, row, key=lambda row: row.free)
+
+
+def _pack(rows: list[_PackedRow], batch_rows: int, length: int, pad_id: int) -> Rows:
+    tokens_bt = np.full((batch_rows, length), pad_id, np.int32)
+    segment_ids_bt = np.zeros((batch_rows, length), np.int32)
+    texts_per_row = min(_power_of(4, max(len(row.items) for row in rows)), length)
+    ends_be = np.zeros((batch_rows, texts_per_row), np.int32)
+    texts, slots = [], []
+    for b, row in enumerate(rows):
+        start = 0
+        for slot, (text, ids) in enumerate(row.items):
+            end = start + len(ids)
+            tokens_bt[b, start:end] = ids
+            segment_ids_bt[b, start:end] = slot + 1
+            ends_be[b, slot] = end - 1
+            texts.append(text)
+            slots.append(b * texts_per_row + slot)
+            start = end
+    tokens = int(np.count_nonzero(segment_ids_bt))
+    return Rows(PackedBatch(tokens_bt, segment_ids_bt, ends_be), texts, np.array(slots), tokens)
+
+
+def _power_of(base: int, at_least: int) -> int:
+    """The least power of ``base`` that is not below ``at_least``."""
+    power = 1
+    while power < at_least:
+        power *= base
+    return power

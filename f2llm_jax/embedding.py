@@ -26,58 +26,76 @@ class Batch(NamedTuple):
     lengths_b: jax.Array | np.ndarray
 
 
+class PackedBatch(NamedTuple):
+    """Rows of many texts each, one behind the other: no token of one sees another text, and positions restart.
+
+    Attributes:
+        tokens_bt: int32 [batch, length]; what belongs to no text may be anything, nothing depends on it.
+        segment_ids_bt: int32 [batch, length], equal for the tokens of one text, different for its neighbours'; 0 for
+            padding.
+        ends_be: int32 [batch, texts], where in its row each text's EOS is; 0 in a slot without a text, whose state
+            means nothing.
+    """
+
+    tokens_bt: jax.Array | np.ndarray
+    segment_ids_bt: jax.Array | np.ndarray
+    ends_be: jax.Array | np.ndarray
+
+
 def eos_states(
     params: Params,
-    batch: Batch,
+    batch: Batch | PackedBatch,
     *,
     config: ModelConfig,
     dtype: jax.typing.DTypeLike = jnp.float32,
-    kernel: str = "blocked",
+    kernel: str = "auto",
     remat: str = "none",
 ) -> jax.Array:
-    """The final-norm hidden state of every row's EOS, unnormalised: what distillation compares.
+    """The final-norm hidden state of every text's EOS, unnormalised: what distillation compares.
 
     Args:
         params: the parameters, as ``init_params`` or ``load`` give them.
         batch: the rows.
         config: the sizes that belong to ``params``.
         dtype: of the operands of matrix products.
-        kernel: the attention kernel.
+        kernel: the attention kernel, one of ``attention.KERNELS``; "auto" for the platform's.
         remat: what a backward pass computes again, see ``model.REMAT_POLICIES``.
 
     Returns:
-        float32 [batch, hidden].
+        float32 [batch, hidden]; of a ``PackedBatch`` [batch, texts, hidden].
     """
     backbone = Backbone(config, dtype=jnp.dtype(dtype), kernel=kernel, remat=remat)
-    states_btd = backbone.apply({"params": params}, batch.tokens_bt)
-    last_b11 = (batch.lengths_b - 1)[:, None, None]
-    return jnp.take_along_axis(states_btd, last_b11, axis=1)[:, 0]
+    packed = isinstance(batch, PackedBatch)
+    states_btd = backbone.apply({"params": params}, batch.tokens_bt, batch.segment_ids_bt if packed else None)
+    ends_be = batch.ends_be if packed else batch.lengths_b[:, None] - 1
+    states_bed = jnp.take_along_axis(states_btd, ends_be[..., None], axis=1)
+    return states_bed if packed else states_bed[:, 0]
 
 
 def embed(
     params: Params,
-    batch: Batch,
+    batch: Batch | PackedBatch,
     *,
     config: ModelConfig,
     dim: int | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
-    kernel: str = "blocked",
+    kernel: str = "auto",
 ) -> jax.Array:
-    """Unit embeddings of the rows: EOS pooling, Matryoshka cut, L2 normalisation. Jittable and differentiable.
+    """Unit embeddings of the texts: EOS pooling, Matryoshka cut, L2 normalisation. Jittable and differentiable.
 
     Args:
         params, batch, config, dtype, kernel: as for ``eos_states``.
         dim: keep the first ``dim`` values before normalising; ``None`` keeps all.
 
     Returns:
-        float32 [batch, dim].
+        float32 [batch, dim]; of a ``PackedBatch`` [batch, texts, dim].
 
     Raises:
         InputError: ``dim`` is not within 1 … ``config.hidden_size``.
     """
     dim = check_dim(dim, config)
-    states_bd = eos_states(params, batch, config=config, dtype=dtype, kernel=kernel)
-    return matryoshka(states_bd, (dim,))[dim]
+    states = eos_states(params, batch, config=config, dtype=dtype, kernel=kernel)
+    return matryoshka(states, (dim,))[dim]
 
 
 def matryoshka(states_bd: jax.Array, dims: Iterable[int]) -> dict[int, jax.Array]:

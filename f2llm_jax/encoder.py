@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections import deque
@@ -15,15 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from f2llm_jax.batching import Buckets, batched
+from f2llm_jax.attention import resolve_kernel
+from f2llm_jax.batching import Buckets, Packing, Rows, batched, choose_layout, packed
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert.load import load_params, open_checkpoint
-from f2llm_jax.embedding import Batch, check_dim, embed
+from f2llm_jax.embedding import Batch, PackedBatch, check_dim, embed
 from f2llm_jax.errors import InputError, warn
 from f2llm_jax.model import Params, to_bits
 from f2llm_jax.quantization import check_ranges, output_spec, quantize
 from f2llm_jax.release import find_release, read_release
-from f2llm_jax.sharding import BATCH_SPEC, padded_config
+from f2llm_jax.sharding import BATCH_SPEC, batch_parts, padded_config
 from f2llm_jax.tokens import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class Encoder:
         max_length: the default limit on tokens of a text, EOS included.
         dtype: of the parameters and of the operands of matrix products.
         mesh: where the parameters lie; None for one device.
+        kernel: the attention kernel, one of ``attention.KERNELS``.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Encoder:
         max_length: int | None = None,
         dtype: str = "float32",
         mesh: Mesh | None = None,
+        kernel: str = "auto",
     ):
         self._params = params
         self._platform = next(iter(jax.tree.leaves(params)[0].devices())).platform
@@ -76,6 +80,7 @@ class Encoder:
         self.max_length = max_length or config.max_position_embeddings
         self.dtype = dtype
         self.mesh = mesh
+        self.kernel = resolve_kernel(kernel, self._platform, dtype)
 
     @property
     def params(self) -> Params:
@@ -96,6 +101,7 @@ class Encoder:
         dim: int | None = None,
         max_length: int | None = None,
         batch_tokens: int | None = None,
+        layout: str = "auto",
         output: str = "float32",
         ranges: np.ndarray | None = None,
         show_progress: bool = False,
@@ -110,10 +116,12 @@ class Encoder:
                 Any size works; ``config.matryoshka_dims`` are those the family is trained at.
             max_length: longer texts are cut to this many tokens, EOS included, and reported once per call as a warning.
             batch_tokens: tokens computed at a time (rows · length); more takes more memory.
+            layout: ``bucketed`` (one text a row, rows of a few lengths), ``packed`` (many texts a row), or ``auto`` for
+                what the platform computes faster; the embeddings are the same.
             output: ``float32``; ``bfloat16``; ``int8`` (needs ``ranges``); ``binary`` or ``ubinary`` (a bit per
                 dimension, packed as sentence-transformers packs them).
             ranges: float [2, dim] from ``int8_ranges``, for ``output="int8"``.
-            show_progress: a progress bar with texts/s and tokens/s on standard error.
+            show_progress: a progress bar with texts/s, tokens/s and the share of padding on standard error.
 
         Returns:
             [n, dim] unit embeddings in the order of ``texts``; [n, ceil(dim / 8)] for packed bits; [dim] for a string.
@@ -147,6 +155,7 @@ class Encoder:
             dim,
             max_length or self.max_length,
             self._batch_tokens() if batch_tokens is None else batch_tokens,
+            layout,
             show_progress,
         )
         for rows, embeddings_nd in embeddings:
@@ -187,12 +196,19 @@ class Encoder:
         return _BATCH_TOKENS[self._platform] * devices
 
     def _embeddings(
-        self, texts: list[str], prefix: str, dim: int, max_length: int, batch_tokens: int, show_progress: bool
+        self,
+        texts: list[str],
+        prefix: str,
+        dim: int,
+        max_length: int,
+        batch_tokens: int,
+        layout: str,
+        show_progress: bool,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Which texts, and their float32 unit embeddings [len, dim], in the order they are computed."""
         from tqdm import tqdm
 
-        truncated = tokens = 0
+        truncated = tokens = computed = 0
 
         def sequences() -> Iterator[list[np.ndarray]]:
             nonlocal truncated
@@ -200,27 +216,46 @@ class Encoder:
                 truncated += count
                 yield chunk
 
-        buckets = Buckets(batch_tokens, max_length, 1 if self.mesh is None else self.mesh.size)
-        pending: deque[tuple[list[int], jax.Array]] = deque()
+        layout, batches = self._batches(sequences(), layout, batch_tokens, max_length)
+        pending: deque[tuple[Rows, jax.Array]] = deque()
         with tqdm(total=len(texts), unit="text", disable=not show_progress, smoothing=0) as bar:
 
             def fetch() -> tuple[list[int], np.ndarray]:
-                rows, embeddings_bd = pending.popleft()
-                values = np.asarray(embeddings_bd)[: len(rows)]
-                bar.update(len(rows))
+                rows, embeddings = pending.popleft()
+                values = np.asarray(embeddings).reshape(-1, dim)[rows.slots]
+                bar.update(len(rows.texts))
                 if elapsed := bar.format_dict["elapsed"]:
-                    bar.set_postfix_str(f"{tokens / elapsed:,.0f} tokens/s", refresh=False)
-                return rows, values
+                    speed = f"{tokens / elapsed:,.0f} tokens/s"
+                    bar.set_postfix_str(f"{speed}, {padding(tokens, computed):.1%} padding", refresh=False)
+                return rows.texts, values
 
-            for batch, rows in batched(sequences(), buckets, self.tokenizer.pad_id):
-                pending.append((rows, self._dispatch(batch, dim)))
-                tokens += int(batch.lengths_b[: len(rows)].sum())
+            for rows in batches:
+                pending.append((rows, self._dispatch(rows.batch, dim)))
+                tokens += rows.tokens
+                computed += rows.batch.tokens_bt.size
                 while len(pending) > _IN_FLIGHT:
                     yield fetch()
             while pending:
                 yield fetch()
+        if computed:
+            share = padding(tokens, computed)
+            logger.info("%d texts, %d tokens, rows %s, %.1f%% padding", len(texts), tokens, layout, 100 * share)
         if truncated:
             warn(f"{truncated} of {len(texts)} texts were longer than {max_length} tokens and were truncated")
+
+    def _batches(
+        self, sequences: Iterator[list[np.ndarray]], layout: str, batch_tokens: int, max_length: int
+    ) -> tuple[str, Iterator[Rows]]:
+        """The layout, chosen by the first chunk, and the batches."""
+        multiple = 1 if self.mesh is None else batch_parts(self.mesh)
+        buckets = Buckets(batch_tokens, max_length, multiple)
+        packing = Packing(batch_tokens, max_length, multiple)
+        first = next(sequences, [])
+        sequences = itertools.chain([first], sequences)
+        layout = choose_layout(layout, self._platform, first, buckets, packing)
+        if layout == "packed":
+            return layout, packed(sequences, packing, self.tokenizer.pad_id)
+        return layout, batched(sequences, buckets, self.tokenizer.pad_id)
 
     def _tokenised(self, texts: list[str], prefix: str, max_length: int) -> Iterator[tuple[list[np.ndarray], int]]:
         """Token ids in chunks; the next chunk is tokenised by a thread while the caller works on this one."""
@@ -238,13 +273,23 @@ class Encoder:
             if ahead is not None:
                 yield ahead.result()
 
-    def _dispatch(self, batch: Batch, dim: int) -> jax.Array:
+    def _dispatch(self, batch: Batch | PackedBatch, dim: int) -> jax.Array:
         """Starts the computation of a batch; the result is a promise."""
-        options = {"config": padded_config(self.config, self.mesh), "dim": dim, "dtype": jnp.dtype(self.dtype)}
+        options = {
+            "config": padded_config(self.config, self.mesh),
+            "dim": dim,
+            "dtype": jnp.dtype(self.dtype),
+            "kernel": self.kernel,
+        }
         if self.mesh is None:
             return _embed(self._weights, batch, **options)
         with jax.set_mesh(self.mesh):
             return _embed(self._weights, jax.device_put(batch, NamedSharding(self.mesh, BATCH_SPEC)), **options)
+
+
+def padding(tokens: int, computed: int) -> float:
+    """The share of the computed tokens that belong to no text."""
+    return 1 - tokens / computed
 
 
 def _has_surrogates(text: str) -> bool:
@@ -256,7 +301,12 @@ def _has_surrogates(text: str) -> bool:
 
 
 def load(
-    model: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None, revision: str | None = None
+    model: str | Path,
+    *,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    kernel: str = "auto",
+    revision: str | None = None,
 ) -> Encoder:
     """Loads a model for encoding.
 
@@ -266,11 +316,12 @@ def load(
         dtype: ``float32``, or ``bfloat16``: parameters and operands of matrix products in bfloat16, everything between
             in float32.
         mesh: a mesh from ``make_mesh`` to spread the model over; None for one device.
+        kernel: the attention kernel: ``auto`` for the platform's, or one of ``attention.KERNELS``.
         revision: branch, tag or commit of a hub id.
 
     Raises:
         ReleaseError: the folder or repository cannot be used; the message says what is wrong with which file.
-        InputError: the dtype is another one, or the model does not divide over the mesh.
+        InputError: the dtype is another one, there is no such kernel, or the model does not divide over the mesh.
     """
     use_compilation_cache()
     release = read_release(find_release(model, revision))
@@ -285,6 +336,7 @@ def load(
         max_length=release.max_length,
         dtype=dtype,
         mesh=mesh,
+        kernel=kernel,
     )
 
 

@@ -10,8 +10,8 @@ units of TPUs and the CPU kernels measured multiply either orientation at the sa
 Arithmetic: matrix products take operands in ``dtype`` and sum in float32. Everything between them (residual stream,
 norms, rotary angles, softmax, activation) is float32, so bfloat16 rounds only what enters a product.
 
-Dimensions: b batch, t position, d hidden, n query heads, k key/value heads, g query heads per key/value head,
-h head_dim, f intermediate, l layers, v vocabulary.
+Dimensions: b batch, t position, d hidden, n query heads, k key/value heads, h head_dim, f intermediate, l layers,
+v vocabulary.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import numpy as np
 from f2llm_jax.attention import attention, matmul_precision
 from f2llm_jax.axes import constrain
 from f2llm_jax.config import ModelConfig
+from f2llm_jax.vocabulary import lookup
 
 Params = dict[str, Any]
 """A nested dict of arrays; those under ``layers`` carry the layers on axis 0."""
@@ -94,7 +95,9 @@ class Attention(nn.Module):
     kernel: str
 
     @nn.compact
-    def __call__(self, x_btd: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def __call__(
+        self, x_btd: jax.Array, rotary: tuple[jax.Array, jax.Array], segment_ids_bt: jax.Array | None
+    ) -> jax.Array:
         c = self.config
         n, k, h, d = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size
         kv_axes = ("kv_heads", "head_dim", "embed")
@@ -104,12 +107,15 @@ class Attention(nn.Module):
         v_btkh = Projection((k, h), (d,), kv_axes, self.dtype, name="v_proj")(x_btd)
         q_btnh = rotate(RMSNorm(h, "head_dim", c.rms_norm_eps, name="q_norm")(q_btnh), rotary)
         k_btkh = rotate(RMSNorm(h, "head_dim", c.rms_norm_eps, name="k_norm")(k_btkh), rotary)
-        q_btkgh = q_btnh.reshape(*q_btnh.shape[:2], k, n // k, h)
-        out_btkgh = attention(
-            q_btkgh.astype(self.dtype), k_btkh.astype(self.dtype), v_btkh.astype(self.dtype), kernel=self.kernel
+        # Scaled here, before the one rounding to dtype.
+        out_btnh = attention(
+            (q_btnh * h**-0.5).astype(self.dtype),
+            k_btkh.astype(self.dtype),
+            v_btkh.astype(self.dtype),
+            segment_ids_bt,
+            kernel=self.kernel,
         )
-        o_proj = Projection((d,), (n, h), ("embed", "heads", "head_dim"), self.dtype, name="o_proj")
-        return o_proj(out_btkgh.reshape(q_btnh.shape))
+        return Projection((d,), (n, h), ("embed", "heads", "head_dim"), self.dtype, name="o_proj")(out_btnh)
 
 
 class MLP(nn.Module):
@@ -135,11 +141,15 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_btd: jax.Array, rotary: tuple[jax.Array, jax.Array], all_layers: bool
+        self,
+        x_btd: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        segment_ids_bt: jax.Array | None,
+        all_layers: bool,
     ) -> tuple[jax.Array, jax.Array | None]:
         c = self.config
         normed_btd = RMSNorm(c.hidden_size, "embed", c.rms_norm_eps, name="input_norm")(x_btd)
-        x_btd = x_btd + Attention(c, self.dtype, self.kernel, name="attention")(normed_btd, rotary)
+        x_btd = x_btd + Attention(c, self.dtype, self.kernel, name="attention")(normed_btd, rotary, segment_ids_bt)
         normed_btd = RMSNorm(c.hidden_size, "embed", c.rms_norm_eps, name="mlp_norm")(x_btd)
         x_btd = x_btd + MLP(c, self.dtype, name="mlp")(normed_btd)
         x_btd = constrain(x_btd, "batch", "length", "embed")
@@ -152,21 +162,25 @@ class Backbone(nn.Module):
     Attributes:
         config: the sizes.
         dtype: of the operands of matrix products.
-        kernel: which attention, see ``attention.KERNELS``.
+        kernel: which attention, see ``attention.KERNELS``; "auto" for the platform's.
         remat: what the backward pass computes again, see ``REMAT_POLICIES``.
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
-    kernel: str = "blocked"
+    kernel: str = "auto"
     remat: str = "none"
 
     @nn.compact
-    def __call__(self, tokens_bt: jax.Array, *, all_layers: bool = False) -> Any:
+    def __call__(
+        self, tokens_bt: jax.Array, segment_ids_bt: jax.Array | None = None, *, all_layers: bool = False
+    ) -> Any:
         """Runs the decoder.
 
         Args:
             tokens_bt: int32 [batch, length] token ids; rows filled from the left.
+            segment_ids_bt: int32 [batch, length], equal for neighbouring tokens of one text, which sees no other text
+                and whose positions start at 0; None for rows of one text each.
             all_layers: also return the output of every layer.
 
         Returns:
@@ -177,35 +191,44 @@ class Backbone(nn.Module):
         table_vd = self.param(
             "embed_tokens", nn.with_logical_partitioning(_normal, ("vocab", "embed")), (c.vocab_size, c.hidden_size)
         )
-        x_btd = constrain(table_vd[tokens_bt].astype(jnp.float32), "batch", "length", "embed")
-        rotary = rotary_angles(tokens_bt.shape[1], c.head_dim, c.rope_theta)
+        x_btd = lookup(table_vd, tokens_bt).astype(jnp.float32)
+        rotary = rotary_angles(positions(tokens_bt.shape[1], segment_ids_bt), c.head_dim, c.rope_theta)
         # Within a scan nothing can be merged with the forward pass anyway: prevent_cse would only cost.
-        block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False, static_argnums=(3,))
+        block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False, static_argnums=(4,))
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast,) * 3,
             length=c.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.dtype, self.kernel, name="layers")
-        x_btd, layer_outputs_lbtd = layers(x_btd, rotary, all_layers)
+        x_btd, layer_outputs_lbtd = layers(x_btd, rotary, segment_ids_bt, all_layers)
         states_btd = RMSNorm(c.hidden_size, "embed", c.rms_norm_eps, name="norm")(x_btd)
         return (states_btd, layer_outputs_lbtd) if all_layers else states_btd
 
 
-def rotary_angles(length: int, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and signed sines of the rotary positions 0 … length - 1, for ``rotate``.
+def positions(length: int, segment_ids_bt: jax.Array | None) -> jax.Array:
+    """Where each token stands in its own text: int32 [1, length], or [batch, length] with segment ids."""
+    position_1t = jnp.arange(length, dtype=jnp.int32)[None]
+    if segment_ids_bt is None:
+        return position_1t
+    starts_bt = jnp.diff(segment_ids_bt, axis=1, prepend=segment_ids_bt[:, :1]) != 0
+    return position_1t - jax.lax.cummax(jnp.where(starts_bt, position_1t, 0), axis=1)
+
+
+def rotary_angles(position_bt: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and signed sines of the rotary positions, for ``rotate``.
 
     In float32 throughout: bfloat16 rounds position 257 to 256, and sin(257) is not sin(256).
 
     Returns:
-        float32 [length, 1, 1, head_dim / 2] and [length, 1, 2, head_dim / 2].
+        float32 [batch, length, 1, 1, head_dim / 2] and [batch, length, 1, 2, head_dim / 2].
     """
     frequency_h = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle_th = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency_h
-    sin_th = jnp.sin(angle_th)
-    return jnp.cos(angle_th)[:, None, None], jnp.stack([-sin_th, sin_th], axis=1)[:, None]
+    angle_bth = position_bt.astype(jnp.float32)[..., None] * frequency_h
+    sin_bth = jnp.sin(angle_bth)
+    return jnp.cos(angle_bth)[:, :, None, None], jnp.stack([-sin_bth, sin_bth], axis=2)[:, :, None]
 
 
 def rotate(x_btnh: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -246,7 +269,7 @@ def abstract_params(config: ModelConfig) -> Params:
         This is the one source for shapes, shardings and names.
     """
     tokens_bt = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return jax.eval_shape(Backbone(config).init, jax.random.key(0), tokens_bt)["params"]
+    return jax.eval_shape(Backbone(config, kernel="reference").init, jax.random.key(0), tokens_bt)["params"]
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -256,7 +279,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
         config: the sizes.
         key: a ``jax.random.key``.
     """
-    return nn.unbox(Backbone(config).init(key, jnp.zeros((1, 8), jnp.int32))["params"])
+    return nn.unbox(Backbone(config, kernel="reference").init(key, jnp.zeros((1, 8), jnp.int32))["params"])
 
 
 def count_parameters(config: ModelConfig) -> int:

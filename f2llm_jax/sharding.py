@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from f2llm_jax.axes import COMPUTE_RULES, MESH_AXES, STORAGE_RULES
+from f2llm_jax.axes import COMPUTE_RULES, MESH_AXES, STORAGE_RULES, partition_spec
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.errors import InputError
 from f2llm_jax.model import Params, abstract_params
@@ -33,6 +33,11 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Sequenc
     if len(devices) != needed:
         raise InputError(f"a mesh data={data} fsdp={fsdp} tensor={tensor} takes {needed} devices, not {len(devices)}")
     return jax.make_mesh((data, fsdp, tensor), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """How many parts a batch is cut into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def padded_config(config: ModelConfig, mesh: Mesh | None) -> ModelConfig:
@@ -58,13 +63,6 @@ def param_shardings(config: ModelConfig, mesh: Mesh | None) -> Params:
     def sharding(box: nn.LogicallyPartitioned) -> jax.sharding.Sharding:
         if mesh is None:
             return SingleDeviceSharding(jax.local_devices()[0])
-        for size, axis in zip(box.value.shape, box.names, strict=True):
-            mesh_axis = STORAGE_RULES[axis]
-            if mesh_axis is not None and size % mesh.shape[mesh_axis]:
-                raise InputError(
-                    f"{size} {axis} do not divide over {mesh_axis}={mesh.shape[mesh_axis]}; "
-                    f"{mesh_axis} can be a divisor of {size}"
-                )
-        return NamedSharding(mesh, PartitionSpec(*(STORAGE_RULES[axis] for axis in box.names)))
+        return NamedSharding(mesh, partition_spec(box.value.shape, box.names, STORAGE_RULES, mesh.shape))
 
     return jax.tree.map(sharding, abstract_params(config), is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from f2llm_jax.batching import Buckets, batched, bucket_lengths
+from f2llm_jax.batching import PACKED_LENGTH, Buckets, Packing, batched, bucket_lengths, choose_layout, packed
 from f2llm_jax.errors import InputError
 
 PAD = -7
@@ -38,13 +38,13 @@ def test_every_text_once_in_known_shapes(chunks, batch_tokens, multiple, max_len
     sequences = [[np.full(length, next(numbers), np.int32) for length in chunk] for chunk in chunks]
     flat = [ids for chunk in sequences for ids in chunk]
     seen, shapes, rows_used, rows_made = [], set(), 0, 0
-    for batch, texts in batched(iter(sequences), buckets, PAD):
-        tokens_bt, lengths_b = batch
+    for (tokens_bt, lengths_b), texts, slots, tokens in batched(iter(sequences), buckets, PAD):
         rows, length = tokens_bt.shape
         assert tokens_bt.dtype == lengths_b.dtype == np.int32 and lengths_b.shape == (rows,)
         assert length in buckets.lengths and rows % multiple == 0
         assert rows * length <= batch_tokens or rows == multiple
         assert 0 < len(texts) <= rows
+        assert list(slots) == list(range(len(texts))) and tokens == sum(lengths_b[: len(texts)])
         for row, text in enumerate(texts):
             assert lengths_b[row] == len(flat[text])
             np.testing.assert_array_equal(tokens_bt[row, : lengths_b[row]], flat[text])
@@ -63,7 +63,7 @@ def test_there_is_no_more_padding_than_the_buckets_make():
     generator = np.random.default_rng(0)
     lengths = np.clip(generator.lognormal(4, 1, size=20_000), 1, 1024).astype(int)
     chunks = [[np.zeros(n, np.int32) for n in part] for part in np.split(lengths, 10)]
-    computed = sum(batch.tokens_bt.size for batch, _ in batched(chunks, Buckets(4096, 1024), 0))
+    computed = sum(batch.tokens_bt.size for batch, *_ in batched(chunks, Buckets(4096, 1024), 0))
     assert computed < 1.15 * lengths.sum()
 
 
@@ -85,3 +85,78 @@ def test_texts_that_come_late_are_batched_while_others_wait():
 def test_batch_tokens_must_be_positive(batch_tokens):
     with pytest.raises(InputError, match="batch_tokens"):
         Buckets(batch_tokens, 64)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    chunks=st.lists(st.lists(st.integers(1, 70), max_size=60), max_size=5),
+    long=st.lists(st.integers(1000, 2100), max_size=4),
+    batch_tokens=st.integers(1, 6000),
+    multiple=st.sampled_from([1, 2, 3, 8]),
+)
+def test_every_text_once_in_packed_rows(chunks, long, batch_tokens, multiple):
+    packing = Packing(batch_tokens, 2100, multiple)
+    assert packing.lengths == (1024, 2048, 4096)
+    numbers = iter(range(1, 10**6))
+    sequences = [[np.full(length, next(numbers), np.int32) for length in chunk] for chunk in (*chunks, long)]
+    flat = [ids for chunk in sequences for ids in chunk]
+    seen = []
+    for (tokens_bt, segment_ids_bt, ends_be), texts, slots, tokens in packed(iter(sequences), packing, PAD):
+        rows, length = tokens_bt.shape
+        assert {x.dtype for x in (tokens_bt, segment_ids_bt, ends_be)} == {np.dtype(np.int32)}
+        assert length in packing.lengths and rows % multiple == 0 and rows <= packing.rows(length)
+        assert ends_be.shape[1] in (1, 4, 16, 64, 256, 1024)
+        assert tokens == np.count_nonzero(segment_ids_bt)
+        assert np.all(tokens_bt[segment_ids_bt == 0] == PAD)
+        left = segment_ids_bt.copy()
+        for text, slot in zip(texts, slots, strict=True):
+            row, slot = divmod(int(slot), ends_be.shape[1])
+            end = ends_be[row, slot] + 1
+            start = end - len(flat[text])
+            np.testing.assert_array_equal(tokens_bt[row, start:end], flat[text])
+            assert set(segment_ids_bt[row, start:end]) == {slot + 1}
+            left[row, start:end] = 0
+        assert not left.any()
+        seen += texts
+    assert sorted(seen) == list(range(len(flat)))
+
+
+@pytest.fixture(scope="module")
+def mix() -> list[np.ndarray]:
+    """The tokens of XQuAD's questions and paragraphs, and of Tatoeba's pairs in 106 languages."""
+    import tokenizers
+    from releases import QWEN_TOKENIZER, bitext, xquad
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(QWEN_TOKENIZER / "tokenizer.json"))
+    questions, paragraphs = xquad()
+    texts = [*questions, *paragraphs, *bitext()]
+    return [np.array([*encoding.ids, 0], np.int32) for encoding in tokenizer.encode_batch_fast(texts)]
+
+
+@pytest.mark.parametrize("packing", [Packing(32768, 1024), Packing(32768, 40960), Packing(8 * 32768, 40960, 8)])
+def test_packing_wastes_little_of_real_texts(mix, packing):
+    mix = [ids[: packing.lengths[-1]] for ids in mix]
+    for texts in (mix, [mix[n] for n in np.random.default_rng(0).permutation(len(mix))]):
+        chunks = [texts[first : first + 2048] for first in range(0, len(texts), 2048)]
+        batches = list(packed(chunks, packing, 0))
+        tokens = sum(map(len, texts))
+        wasted = 1 - tokens / sum(rows.batch.tokens_bt.size for rows in batches)
+        shapes = {(rows.batch.tokens_bt.shape, rows.batch.ends_be.shape) for rows in batches}
+        print(f"{len(texts):,} texts, {tokens:,} tokens: {wasted:.2%} wasted, {len(shapes)} programs")
+        assert sum(rows.tokens for rows in batches) == tokens
+        assert wasted <= 0.03
+        assert len(shapes) <= 8
+
+
+def test_a_layout_is_chosen_by_platform_and_lengths():
+    buckets, packing = Buckets(32768, 1024), Packing(32768, 1024)
+    many, one = [np.zeros(17, np.int32)] * 3000, [np.zeros(17, np.int32)]
+    for platform in ("tpu", "gpu"):
+        assert choose_layout("auto", platform, many, buckets, packing) == "packed"
+        assert choose_layout("auto", platform, one, buckets, packing) == "bucketed"
+    assert choose_layout("auto", "cpu", many, buckets, packing) == "bucketed"
+    for layout in ("packed", "bucketed"):
+        assert choose_layout(layout, "cpu", one, buckets, packing) == layout
+    with pytest.raises(InputError, match="no layout 'dense'; there are auto, bucketed, packed"):
+        choose_layout("dense", "cpu", one, buckets, packing)
+    assert packing.lengths == (PACKED_LENGTH,)

@@ -92,6 +92,28 @@ def test_neighbours_do_not_matter(params, lengths, order, seed):
     assert (shuffled * straight[order]).sum(axis=1).min() >= SAME_COSINE
 
 
+@pytest.mark.parametrize("kernel", ["blocked", "reference", "splash"])
+def test_a_packed_text_is_as_it_is_alone(params, kernel):
+    """Whatever its neighbours are, and wherever in the row it stands."""
+    rows = [[5, 1, 60, 1, 23], [100], [33, 40, 2]]
+    tokens = random_tokens(3, 110)
+    segment_ids, ends = np.zeros((3, 110), np.int32), np.zeros((3, 8), np.int32)
+    for row, lengths in enumerate(rows):
+        ends[row, : len(lengths)] = np.cumsum(lengths) - 1
+        segment_ids[row, : sum(lengths)] = np.repeat(np.arange(len(lengths)) + 1, lengths)
+    got = np.asarray(embed(params, f2llm_jax.PackedBatch(tokens, segment_ids, ends), kernel=kernel))
+    assert got.shape == (3, 8, TINY.hidden_size)
+    alone = np.zeros((9, 100), np.int32)
+    lengths = np.array([length for row in rows for length in row], np.int32)
+    slots = [(row, slot) for row, row_lengths in enumerate(rows) for slot in range(len(row_lengths))]
+    for text, (row, slot) in enumerate(slots):
+        alone[text, : lengths[text]] = tokens[row, segment_ids[row] == slot + 1]
+    expected = np.asarray(embed(params, f2llm_jax.Batch(alone, lengths)))
+    got = np.stack([got[slot] for slot in slots])
+    assert (got * expected).sum(axis=1).min() >= SAME_COSINE
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
+
+
 def test_what_is_before_the_end_does_matter(params):
     tokens = random_tokens(1, 16)
     changed = tokens.copy()

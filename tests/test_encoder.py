@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from releases import QUERY_PROMPT, TINY, write_release
 from sentence_transformers.util import quantize_embeddings
 
 import f2llm_jax
+from f2llm_jax import batching
 from f2llm_jax.batching import Buckets
 from f2llm_jax.errors import InputError
 
@@ -270,7 +272,35 @@ def test_progress_bar(tiny, capsys):
     assert capsys.readouterr().err == ""
     tiny.encode(TEXTS, show_progress=True)
     shown = capsys.readouterr().err
-    assert "60/60" in shown and "text/s" in shown and "tokens/s" in shown
+    assert "60/60" in shown and "text/s" in shown and "tokens/s" in shown and "% padding" in shown
+
+
+def test_packed_rows_give_the_same(tiny, expected, caplog, monkeypatch):
+    monkeypatch.setattr(batching, "PACKED_LENGTH", 64)
+    caplog.set_level("INFO", logger="f2llm_jax.encoder")
+    same(tiny.encode(TEXTS, layout="packed"), expected)
+    tiny.encode(TEXTS)
+    packed, bucketed = (record.getMessage() for record in caplog.records)
+    shown = re.fullmatch(r"60 texts, (\d+) tokens, rows packed, (\d+\.\d)% padding", packed)
+    assert int(shown[1]) == sum(map(len, tiny.tokenizer.encode(TEXTS, 2048)[0]))
+    assert 0 < float(shown[2]) < 15
+    assert f"60 texts, {shown[1]} tokens, rows bucketed" in bucketed
+    # Texts longer than a row have rows of their own length, which others fill.
+    long = [*TEXTS, "the quick brown fox " * 30]
+    same(tiny.encode(long, layout="packed"), tiny.encode(long))
+    assert tiny.encode([], layout="packed").shape == (0, 96)
+    with pytest.raises(InputError, match="no layout 'dense'"):
+        tiny.encode(TEXTS, layout="dense")
+
+
+def test_a_kernel_by_name(tiny, tiny_release, expected):
+    assert tiny.kernel == "blocked"
+    model = f2llm_jax.load(tiny_release, kernel="splash")
+    same(model.encode(TEXTS[:3]), expected[:3])
+    with pytest.raises(InputError, match="no attention kernel 'fast'; there are auto, blocked"):
+        f2llm_jax.load(tiny_release, kernel="fast")
+    with pytest.raises(InputError, match="cudnn kernel computes in bfloat16"):
+        f2llm_jax.load(tiny_release, kernel="cudnn")
 
 
 def test_similarity(tiny, expected):

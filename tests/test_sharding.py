@@ -80,13 +80,6 @@ def test_a_vocabulary_that_does_not_divide_is_padded(tmp_path):
     np.testing.assert_allclose(model.encode(TEXTS), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("axes", "message"),
-    [
-        ({"tensor": 8}, "2 kv_heads do not divide over tensor=8"),
-        ({"data": 2, "tensor": 4}, "2 kv_heads do not divide over tensor=4"),
-    ],
-)
-def test_what_does_not_divide_is_named_with_its_numbers(tiny_release, axes, message):
-    with pytest.raises(InputError, match=message):
-        f2llm_jax.load(tiny_release, mesh=f2llm_jax.make_mesh(**axes))
+def test_what_does_not_divide_is_named_with_its_numbers(tiny_release):
+    with pytest.raises(InputError, match="4 heads do not divide over tensor=8"):
+        f2llm_jax.load(tiny_release, mesh=f2llm_jax.make_mesh(tensor=8))

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.errors import InputError
 from f2llm_jax.model import abstract_params
-from f2llm_jax.sharding import BATCH_SPEC, make_mesh, param_shardings
+from f2llm_jax.sharding import BATCH_SPEC, batch_parts, make_mesh, param_shardings
 from f2llm_jax.train.batch import TrainBatch
 from f2llm_jax.train.config import MeshConfig, TrainConfig
 from f2llm_jax.train.step import TrainState
@@ -37,11 +37,6 @@ def make_train_mesh(config: MeshConfig) -> Mesh:
     if mesh.local_mesh.shape["tensor"] != mesh.shape["tensor"]:
         raise InputError(f"tensor={mesh.shape['tensor']} spans processes; each has {jax.local_device_count()} devices")
     return mesh
-
-
-def batch_parts(mesh: Mesh) -> int:
-    """How many parts a batch is cut into."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_batch(config: TrainConfig, mesh: Mesh) -> None:

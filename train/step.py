@@ -62,11 +62,13 @@ class ComputeConfig:
     Attributes:
         dtype: of the operands of matrix products.
         remat: which activations are kept for the backward pass, see ``model.REMAT_POLICIES``.
+        kernel: which attention, see ``attention.KERNELS``; "auto" for the platform's.
         chunk_rows: rows (texts) computed at a time; 0 for all at once.
     """
 
     dtype: str = "bfloat16"
     remat: str = "full"
+    kernel: str = "auto"
     chunk_rows: int = 0
 
 
@@ -195,11 +197,15 @@ def batch_states(params: Params, texts: tuple[Batch, Batch], config: ModelConfig
     """The states of queries and documents (``batch_texts``), all at once or in chunks."""
 
     def encode(rows: Batch) -> jax.Array:
-        return eos_states(params, rows, config=config, dtype=compute.dtype, remat=compute.remat)
+        return _eos_states(params, rows, config, compute)
 
     if not compute.chunk_rows:
         return States(*(encode(rows) for rows in texts))
     return States(*(_join(jax.lax.map(encode, _chunks(rows, compute.chunk_rows))) for rows in texts))
+
+
+def _eos_states(params: Params, rows: Batch, config: ModelConfig, compute: ComputeConfig) -> jax.Array:
+    return eos_states(params, rows, config=config, dtype=compute.dtype, kernel=compute.kernel, remat=compute.remat)
 
 
 def _add_chunk_grads(
@@ -207,9 +213,7 @@ def _add_chunk_grads(
 ) -> Params:
     def add(grads: Params, chunk: tuple[Batch, jax.Array]) -> tuple[Params, None]:
         rows, cotangent = chunk
-        _, pull = jax.vjp(
-            lambda params: eos_states(params, rows, config=config, dtype=compute.dtype, remat=compute.remat), params
-        )
+        _, pull = jax.vjp(lambda params: _eos_states(params, rows, config, compute), params)
         (chunk_grads,) = pull(cotangent)
         return jax.tree.map(lambda total, g: total + g.astype(total.dtype), grads, chunk_grads), None
 

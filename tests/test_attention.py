@@ -1,0 +1,174 @@
+"""The attention kernels against the reference one, forward and backward, alone and on a mesh; which is chosen."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from f2llm_jax import make_mesh
+from f2llm_jax.attention import KERNELS, attention, default_kernel, fused, reference, resolve_kernel, splash_block
+from f2llm_jax.errors import InputError
+
+LARGEST_DIFFERENCE = {"float32": 2e-6, "bfloat16": 2e-2}  # relative to the largest value
+
+# rows, length, query heads, key/value heads, head_dim; whether there are segments
+CASES = {
+    "one block": ((2, 128, 4, 2, 128), True),
+    "one key/value head": ((1, 130, 3, 1, 128), False),
+    "blocks that do not divide": ((1, 700, 2, 2, 128), True),
+    "small heads": ((2, 24, 4, 2, 16), False),
+}
+
+
+def case(shape, dtype, *, segments):
+    b, t, n, k, h = shape
+    rng = np.random.default_rng(0)
+    q_btnh, k_bskh, v_bskh = (
+        jnp.asarray(rng.normal(size=size), dtype) for size in ((b, t, n, h), (b, t, k, h), (b, t, k, h))
+    )
+    segment_ids_bt = jnp.asarray(np.sort(rng.integers(0, 5, (b, t))), jnp.int32) if segments else None
+    return (q_btnh * jnp.asarray(h**-0.5, dtype), k_bskh, v_bskh), segment_ids_bt
+
+
+def value_and_gradients(kernel, inputs, segment_ids_bt):
+    """The result of a kernel, and the gradients of its sum with fixed random weights."""
+    weight_btnh = jnp.asarray(np.random.default_rng(1).normal(size=inputs[0].shape), jnp.float32)
+
+    def total(*inputs):
+        out_btnh = kernel(*inputs, segment_ids_bt)
+        return jnp.sum(out_btnh.astype(jnp.float32) * weight_btnh), out_btnh
+
+    grads, out_btnh = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*inputs)
+    return [np.asarray(x, np.float32) for x in (out_btnh, *grads)]
+
+
+def assert_close(got, expected, dtype):
+    for name, ours, theirs in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
+        assert ours.shape == theirs.shape
+        error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+        assert error <= LARGEST_DIFFERENCE[dtype], (name, error)
+
+
+@pytest.mark.parametrize("segments", [False, True], ids=["one text", "segments"])
+def test_the_reference_is_torchs(segments):
+    inputs, segment_ids_bt = case((2, 37, 4, 2, 16), "float32", segments=segments)
+    seen_bts = np.tril(np.ones((2, 37, 37), bool))
+    if segments:
+        seen_bts &= np.asarray(segment_ids_bt)[:, :, None] == np.asarray(segment_ids_bt)[:, None]
+    query, key, value = (torch.tensor(np.asarray(x)).transpose(1, 2).requires_grad_() for x in inputs)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=torch.tensor(seen_bts)[:, None], scale=1.0, enable_gqa=True
+    )
+    weight_btnh = np.random.default_rng(1).normal(size=inputs[0].shape).astype(np.float32)
+    grads = torch.autograd.grad((out.transpose(1, 2) * torch.tensor(weight_btnh)).sum(), (query, key, value))
+    expected = [x.detach().transpose(1, 2).numpy() for x in (out, *grads)]
+    assert_close(value_and_gradients(reference, inputs, segment_ids_bt), expected, "float32")
+
+
+@pytest.mark.parametrize(("shape", "segments"), CASES.values(), ids=CASES)
+def test_kernels_equal_the_reference(shape, segments):
+    """Of cuDNN's kernel, which needs a GPU, the call with its masks is computed by XLA."""
+    inputs, segment_ids_bt = case(shape, "float32", segments=segments)
+    expected = value_and_gradients(partial(attention, kernel="reference"), inputs, segment_ids_bt)
+    for compute in (
+        partial(attention, kernel="blocked"),
+        partial(attention, kernel="splash"),
+        partial(fused, implementation="xla"),
+    ):
+        assert_close(value_and_gradients(compute, inputs, segment_ids_bt), expected, "float32")
+
+
+def test_in_bfloat16_too():
+    inputs, segment_ids_bt = case(CASES["one block"][0], "bfloat16", segments=True)
+    exact = [x.astype(jnp.float32) for x in inputs]
+    expected = value_and_gradients(partial(attention, kernel="reference"), exact, segment_ids_bt)
+    for kernel in ("blocked", "splash"):
+        got = value_and_gradients(partial(attention, kernel=kernel), inputs, segment_ids_bt)
+        assert_close(got, expected, "bfloat16")
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
+def test_float32_means_float32_within_splash(dtype, precision):
+    """A TPU would multiply float32 in bfloat16 otherwise; of the two passes, the backward one is traced later."""
+    inputs, segment_ids_bt = case((1, 128, 2, 1, 128), dtype, segments=True)
+
+    def total(*inputs):
+        return jnp.sum(attention(*inputs, segment_ids_bt, kernel="splash"))
+
+    jaxpr = jax.make_jaxpr(jax.grad(total, argnums=(0, 1, 2)))(*inputs)
+    products = [equation for kernel in equations(jaxpr, "pallas_call") for equation in within(kernel, "dot_general")]
+    assert len(products) == 2 + 4 + 3  # scores and output; for keys and values; for queries
+    assert {equation.params["precision"] for equation in products} == {(jax.lax.Precision[precision],) * 2}
+
+
+def equations(jaxpr, name):
+    """The equations of a primitive in a program, however deep."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == name:
+            yield equation
+        else:
+            yield from within(equation, name)
+
+
+def within(equation, name):
+    for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+        if hasattr(value, "eqns"):
+            yield from equations(value, name)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])  # they divide over tensor=4; they are fewer
+def test_splash_on_a_mesh_takes_own_rows_and_heads(kv_heads):
+    inputs, segment_ids_bt = case((2, 100, 8, kv_heads, 16), "float32", segments=True)
+    expected = value_and_gradients(partial(attention, kernel="reference"), inputs, segment_ids_bt)
+    with jax.set_mesh(make_mesh(fsdp=2, tensor=4)):
+        got = value_and_gradients(partial(attention, kernel="splash"), inputs, segment_ids_bt)
+    assert_close(got, expected, "float32")
+
+
+def test_the_platform_and_the_dtype_choose():
+    assert default_kernel("cpu", jnp.float32) == default_kernel("cpu", jnp.bfloat16) == "blocked"
+    assert default_kernel("tpu", jnp.float32) == default_kernel("tpu", jnp.bfloat16) == "splash"
+    assert default_kernel("gpu", jnp.bfloat16) == "cudnn"
+    assert default_kernel("gpu", jnp.float32) == "blocked"  # cuDNN's kernel has no float32
+    for name in KERNELS:
+        assert resolve_kernel(name, "cpu", jnp.bfloat16) == name
+    with pytest.raises(InputError, match="no attention kernel 'flash'; there are auto, blocked, cudnn, reference, spl"):
+        resolve_kernel("flash", "cpu", jnp.float32)
+    with pytest.raises(InputError, match="cudnn kernel computes in bfloat16 or float16"):
+        resolve_kernel("cudnn", "gpu", jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("length", "block", "blocks"),
+    [(1, 128, 1), (128, 128, 1), (129, 256, 1), (513, 384, 2), (1024, 512, 2), (1100, 384, 3)],
+)
+def test_rows_are_padded_to_few_blocks(length, block, blocks):
+    assert splash_block(length) == block
+    assert block * (blocks - 1) < length <= block * blocks
+
+
+@pytest.mark.parametrize("segments", [False, True], ids=["one text", "segments"])
+@pytest.mark.parametrize("axes", [None, {"fsdp": 2, "tensor": 4}], ids=["alone", "mesh"])
+def test_cudnn_lowers_for_gpus(monkeypatch, axes, segments):
+    """No GPU is needed to see that cuDNN's calls, forward and backward, are in a program for one."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    inputs, segment_ids_bt = case((2, 128, 8, 4, 128), "bfloat16", segments=segments)
+
+    def total(*inputs):
+        return jnp.sum(attention(*inputs, segment_ids_bt, kernel="cudnn"))
+
+    with jax.set_mesh(make_mesh(**axes)) if axes else contextlib.nullcontext():
+        lowered = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(*inputs).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    kind = "ScaleBias" if segments else ""
+    assert f"__cudnn$fmha{kind}Softmax(" in text and f"__cudnn$fmha{kind}SoftmaxBackward(" in text
+    # What a device computes: one row and two heads of the two rows and eight.
+    assert ("tensor<1x128x2x128xbf16>" if axes else "tensor<2x128x8x128xbf16>") in text
