@@ -52,7 +52,7 @@ CONFIG = ModelConfig(
     max_position_embeddings=512,
     dtype="float32",
 )
-MAX_LENGTH = 96
+MAX_LENGTH = 64
 DIMS = (None, 64, 32, 16)
 MRL_DIMS = (8, 16, 32, 64)
 RUNS = {"with Matryoshka": MRL_DIMS, "without": ()}
@@ -185,11 +185,11 @@ PAGE = """\
 Written by `python benchmarks/train_quality.py`; do not edit.
 
 A model of {parameters:,} parameters ({hidden} hidden, {layers} layers, the real Qwen3 tokenizer) starts from random
-weights and trains {epochs} epochs, {steps:,} steps of 32 queries, on 26,568 questions (XQuAD, 8 languages) and
-translations (Tatoeba, 20 languages into English), all cut to {max_length} tokens, once with Matryoshka losses at 8, 16, 32, 64 and the full size,
-once at the full size alone; all else is the same. It took {minutes} minutes on the CPU ({machine}), with f2llm_jax
-{version} and jax {jax}. No pretrained weights take part, so the scores say what the training does, not how good a
-released model is.
+weights and trains {steps:,} steps of 32 queries (epochs: {epochs}) on 26,568 questions (XQuAD, 8 languages) and
+translations (Tatoeba, 20 languages into English), all cut to {max_length} tokens: once with Matryoshka losses at 8, 16,
+32, 64 and the full size, once at the full size alone; all else is the same. It took {minutes} minutes on the CPU
+({machine}), with f2llm_jax {version} and jax {jax}. No pretrained weights take part: the scores say what the training
+does, not how good a released model is.
 
 nDCG@10 of 952 held-back XQuAD questions, each against the 240 paragraphs of its language; mean over 8 languages:
 

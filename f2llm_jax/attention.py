@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from f2llm_jax.axes import COMPUTE_RULES, partition_spec
 from f2llm_jax.errors import InputError
+from f2llm_jax.products import matmul_precision, product
 
 # Queries of a block see at most the keys up to its own end, so a causal row of n blocks computes (n + 1) / 2n of the
 # full score matrix, and the scores of one block stay in the cache of a core.
@@ -132,19 +133,14 @@ def blocked(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids
     b, t, n, h = q_btnh.shape
     k = k_bskh.shape[2]
     g = n // k
-    precision = matmul_precision(q_btnh.dtype)
+    dtype = q_btnh.dtype
     q_bkqh = q_btnh.reshape(b, t, k, g, h).transpose(0, 2, 1, 3, 4).reshape(b, k, t * g, h)
     k_bksh, v_bksh = k_bskh.transpose(0, 2, 1, 3), v_bskh.transpose(0, 2, 1, 3)
     blocks = []
     for first in range(0, t, QUERY_BLOCK):
         end = min(first + QUERY_BLOCK, t)
-        score_bkqs = jnp.einsum(
-            "bkqh,bksh->bkqs",
-            q_bkqh[:, :, first * g : end * g],
-            k_bksh[:, :, :end],
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
+        q_block_bkqh = q_bkqh[:, :, first * g : end * g]
+        score_bkqs = product("bkqh,bksh->bkqs", q_block_bkqh, k_bksh[:, :, :end], dtype)
         seen_qs = first + jnp.arange((end - first) * g)[:, None] // g >= jnp.arange(end)
         if segment_ids_bt is not None:
             segment_ids_bq = jnp.repeat(segment_ids_bt[:, first:end], g, axis=1)
@@ -152,13 +148,7 @@ def blocked(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids
         score_bkqs += jnp.where(seen_qs, 0.0, -jnp.inf)
         # The sum is divided out after the product with v, where it touches h values a query instead of s.
         weight_bkqs = jnp.exp(score_bkqs - jnp.max(score_bkqs, axis=-1, keepdims=True))
-        out_bkqh = jnp.einsum(
-            "bkqs,bksh->bkqh",
-            weight_bkqs.astype(v_bksh.dtype),
-            v_bksh[:, :, :end],
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
+        out_bkqh = product("bkqs,bksh->bkqh", weight_bkqs, v_bksh[:, :, :end], dtype)
         blocks.append(out_bkqh / jnp.sum(weight_bkqs, axis=-1, keepdims=True))
     out_bkqh = jnp.concatenate(blocks, axis=2) if len(blocks) > 1 else blocks[0]
     return out_bkqh.reshape(b, k, t, g, h).transpose(0, 2, 1, 3, 4).reshape(q_btnh.shape)
@@ -224,11 +214,6 @@ KERNELS: dict[str, Callable[..., jax.Array]] = {
     "reference": reference,
     "splash": splash,
 }
-
-
-def matmul_precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision:
-    """float32 means float32: without this, a TPU multiplies float32 matrices in bfloat16."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 def _with_precision(compute: Callable[..., jax.Array], precision: jax.lax.Precision) -> Callable[..., jax.Array]:

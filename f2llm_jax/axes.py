@@ -87,3 +87,9 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, names, COMPUTE_RULES, mesh.shape))
+
+
+def batch_multiple() -> int:
+    """What the number of rows of a batch must be a multiple of on the mesh of ``jax.set_mesh``; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in COMPUTE_RULES["batch"] or ())

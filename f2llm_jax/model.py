@@ -24,9 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from f2llm_jax.attention import attention, matmul_precision
+from f2llm_jax.attention import attention
 from f2llm_jax.axes import constrain
 from f2llm_jax.config import ModelConfig
+from f2llm_jax.products import product
 from f2llm_jax.vocabulary import lookup
 
 Params = dict[str, Any]
@@ -64,13 +65,9 @@ class Projection(nn.Module):
         weight = constrain(from_bits(weight), *self.axes)
         batch = x.shape[: x.ndim - len(self.inputs)]
         # As plain matrices: with several output axes, XLA's CPU compiler first copies the weights into another order.
-        y = jnp.einsum(
-            "mi,oi->mo",
-            x.reshape(math.prod(batch), math.prod(self.inputs)).astype(self.dtype),
-            weight.reshape(math.prod(self.outputs), math.prod(self.inputs)).astype(self.dtype),
-            precision=matmul_precision(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        x_mi = x.reshape(math.prod(batch), math.prod(self.inputs))
+        weight_oi = weight.reshape(math.prod(self.outputs), math.prod(self.inputs))
+        y = product("mi,oi->mo", x_mi, weight_oi, self.dtype)
         return y.reshape(*batch, *self.outputs)
 
 
@@ -101,7 +98,6 @@ class Attention(nn.Module):
         c = self.config
         n, k, h, d = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size
         kv_axes = ("kv_heads", "head_dim", "embed")
-        x_btd = x_btd.astype(self.dtype)
         q_btnh = Projection((n, h), (d,), ("heads", "head_dim", "embed"), self.dtype, name="q_proj")(x_btd)
         k_btkh = Projection((k, h), (d,), kv_axes, self.dtype, name="k_proj")(x_btd)
         v_btkh = Projection((k, h), (d,), kv_axes, self.dtype, name="v_proj")(x_btd)
@@ -125,7 +121,6 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_btd: jax.Array) -> jax.Array:
         d, f = self.config.hidden_size, self.config.intermediate_size
-        x_btd = x_btd.astype(self.dtype)
         gate_btf = Projection((f,), (d,), ("mlp", "embed"), self.dtype, name="gate_proj")(x_btd)
         up_btf = Projection((f,), (d,), ("mlp", "embed"), self.dtype, name="up_proj")(x_btd)
         down_proj = Projection((d,), (f,), ("embed", "mlp"), self.dtype, name="down_proj")

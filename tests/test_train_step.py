@@ -145,7 +145,7 @@ def test_trajectory_with_cached_gradients():
 @needs_oracle
 @pytest.mark.parametrize("chunk_rows", [0, 6])
 def test_trajectory_on_a_mesh(chunk_rows):
-    """Six queries over eight parts of the batch: XLA fills up what does not divide."""
+    """Six queries over eight parts of a batch: rows are added to what does not divide."""
     compute = ComputeConfig(dtype="float32", chunk_rows=chunk_rows)
     assert_on_trajectory(*run_steps(compute, make_mesh(data=2, fsdp=4)))
 

@@ -1,0 +1,55 @@
+"""Matrix products: operands in the dtype of the model, sums in float32, forwards and backwards alike.
+
+JAX's own gradient of a product of bfloat16 operands with float32 sums multiplies the float32 cotangent with a bfloat16
+operand, which hardware does at the rate of float32. Here the cotangent is rounded as every other operand is.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def matmul_precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision:
+    """float32 means float32: without this, a TPU multiplies float32 matrices in bfloat16."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def product(spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """An einsum of two arrays that enter it in ``dtype``; float32.
+
+    Args:
+        spec: such as ``mi,oi->mo``: every letter is in two of the three terms or in all of them, once in each.
+        a, b: of any float dtype, which their gradients have too.
+        dtype: that of the operands, here and in the gradient.
+    """
+    precision = matmul_precision(dtype)
+    return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=jnp.float32)
+
+
+def _forward(
+    spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
+    # Of the arrays themselves only the dtypes are wanted.
+    like = (jnp.empty(0, a.dtype), jnp.empty(0, b.dtype))
+    return product(spec, a, b, dtype), (a.astype(dtype), b.astype(dtype), *like)
+
+
+def _backward(
+    spec: str,
+    dtype: jax.typing.DTypeLike,
+    residuals: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    cotangent: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    a, b, like_a, like_b = residuals
+    terms, out = spec.split("->")
+    of_a, of_b = terms.split(",")
+    a_cotangent = product(f"{out},{of_b}->{of_a}", cotangent, b, dtype)
+    b_cotangent = product(f"{out},{of_a}->{of_b}", cotangent, a, dtype)
+    return a_cotangent.astype(like_a.dtype), b_cotangent.astype(like_b.dtype)
+
+
+product.defvjp(_forward, _backward)

@@ -1,0 +1,56 @@
+"""Products and their gradients: JAX's own in float32; in bfloat16 the operands are rounded and the sums are not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from f2llm_jax.products import product
+
+SPECS = {"mi,oi->mo": ((24, 40), (16, 40)), "bkqh,bksh->bkqs": ((2, 3, 8, 16), (2, 3, 12, 16))}
+
+
+def case(spec):
+    keys = jax.random.split(jax.random.key(0), 3)
+    a, b = (jax.random.normal(key, shape) for key, shape in zip(keys, SPECS[spec], strict=False))
+    out = jnp.einsum(spec, a, b)
+    return a, b, jax.random.normal(keys[2], out.shape)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_float32_is_einsum_and_its_gradient(spec):
+    a, b, cotangent = case(spec)
+    expected, pull = jax.vjp(lambda a, b: jnp.einsum(spec, a, b, precision="highest"), a, b)
+    found, own_pull = jax.vjp(lambda a, b: product(spec, a, b, "float32"), a, b)
+    for one, other in zip([found, *own_pull(cotangent)], [expected, *pull(cotangent)], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_bfloat16_rounds_what_enters_a_product_and_nothing_else(spec):
+    a, b, cotangent = case(spec)
+    found, pull = jax.vjp(lambda a, b: product(spec, a, b, "bfloat16"), a, b)
+    a, b, cotangent_rounded = (x.astype(jnp.bfloat16).astype(jnp.float32) for x in (a, b, cotangent))
+    expected, exact_pull = jax.vjp(lambda a, b: jnp.einsum(spec, a, b, precision="highest"), a, b)
+    for one, other in zip([found, *pull(cotangent)], [expected, *exact_pull(cotangent_rounded)], strict=True):
+        assert one.dtype == jnp.float32
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-5)
+
+
+def test_gradients_multiply_operands_of_the_dtype():
+    """Not a float32 cotangent with a bfloat16 operand, which runs at the rate of float32."""
+    a, b, cotangent = case("mi,oi->mo")
+    text = jax.jit(lambda a, b: jax.vjp(lambda a, b: product("mi,oi->mo", a, b, "bfloat16"), a, b)[1](cotangent)).lower(
+        a, b
+    )
+    dots = [line for line in text.as_text().splitlines() if "dot_general" in line]
+    assert len(dots) == 2
+    for line in dots:
+        types = line.rpartition(" : ")[2]
+        assert types.count("xbf16>") == 2 and types.endswith("xf32>"), line
+
+
+def test_gradients_have_the_dtype_of_the_operand():
+    a, b, cotangent = case("mi,oi->mo")
+    _, pull = jax.vjp(lambda a, b: product("mi,oi->mo", a, b, "bfloat16"), a.astype(jnp.bfloat16), b)
+    assert [x.dtype for x in pull(cotangent)] == [jnp.bfloat16, jnp.float32]
