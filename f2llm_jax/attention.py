@@ -79,7 +79,7 @@ def default_kernel(platform: str, dtype: jax.typing.DTypeLike) -> str:
     """The kernel of a platform. On GPUs float32 has none of its own: cuDNN's computes in 16 bits only."""
     if platform == "tpu":
         return "splash"
-    return "cudnn" if platform == "gpu" and dtype != jnp.float32 else "blocked"
+    return "cudnn" if platform == "gpu" and jnp.dtype(dtype) != jnp.float32 else "blocked"
 
 
 def resolve_kernel(kernel: str, platform: str, dtype: jax.typing.DTypeLike) -> str:
@@ -92,7 +92,7 @@ def resolve_kernel(kernel: str, platform: str, dtype: jax.typing.DTypeLike) -> s
         return default_kernel(platform, dtype)
     if kernel not in KERNELS:
         raise InputError(f"no attention kernel {kernel!r}; there are auto, {', '.join(KERNELS)}")
-    if kernel == "cudnn" and dtype == jnp.float32:
+    if kernel == "cudnn" and jnp.dtype(dtype) == jnp.float32:
         raise InputError("the cudnn kernel computes in bfloat16 or float16, not in float32; take kernel='blocked'")
     return kernel
 
@@ -228,7 +228,7 @@ KERNELS: dict[str, Callable[..., jax.Array]] = {
 
 def matmul_precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision:
     """float32 means float32: without this, a TPU multiplies float32 matrices in bfloat16."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 def _with_precision(compute: Callable[..., jax.Array], precision: jax.lax.Precision) -> Callable[..., jax.Array]:
