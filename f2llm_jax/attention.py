@@ -175,13 +175,17 @@ def splash(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_
     block = splash_block(t)
     padded = math.ceil(t / block) * block
     blocks = dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), block)
-    run = splash_attention.make_splash_mha(
-        splash_attention.MultiHeadMask([splash_attention.CausalMask((padded, padded))] * n),
-        block_sizes=splash_attention.BlockSizes(**blocks),
-        head_shards=1,
-        q_seq_shards=1,
-        interpret=platform() != "tpu",
-    )
+
+    def run(*args: Any) -> jax.Array:
+        # Made where it is used: arrays of its own that came from outside would be lost to the backward pass.
+        kernel = splash_attention.make_splash_mha(
+            splash_attention.MultiHeadMask([splash_attention.CausalMask((padded, padded))] * n),
+            block_sizes=splash_attention.BlockSizes(**blocks),
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=platform() != "tpu",
+        )
+        return jax.vmap(kernel)(*args)
 
     def heads_first(x_btnh: jax.Array) -> jax.Array:
         return jnp.pad(x_btnh, ((0, 0), (0, padded - t), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
@@ -190,7 +194,7 @@ def splash(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_
     if segment_ids_bt is not None:
         segment_ids_bt = jnp.pad(segment_ids_bt, ((0, 0), (0, padded - t)))
         segments = splash_attention.SegmentIds(segment_ids_bt, segment_ids_bt)
-    compute = _with_precision(jax.vmap(run), matmul_precision(q_btnh.dtype))
+    compute = _with_precision(run, matmul_precision(q_btnh.dtype))
     out_bnth = compute(heads_first(q_btnh), heads_first(k_bskh), heads_first(v_bskh), segments)
     return out_bnth.transpose(0, 2, 1, 3)[:, :t]
 

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from f2llm_jax.errors import InputError
 
 MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
 
 MeshAxes = str | tuple[str, ...] | None
 
@@ -36,7 +37,7 @@ STORAGE_RULES: dict[str, MeshAxes] = {
 COMPUTE_RULES: dict[str, MeshAxes] = {
     **STORAGE_RULES,
     "embed": None,
-    "batch": ("data", "fsdp"),
+    "batch": BATCH_AXES,
     "length": None,
 }
 """Where weights and activations are when they are used."""
