@@ -80,7 +80,7 @@ def default_kernel(platform: str, dtype: jax.typing.DTypeLike) -> str:
     """The kernel of a platform. On GPUs float32 has none of its own: cuDNN's computes in 16 bits only."""
     if platform == "tpu":
         return "splash"
-    return "cudnn" if platform == "gpu" and dtype != jnp.float32 else "blocked"
+    return "cudnn" if platform == "gpu" and jnp.dtype(dtype) != jnp.float32 else "blocked"
 
 
 def resolve_kernel(kernel: str, platform: str, dtype: jax.typing.DTypeLike) -> str:
@@ -93,7 +93,7 @@ def resolve_kernel(kernel: str, platform: str, dtype: jax.typing.DTypeLike) -> s
         return default_kernel(platform, dtype)
     if kernel not in KERNELS:
         raise InputError(f"no attention kernel {kernel!r}; there are auto, {', '.join(KERNELS)}")
-    if kernel == "cudnn" and dtype == jnp.float32:
+    if kernel == "cudnn" and jnp.dtype(dtype) == jnp.float32:
         raise InputError("the cudnn kernel computes in bfloat16 or float16, not in float32; take kernel='blocked'")
     return kernel
 
@@ -165,13 +165,17 @@ def splash(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_
     block = splash_block(t)
     padded = math.ceil(t / block) * block
     blocks = dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), block)
-    run = splash_attention.make_splash_mha(
-        splash_attention.MultiHeadMask([splash_attention.CausalMask((padded, padded))] * n),
-        block_sizes=splash_attention.BlockSizes(**blocks),
-        head_shards=1,
-        q_seq_shards=1,
-        interpret=platform() != "tpu",
-    )
+
+    def run(*args: Any) -> jax.Array:
+        # Made where it is used: arrays of its own that came from outside would be lost to the backward pass.
+        kernel = splash_attention.make_splash_mha(
+            splash_attention.MultiHeadMask([splash_attention.CausalMask((padded, padded))] * n),
+            block_sizes=splash_attention.BlockSizes(**blocks),
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=platform() != "tpu",
+        )
+        return jax.vmap(kernel)(*args)
 
     def heads_first(x_btnh: jax.Array) -> jax.Array:
         return jnp.pad(x_btnh, ((0, 0), (0, padded - t), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
@@ -180,7 +184,7 @@ def splash(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_
     if segment_ids_bt is not None:
         segment_ids_bt = jnp.pad(segment_ids_bt, ((0, 0), (0, padded - t)))
         segments = splash_attention.SegmentIds(segment_ids_bt, segment_ids_bt)
-    compute = _with_precision(jax.vmap(run), matmul_precision(q_btnh.dtype))
+    compute = _with_precision(run, matmul_precision(q_btnh.dtype))
     out_bnth = compute(heads_first(q_btnh), heads_first(k_bskh), heads_first(v_bskh), segments)
     return out_bnth.transpose(0, 2, 1, 3)[:, :t]
 

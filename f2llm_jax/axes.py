@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from f2llm_jax.errors import InputError
 
 MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
 
 MeshAxes = str | tuple[str, ...] | None
 
@@ -36,7 +37,7 @@ STORAGE_RULES: dict[str, MeshAxes] = {
 COMPUTE_RULES: dict[str, MeshAxes] = {
     **STORAGE_RULES,
     "embed": None,
-    "batch": ("data", "fsdp"),
+    "batch": BATCH_AXES,
     "length": None,
 }
 """Where weights and activations are when they are used."""
@@ -92,4 +93,4 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
 def batch_multiple() -> int:
     """What the number of rows of a batch must be a multiple of on the mesh of ``jax.set_mesh``; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in COMPUTE_RULES["batch"] or ())
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)

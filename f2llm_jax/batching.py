@@ -182,9 +182,10 @@ class Packing:
     def __init__(self, batch_tokens: int, max_length: int, multiple: int = 1):
         if batch_tokens < 1:
             raise InputError(f"batch_tokens must be positive, not {batch_tokens}")
+        longest = math.ceil(max_length / PACKED_LENGTH) * PACKED_LENGTH
         lengths = [PACKED_LENGTH]
-        while lengths[-1] < max_length:
-            lengths.append(2 * lengths[-1])
+        while lengths[-1] < longest:
+            lengths.append(min(2 * lengths[-1], longest))
         self.lengths = tuple(lengths)
         self.batch_tokens = batch_tokens
         self.multiple = multiple

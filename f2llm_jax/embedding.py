@@ -65,11 +65,12 @@ def eos_states(
         float32 [batch, hidden]; of a ``PackedBatch`` [batch, texts, hidden].
     """
     backbone = Backbone(config, dtype=jnp.dtype(dtype), kernel=kernel, remat=remat)
-    packed = isinstance(batch, PackedBatch)
-    states_btd = backbone.apply({"params": params}, batch.tokens_bt, batch.segment_ids_bt if packed else None)
-    ends_be = batch.ends_be if packed else batch.lengths_b[:, None] - 1
-    states_bed = jnp.take_along_axis(states_btd, ends_be[..., None], axis=1)
-    return states_bed if packed else states_bed[:, 0]
+    if isinstance(batch, PackedBatch):
+        states_btd = backbone.apply({"params": params}, batch.tokens_bt, batch.segment_ids_bt)
+        return jnp.take_along_axis(states_btd, batch.ends_be[..., None], axis=1)
+    states_btd = backbone.apply({"params": params}, batch.tokens_bt)
+    last_b11 = (batch.lengths_b - 1)[:, None, None]
+    return jnp.take_along_axis(states_btd, last_b11, axis=1)[:, 0]
 
 
 def embed(

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from f2llm_jax.attention import attention
-from f2llm_jax.axes import constrain
+from f2llm_jax.axes import BATCH_AXES, constrain
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.products import product
 from f2llm_jax.vocabulary import lookup
@@ -263,8 +263,7 @@ def abstract_params(config: ModelConfig) -> Params:
         A tree of ``nn.LogicallyPartitioned`` boxes around ``jax.ShapeDtypeStruct``; ``box.names`` are the logical axes.
         This is the one source for shapes, shardings and names.
     """
-    tokens_bt = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return jax.eval_shape(Backbone(config, kernel="reference").init, jax.random.key(0), tokens_bt)["params"]
+    return jax.eval_shape(lambda: _init(config, jax.random.key(0)))
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -274,7 +273,14 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
         config: the sizes.
         key: a ``jax.random.key``.
     """
-    return nn.unbox(Backbone(config, kernel="reference").init(key, jnp.zeros((1, 8), jnp.int32))["params"])
+    return nn.unbox(_init(config, key))
+
+
+def _init(config: ModelConfig, key: jax.Array) -> Params:
+    """Boxed parameters. What they are initialised with does not matter, but that it divides over the mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return Backbone(config, kernel="reference").init(key, jnp.zeros((rows, 8), jnp.int32))["params"]
 
 
 def count_parameters(config: ModelConfig) -> int:

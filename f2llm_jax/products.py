@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 def matmul_precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision:
     """float32 means float32: without this, a TPU multiplies float32 matrices in bfloat16."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from f2llm_jax.axes import COMPUTE_RULES, MESH_AXES, STORAGE_RULES, partition_spec
+from f2llm_jax.axes import BATCH_AXES, COMPUTE_RULES, MESH_AXES, STORAGE_RULES, partition_spec
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.errors import InputError
 from f2llm_jax.model import Params, abstract_params
@@ -37,7 +37,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Sequenc
 
 def batch_parts(mesh: Mesh) -> int:
     """How many parts a batch is cut into."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def padded_config(config: ModelConfig, mesh: Mesh | None) -> ModelConfig:

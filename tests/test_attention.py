@@ -135,7 +135,9 @@ def test_the_platform_and_the_dtype_choose():
     assert default_kernel("cpu", jnp.float32) == default_kernel("cpu", jnp.bfloat16) == "blocked"
     assert default_kernel("tpu", jnp.float32) == default_kernel("tpu", jnp.bfloat16) == "splash"
     assert default_kernel("gpu", jnp.bfloat16) == "cudnn"
-    assert default_kernel("gpu", jnp.float32) == "blocked"  # cuDNN's kernel has no float32
+    assert (
+        default_kernel("gpu", jnp.float32) == default_kernel("gpu", "float32") == "blocked"
+    )  # cuDNN's kernel has no float32
     for name in KERNELS:
         assert resolve_kernel(name, "cpu", jnp.bfloat16) == name
     with pytest.raises(InputError, match="no attention kernel 'flash'; there are auto, blocked, cudnn, reference, spl"):

@@ -96,7 +96,7 @@ def test_batch_tokens_must_be_positive(batch_tokens):
 )
 def test_every_text_once_in_packed_rows(chunks, long, batch_tokens, multiple):
     packing = Packing(batch_tokens, 2100, multiple)
-    assert packing.lengths == (1024, 2048, 4096)
+    assert packing.lengths == (1024, 2048, 3072)
     numbers = iter(range(1, 10**6))
     sequences = [[np.full(length, next(numbers), np.int32) for length in chunk] for chunk in (*chunks, long)]
     flat = [ids for chunk in sequences for ids in chunk]

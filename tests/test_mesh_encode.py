@@ -106,7 +106,7 @@ def test_forward_and_gradients_are_those_of_one_device(config, axes):
     # Neither the vocabulary table nor its gradient is ever gathered, over tensor or over fsdp.
     parts = {config.vocab_size // n for n in (1, 2, 4, 8)}
     gathered = [set(map(int, re.findall(r"\d+", shape))) for shape in gathers(compiled.as_text())]
-    assert bool(gathered) == ("fsdp" in axes)  # weights are
+    assert gathered or "fsdp" not in axes  # weights are
     assert not [dims for dims in gathered if dims & parts]
 
 

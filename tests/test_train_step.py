@@ -14,6 +14,7 @@ from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert.load import load_params
 from f2llm_jax.convert.safetensors import Checkpoint
 from f2llm_jax.embedding import Batch, eos_states
+from f2llm_jax.errors import InputError
 from f2llm_jax.model import init_params
 from f2llm_jax.sharding import make_mesh, param_shardings
 from f2llm_jax.train.batch import TrainBatch
@@ -125,16 +126,26 @@ def test_trajectory_is_the_references():
 
 
 @needs_oracle
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_no_gradient(remat):
+@pytest.mark.parametrize(("remat", "kernel"), [("dots", "blocked"), ("full", "blocked"), ("full", "splash")])
+def test_remat_and_kernel_change_no_gradient(remat, kernel):
     config, params = load_model("student_init")
     rows = load_batch(0, 6).query
 
-    def grads(remat):
-        return jax.jit(jax.grad(lambda params: eos_states(params, rows, config=config, remat=remat).sum()))(params)
+    def grads(**options):
+        return jax.jit(jax.grad(lambda params: eos_states(params, rows, config=config, **options).sum()))(params)
 
-    for own, expected in zip(jax.tree.leaves(grads(remat)), jax.tree.leaves(grads("none")), strict=True):
+    expected_grads = grads(remat="none", kernel="reference")
+    for own, expected in zip(
+        jax.tree.leaves(grads(remat=remat, kernel=kernel)), jax.tree.leaves(expected_grads), strict=True
+    ):
         np.testing.assert_allclose(own, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+
+
+@needs_oracle
+def test_the_attention_kernel_is_the_configs():
+    for chunk_rows in (0, 6):
+        with pytest.raises(InputError, match="no attention kernel 'fast'"):
+            run_steps(ComputeConfig(kernel="fast", chunk_rows=chunk_rows))
 
 
 @needs_oracle
