@@ -134,6 +134,7 @@ def encode_corpus(
         file_format=file_format,
         shard_rows=shard_rows,
     )
+    team = Team.of(settings["mesh"], processes)
     reading = ("field", "id_field", "file_format", "shard_rows")
     same_cuts = plan is not None and all(plan["settings"].get(key) == settings[key] for key in reading)
     corpus = index(
@@ -147,7 +148,6 @@ def encode_corpus(
     )
     calibration = None if ranges is None else np.asarray(ranges, np.float32)
     work = Output(out, settings, corpus, model=str(model), ranges=calibration)
-    team = Team.of(settings["mesh"], processes)
     with _Termination(team) as termination:
         todo = team.todo(corpus.units, work, show_progress)
         with Progress(todo, corpus, work, show_progress) as progress:
