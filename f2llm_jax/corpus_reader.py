@@ -128,7 +128,10 @@ class Corpus:
                 self.rows += rows
 
     def _id_type(self) -> str:
-        types = {file.id_type: file.path for file in reversed(self.files) if file.id_type is not None}
+        types: dict[str, str] = {}
+        for file in self.files:
+            if file.id_type is not None:
+                types.setdefault(file.id_type, file.path)
         if len(types) > 1:
             (one, first), (other, second), *_ = types.items()
             raise InputError(

@@ -71,10 +71,16 @@ def whole(tiny_release, docs, tmp_path_factory) -> Path:
     return out
 
 
-def run_process(arguments: list[str], *, die: str = "", devices: int = 4) -> subprocess.Popen[str]:
+def run_process(arguments: list[str], *, devices: int = 4, **options: object) -> subprocess.Popen[str]:
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    process = [sys.executable, str(PROCESS), die, *arguments]
+    process = [sys.executable, str(PROCESS), json.dumps(options), *arguments]
     return subprocess.Popen(process, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
 
 
 def contents(out: Path) -> dict[str, str]:
@@ -206,7 +212,7 @@ def test_a_process_is_killed_and_others_finish(whole, tiny_release, docs, tmp_pa
     devices, does what is left: the same bytes."""
     out = tmp_path / "out"
     arguments = command(tiny_release, docs, out, "--id-field", "key", "--processes", "2", "--process-id")
-    deadly = run_process([*arguments, "1"], die="pyarrow.parquet.write_table:2", devices=1)
+    deadly = run_process([*arguments, "1"], die_in="pyarrow.parquet.write_table", count=2, devices=1)
     other = run_process([*arguments, "0"], devices=2)
     assert deadly.wait(120) == -signal.SIGKILL
     output, errors = other.communicate(timeout=120)
@@ -226,16 +232,14 @@ def test_a_process_is_killed_and_others_finish(whole, tiny_release, docs, tmp_pa
 def test_a_common_mesh_is_killed_and_one_process_finishes(tiny_release, docs, tmp_path):
     """Two processes of four devices encode together, one dies; one process of eight devices does the rest: the same
     bytes as from eight devices alone."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     mesh = ["--mesh", "data=4,fsdp=2"]
     reference, out = tmp_path / "reference", tmp_path / "out"
     assert main(command(tiny_release, docs, reference, *mesh)) == 0
 
-    joined = command(tiny_release, docs, out, *mesh, "--coordinator", f"localhost:{port}", "--processes", "2")
-    deadly = run_process([*joined, "--process-id", "1"], die="f2llm_jax.corpus_writer.Output.write:1")
-    other = run_process([*joined, "--process-id", "0"])
+    joined = command(tiny_release, docs, out, *mesh)
+    deadly = run_process(joined, port=port, process=1, die_in="f2llm_jax.corpus_writer.Output.write", count=1)
+    other = run_process(joined, port=port, process=0)
     try:
         assert deadly.wait(120) == -signal.SIGKILL
         other.wait(120)  # it does not hang
@@ -251,9 +255,7 @@ def test_a_common_mesh_is_killed_and_one_process_finishes(tiny_release, docs, tm
 
 
 def test_a_common_mesh_encodes_as_one_process_does(tiny_release, docs, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     joined = command(
         tiny_release, docs, tmp_path / "out", "--mesh", "data=2,fsdp=2,tensor=2",
         "--coordinator", f"localhost:{port}", "--processes", "2", "--process-id",

@@ -134,7 +134,7 @@ BAD = {
     ),
     "large.jsonl": (b'{"text": "a", "id": 9223372036854775808}', "line 1: the id 9223372036854775808 in field 'id'"),
     "no_id.csv": (b"text\na\n", "line 2: there is no id in field 'id'"),
-    "lines.txt": (b"a\n", "lines.txt is a txt file, without a field 'id'"),
+    "lines.txt": (b"a\n", "lines.txt is a txt file, which has no field 'id'"),
     "bytes.csv": (b"text,id\na,1\n\xff,2\n", "line 3: not valid UTF-8"),
     "bad.parquet": (b"PAR1 no", "bad.parquet is not valid Parquet"),
     "name": (b"", "no extension to tell the format by"),
