@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from f2llm_jax.corpus_reader import Corpus, Reader, Unit, UnitTexts, find_files, index
 from f2llm_jax.corpus_writer import Output, known_inputs, read_plan
@@ -47,8 +48,9 @@ _ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
 # Of weights this much is read at the beginning, the middle and the end of every file to tell models apart.
 _SAMPLE_BYTES = 1 << 20
 
-# How often the shards of other processes are counted.
+# How often the shards of other processes are counted: for the progress bar, and by a process that waits for them.
 _COUNT_SECONDS = 5.0
+_WAIT_SECONDS = 1.0
 
 
 class Outcome(NamedTuple):
@@ -155,7 +157,8 @@ def encode_corpus(
                 encoders = team.load(release.path, dtype, len(todo))
                 job = _Job(Reader(corpus), encoders, _make_encode(settings, calibration), work, team, progress)
                 termination.came = job.run(todo)
-            team.wait_for_others(work, progress)
+            if not termination.came:
+                team.wait_for_others(work, progress)
     manifest = work.commit()
     if manifest is not None and manifest["truncated"]:
         limit = settings["max_length"]
@@ -284,8 +287,8 @@ class Team:
         """The units to encode, in order, in this process or together: those of its share that are not finished."""
         from tqdm import tqdm
 
-        number, count = self._processes
-        share = units[number * len(units) // count : (number + 1) * len(units) // count]
+        number, total = self._processes
+        share = units[number * len(units) // total : (number + 1) * len(units) // total]
         finished = np.zeros(len(units), bool)
         begun = bool(work.finished())
         for unit in tqdm(share, desc="verifying", unit="shard", disable=not (show_progress and begun)):
@@ -294,27 +297,30 @@ class Team:
             return [unit for unit in share if not finished[unit.number]]
         from jax.experimental import multihost_utils
 
-        together = np.asarray(multihost_utils.process_allgather(finished)).reshape(count, -1).any(axis=0)
-        return [unit for unit in units if not together[unit.number]]
+        finished_pu = np.asarray(multihost_utils.process_allgather(finished)).reshape(total, len(units))
+        return [unit for unit in units if not finished_pu[:, unit.number].any()]
 
     def load(self, path: Path, dtype: str, units: int) -> list[Encoder]:
         """Copies of the model: one on the common mesh, or as many as this process has devices and units for."""
         if self.joint:
-            return [load(path, dtype=dtype, mesh=make_mesh(**self._sizes))]
+            return [load(path, dtype=dtype, mesh=self._mesh(jax.devices()))]
         devices = jax.local_devices()
         groups = [devices[first : first + self._devices] for first in range(0, len(devices), self._devices)]
-        mesh = make_mesh(**self._sizes, devices=groups[0]) if self._devices > 1 else None
+        mesh = self._mesh(groups[0]) if self._devices > 1 else None
         first = load(path, dtype=dtype, mesh=mesh)
         return [first, *(first.copy_to(group) for group in groups[1:units])]
 
+    def _mesh(self, devices: Sequence[jax.Device]) -> Mesh:
+        return make_mesh(self._sizes["data"], self._sizes["fsdp"], self._sizes["tensor"], devices=devices)
+
     def writes(self, unit: Unit) -> bool:
         """Whether this process writes the shard of a unit that it encodes."""
-        return not self.joint or unit.number % self._processes.count == self._processes.number
+        return not self.joint or unit.number % self._processes.total == self._processes.number
 
     def wait_for_others(self, work: Output, progress: Progress) -> None:
         """Until all shards are there, where JAX has joined the processes: it ends them all soon after the first."""
-        while jax.distributed.is_initialized() and not self.joint and not work.all_finished:
-            time.sleep(_COUNT_SECONDS)
+        while jax.distributed.is_initialized() and not work.all_finished:
+            time.sleep(_WAIT_SECONDS)
             progress.advance(0)
 
     def stops_after(self, done: int) -> bool:

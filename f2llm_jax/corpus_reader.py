@@ -381,14 +381,15 @@ class _ParquetRows:
         self.next_row = 0
         self._columns = columns
         self._path = path
-        self._batches: Iterator[pyarrow.RecordBatch] | None = None
+        self._batches: Iterator[pyarrow.RecordBatch] = iter(())
+        self._begun = False
         self._rest: pyarrow.RecordBatch | None = None
 
     def take(self, first: int, rows: int) -> pyarrow.Table:
         """The rows ``first`` … ``first + rows - 1``; those before are skipped."""
         import pyarrow
 
-        if self._batches is None:
+        if not self._begun:
             self._begin(first)
         taken = []
         while rows and (batch := self._rest or next(self._batches, None)) is not None:
@@ -406,6 +407,7 @@ class _ParquetRows:
         """Opens the file at the row group that holds a row."""
         from pyarrow import parquet
 
+        self._begun = True
         opened = parquet.ParquetFile(self._path, buffer_size=_BUFFER_BYTES, pre_buffer=False)
         group = 0
         while self.next_row + opened.metadata.row_group(group).num_rows <= first:

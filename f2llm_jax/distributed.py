@@ -14,7 +14,7 @@ class Processes(NamedTuple):
     """Which process this is, from 0, and how many there are."""
 
     number: int
-    count: int
+    total: int
 
 
 def start(

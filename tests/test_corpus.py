@@ -65,9 +65,22 @@ def command(release: Path, docs: Path, out: Path, *options: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(tiny_release, docs, tmp_path_factory) -> Path:
-    """The output of one process that nobody disturbed."""
+    """The output of one process of two devices that nobody disturbed."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    assert main(command(tiny_release, docs, out, "--id-field", "key")) == 0
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(jax, "local_devices", lambda: jax.devices()[:2])
+        assert main(command(tiny_release, docs, out, "--id-field", "key")) == 0
+    return out
+
+
+MESH = ["--mesh", "fsdp=4,tensor=2"]
+
+
+@pytest.fixture(scope="module")
+def on_mesh(tiny_release, docs, tmp_path_factory) -> Path:
+    """The output of one process of eight devices, all on one mesh."""
+    out = tmp_path_factory.mktemp("mesh") / "out"
+    assert main(command(tiny_release, docs, out, *MESH)) == 0
     return out
 
 
@@ -229,38 +242,11 @@ def test_a_process_is_killed_and_others_finish(whole, tiny_release, docs, tmp_pa
     assert {file: file.stat().st_mtime_ns for file in times} == times
 
 
-def test_a_common_mesh_is_killed_and_one_process_finishes(tiny_release, docs, tmp_path):
-    """Two processes of four devices encode together, one dies; one process of eight devices does the rest: the same
-    bytes as from eight devices alone."""
-    port = free_port()
-    mesh = ["--mesh", "data=4,fsdp=2"]
-    reference, out = tmp_path / "reference", tmp_path / "out"
-    assert main(command(tiny_release, docs, reference, *mesh)) == 0
-
-    joined = command(tiny_release, docs, out, *mesh)
-    deadly = run_process(joined, port=port, process=1, die_in="f2llm_jax.corpus_writer.Output.write", count=1)
-    other = run_process(joined, port=port, process=0)
-    try:
-        assert deadly.wait(120) == -signal.SIGKILL
-        other.wait(120)  # it does not hang
-        assert other.returncode != 0
-    finally:
-        deadly.kill()
-        other.kill()
-    finished = {path.name for path in (out / "shards").glob("0*")}
-    assert "000001.parquet" in finished and len(finished) < 8
-    assert not (out / "manifest.json").exists()
-    assert main(command(tiny_release, docs, out, *mesh)) == 0
-    assert contents(out) == contents(reference)
-
-
-def test_a_common_mesh_encodes_as_one_process_does(tiny_release, docs, tmp_path):
-    port = free_port()
-    joined = command(
-        tiny_release, docs, tmp_path / "out", "--mesh", "data=2,fsdp=2,tensor=2",
-        "--coordinator", f"localhost:{port}", "--processes", "2", "--process-id",
-    )  # fmt: skip
-    both = [run_process([*joined, str(number)]) for number in range(2)]
+def test_a_common_mesh_encodes_as_one_process_does(on_mesh, tiny, tiny_release, docs, tmp_path):
+    """Two processes of four devices each; weights are gathered from both."""
+    out, port = tmp_path / "out", free_port()
+    joined = command(tiny_release, docs, out, *MESH, "--coordinator", f"localhost:{port}", "--processes", "2")
+    both = [run_process([*joined, "--process-id", str(number)]) for number in range(2)]
     try:
         for process in both:
             output, errors = process.communicate(timeout=120)
@@ -269,8 +255,28 @@ def test_a_common_mesh_encodes_as_one_process_does(tiny_release, docs, tmp_path)
     finally:
         for process in both:
             process.kill()
-    expected = f2llm.load(tiny_release, mesh=f2llm.make_mesh(2, 2, 2)).encode(TEXTS)
-    assert np.abs(values(read(tmp_path / "out")) - expected).max() <= 2e-6
+    assert contents(out) == contents(on_mesh)
+    assert np.abs(values(read(out)) - tiny.encode(TEXTS)).max() <= 2e-6
+
+
+def test_a_common_mesh_is_killed_and_one_process_finishes(on_mesh, tiny_release, docs, tmp_path):
+    """One of two processes dies, the other does not hang; one process does the rest."""
+    out, port = tmp_path / "out", free_port()
+    joined = command(tiny_release, docs, out, *MESH)
+    deadly = run_process(joined, port=port, process=1, die_in="f2llm_jax.corpus_writer.Output.write", count=1)
+    other = run_process(joined, port=port, process=0)
+    try:
+        assert deadly.wait(120) == -signal.SIGKILL
+        other.communicate(timeout=120)
+        assert other.returncode != 0
+    finally:
+        deadly.kill()
+        other.kill()
+    finished = {path.name for path in (out / "shards").glob("0*")}
+    assert "000001.parquet" in finished and len(finished) < 8
+    assert not (out / "manifest.json").exists()
+    assert main(command(tiny_release, docs, out)) == 0  # on the mesh that the run was begun with
+    assert contents(out) == contents(on_mesh)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

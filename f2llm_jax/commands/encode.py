@@ -135,7 +135,7 @@ def _run_corpus(args: argparse.Namespace) -> int:
         return 128 + signal.SIGTERM
     else:
         print(
-            f"{args.out}: process {processes.number} of {processes.count} is done; {outcome.finished} of "
+            f"{args.out}: process {processes.number} of {processes.total} is done; {outcome.finished} of "
             f"{outcome.shards} shards are there, and manifest.json comes with the last"
         )
     return 0
