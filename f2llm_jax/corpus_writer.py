@@ -130,8 +130,12 @@ class Output:
         found = read_plan(folder)
         if found is not None:
             self._refuse_changes(found)
-        if not self.complete:
-            self._begin(ranges)
+        try:
+            if not self.complete:
+                self._begin(ranges)
+        except FileNotFoundError:
+            if not self.complete:  # else others have just finished, and cleared the notes away
+                raise
 
     def _refuse_changes(self, found: dict[str, Any]) -> None:
         changed = [
@@ -189,6 +193,7 @@ class Output:
         if file.exists() and file.stat().st_size == shard.bytes and _sha256(file) == shard.sha256:
             return True
         warn(f"{file} is {'damaged' if file.exists() else 'missing'}; it is made again")
+        self._note(unit).unlink(missing_ok=True)
         return False
 
     def write(self, unit: Unit, ids: pyarrow.Array, embeddings: np.ndarray, truncated: int) -> None:
