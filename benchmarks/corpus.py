@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="for texts and embeddings; deleted at the end")
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--few", type=int, default=32_768, help="rows of the run to compare with")
+    parser.add_argument("--few", type=int, default=262_144, help="rows of the run to compare with")
     parser.add_argument("--data", type=Path, default=data, help="the folder with tokenizer and texts")
     args = parser.parse_args()
     args.folder.mkdir(parents=True)

@@ -16,7 +16,7 @@ if __name__ == "__main__":
     options = json.loads(sys.argv[1])
     if "port" in options:
         coordinator = f"localhost:{options['port']}"
-        jax.distributed.initialize(coordinator, 2, options["process"], heartbeat_timeout_seconds=10)
+        jax.distributed.initialize(coordinator, 2, options["process"], heartbeat_timeout_seconds=6)
     from f2llm_jax.cli import main
 
     if "die_in" in options:
