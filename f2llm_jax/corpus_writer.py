@@ -81,9 +81,18 @@ def read_plan(out: Path) -> dict[str, Any] | None:
         if plan.get("format") != FORMAT:
             raise InputError(f"{file} is of format {plan.get('format')!r}; this version writes {FORMAT}")
         return plan
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not _is_new(out):
         raise InputError(f"{out} exists and has no {MANIFEST}, so no such command made it; name a new folder")
     return None
+
+
+def _is_new(out: Path) -> bool:
+    """Whether a folder holds no more than what a run makes before its plan: it may just have been begun elsewhere."""
+    if not out.is_dir():
+        return False
+    shards = out / "shards"
+    strangers = {path.name for path in out.iterdir()} - {"shards", "work", "ranges.npy"}
+    return not strangers and not (shards.exists() and any(shards.iterdir()))
 
 
 def known_inputs(plan: dict[str, Any] | None) -> list[InputFile]:

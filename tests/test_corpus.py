@@ -379,6 +379,19 @@ def test_a_folder_of_something_else_is_left_alone(tiny_release, docs, tmp_path, 
     assert os.listdir(tmp_path) == ["mine.txt"]
 
 
+def test_a_folder_that_is_just_being_begun_is_joined(tiny_release, docs, tmp_path):
+    for name in ("shards", "work"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    patterns, out = [f"{docs}/*.parquet", f"{docs}/[bcd].*"], tmp_path / "out"
+    outcome = encode_corpus(
+        tiny_release, patterns, out, id_field="key", shard_rows=SHARD_ROWS, processes=Processes(7, 8)
+    )
+    assert outcome.finished == 1
+    (out / "work" / "plan.json").unlink()  # shards without a plan are not ours
+    with pytest.raises(f2llm.InputError, match="no such command made it"):
+        encode_corpus(tiny_release, patterns, out, id_field="key", shard_rows=SHARD_ROWS)
+
+
 def test_bad_arguments_are_one_clear_line(tiny_release, docs, tmp_path, capsys):
     out = tmp_path / "out"
     cases = [
