@@ -50,6 +50,13 @@ def write_release(folder: Path, size: str, tokenizer: Path) -> Path:
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
     model.to(torch.bfloat16).save_pretrained(folder)
+    write_around(folder, config, tokenizer)
+    return folder
+
+
+def write_around(folder: Path, config: ModelConfig, tokenizer: Path) -> None:
+    """All of a release but config.json and the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
     _write_tokenizer(tokenizer, folder)
     _write_json(folder / "1_Pooling" / "config.json", _pooling(config))
     (folder / "2_Normalize").mkdir(exist_ok=True)
@@ -62,7 +69,6 @@ def write_release(folder: Path, size: str, tokenizer: Path) -> Path:
         for i, (path, kind) in enumerate(kinds)
     ]
     _write_json(folder / "modules.json", modules)
-    return folder
 
 
 def _pooling(config: ModelConfig) -> dict[str, object]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from f2llm_jax.config import ModelConfig
+    from f2llm_jax.corpus import encode_corpus
     from f2llm_jax.embedding import Batch, PackedBatch, embed, eos_states, matryoshka
     from f2llm_jax.encoder import Encoder, load
     from f2llm_jax.errors import F2LLMError, InputError, ReleaseError
@@ -32,6 +33,7 @@ _HOMES = {
     "ReleaseError": "errors",
     "count_parameters": "model",
     "embed": "embedding",
+    "encode_corpus": "corpus",
     "eos_states": "embedding",
     "init_params": "model",
     "int8_ranges": "quantization",

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from f2llm_jax.errors import InputError
 
@@ -90,7 +90,11 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, names, COMPUTE_RULES, mesh.shape))
 
 
-def batch_multiple() -> int:
-    """What the number of rows of a batch must be a multiple of on the mesh of ``jax.set_mesh``; 1 without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
+def batch_parts(mesh: Mesh | AbstractMesh | None = None) -> int:
+    """How many parts a batch is cut into, of which its rows must be a multiple.
+
+    Args:
+        mesh: default that of ``jax.set_mesh``; 1 without one.
+    """
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)

@@ -6,17 +6,18 @@ import itertools
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from f2llm_jax.attention import resolve_kernel
+from f2llm_jax.axes import batch_parts
 from f2llm_jax.batching import Buckets, Packing, Rows, batched, choose_layout, packed
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert.load import load_params, open_checkpoint
@@ -24,8 +25,8 @@ from f2llm_jax.embedding import Batch, PackedBatch, check_dim, embed
 from f2llm_jax.errors import InputError, warn
 from f2llm_jax.model import Params, to_bits
 from f2llm_jax.quantization import check_ranges, output_spec, quantize
-from f2llm_jax.release import find_release, read_release
-from f2llm_jax.sharding import BATCH_SPEC, batch_parts, padded_config
+from f2llm_jax.release import find_release, pick_prompt, read_release
+from f2llm_jax.sharding import make_mesh, padded_config, param_shardings, put_batch, put_everywhere
 from f2llm_jax.tokens import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,20 @@ _IN_FLIGHT = 2
 _BATCH_TOKENS = {"cpu": 2048, "gpu": 32768, "tpu": 32768}
 
 _embed = jax.jit(embed, static_argnames=("config", "dim", "dtype", "kernel"))
+
+
+class Done(NamedTuple):
+    """What a call of ``Encoder.encode`` has done so far.
+
+    Attributes:
+        texts: embedded.
+        tokens: of all texts given to the device so far.
+        truncated: of the texts tokenised so far, those that were too long.
+    """
+
+    texts: int
+    tokens: int
+    truncated: int
 
 
 class Encoder:
@@ -86,6 +101,24 @@ class Encoder:
     def params(self) -> Params:
         return self._params
 
+    def copy_to(self, devices: Sequence[jax.Device]) -> Encoder:
+        """The same model on other devices of this process: as many as it is on now.
+
+        A corpus is encoded by as many copies as there are devices for.
+        """
+        mesh = None if self.mesh is None else make_mesh(**self.mesh.shape, devices=devices)
+        sharding = devices[0] if mesh is None else param_shardings(padded_config(self.config, mesh), mesh)
+        return Encoder(
+            jax.device_put(self._params, sharding),
+            self.config,
+            self.tokenizer,
+            prompts=self.prompts,
+            default_prompt_name=self.default_prompt_name,
+            max_length=self.max_length,
+            dtype=self.dtype,
+            mesh=mesh,
+        )
+
     def __repr__(self) -> str:
         c = self.config
         return (
@@ -105,6 +138,7 @@ class Encoder:
         output: str = "float32",
         ranges: np.ndarray | None = None,
         show_progress: bool = False,
+        on_batch: Callable[[Done], None] | None = None,
     ) -> np.ndarray:
         """Embeds texts.
 
@@ -122,6 +156,8 @@ class Encoder:
                 dimension, packed as sentence-transformers packs them).
             ranges: float [2, dim] from ``int8_ranges``, for ``output="int8"``.
             show_progress: a progress bar with texts/s, tokens/s and the share of padding on standard error.
+            on_batch: called after every batch; the caller reports truncated texts then, and what it raises ends the
+                call.
 
         Returns:
             [n, dim] unit embeddings in the order of ``texts``; [n, ceil(dim / 8)] for packed bits; [dim] for a string.
@@ -146,7 +182,7 @@ class Encoder:
             raise InputError(f"ranges are for output='int8', not for {output!r}")
         if max_length is not None and not 1 <= max_length <= self.config.max_position_embeddings:
             raise InputError(f"max_length must be within 1..{self.config.max_position_embeddings}, not {max_length}")
-        prefix = self._prompt(prompt_name, prompt)
+        prefix = pick_prompt(self.prompts, self.default_prompt_name, prompt_name, prompt)
 
         result = np.empty((len(texts), columns), dtype)
         embeddings = self._embeddings(
@@ -157,6 +193,7 @@ class Encoder:
             self._batch_tokens() if batch_tokens is None else batch_tokens,
             layout,
             show_progress,
+            on_batch,
         )
         for rows, embeddings_nd in embeddings:
             result[rows] = quantize(embeddings_nd, output, ranges)
@@ -181,16 +218,6 @@ class Encoder:
         given = options.get("prompt") is not None or options.get("prompt_name") is not None
         return options if given else {**options, "prompt_name": name}
 
-    def _prompt(self, prompt_name: str | None, prompt: str | None) -> str:
-        if prompt is not None:
-            return prompt
-        name = self.default_prompt_name if prompt_name is None else prompt_name
-        if name is None:
-            return ""
-        if name not in self.prompts:
-            raise InputError(f"no prompt named {name!r}; there are {', '.join(map(repr, self.prompts))}")
-        return self.prompts[name]
-
     def _batch_tokens(self) -> int:
         devices = 1 if self.mesh is None else self.mesh.size
         return _BATCH_TOKENS[self._platform] * devices
@@ -204,11 +231,12 @@ class Encoder:
         batch_tokens: int,
         layout: str,
         show_progress: bool,
+        on_batch: Callable[[Done], None] | None,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Which texts, and their float32 unit embeddings [len, dim], in the order they are computed."""
         from tqdm import tqdm
 
-        truncated = tokens = computed = 0
+        truncated = tokens = computed = done = 0
 
         def sequences() -> Iterator[list[np.ndarray]]:
             nonlocal truncated
@@ -221,8 +249,12 @@ class Encoder:
         with tqdm(total=len(texts), unit="text", disable=not show_progress, smoothing=0) as bar:
 
             def fetch() -> tuple[list[int], np.ndarray]:
+                nonlocal done
                 rows, embeddings = pending.popleft()
                 values = np.asarray(embeddings).reshape(-1, dim)[rows.slots]
+                done += len(rows.texts)
+                if on_batch is not None:
+                    on_batch(Done(done, tokens, truncated))
                 bar.update(len(rows.texts))
                 if elapsed := bar.format_dict["elapsed"]:
                     speed = f"{tokens / elapsed:,.0f} tokens/s"
@@ -240,7 +272,7 @@ class Encoder:
         if computed:
             share = padding(tokens, computed)
             logger.info("%d texts, %d tokens, rows %s, %.1f%% padding", len(texts), tokens, layout, 100 * share)
-        if truncated:
+        if truncated and on_batch is None:
             warn(f"{truncated} of {len(texts)} texts were longer than {max_length} tokens and were truncated")
 
     def _batches(
@@ -284,7 +316,9 @@ class Encoder:
         if self.mesh is None:
             return _embed(self._weights, batch, **options)
         with jax.set_mesh(self.mesh):
-            return _embed(self._weights, jax.device_put(batch, NamedSharding(self.mesh, BATCH_SPEC)), **options)
+            embeddings_bd = _embed(self._weights, put_batch(batch, self.mesh), **options)
+            # Of a mesh over several processes each holds its own rows: everybody gets them all.
+            return embeddings_bd if embeddings_bd.is_fully_addressable else put_everywhere(embeddings_bd, self.mesh)
 
 
 def padding(tokens: int, computed: int) -> float:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from f2llm_jax.attention import attention
-from f2llm_jax.axes import BATCH_AXES, constrain
+from f2llm_jax.axes import batch_parts, constrain
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.products import product
 from f2llm_jax.vocabulary import lookup
@@ -278,9 +278,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 
 def _init(config: ModelConfig, key: jax.Array) -> Params:
     """Boxed parameters. What they are initialised with does not matter, but that it divides over the mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    rows = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    return Backbone(config, kernel="reference").init(key, jnp.zeros((rows, 8), jnp.int32))["params"]
+    return Backbone(config, kernel="reference").init(key, jnp.zeros((batch_parts(), 8), jnp.int32))["params"]
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from f2llm_jax.config import ModelConfig, read_json
-from f2llm_jax.errors import ReleaseError, warn
+from f2llm_jax.errors import InputError, ReleaseError, warn
 
 # What of a hub repository a model needs: no other frameworks' weights, no pictures, and no pickles but the two factors
 # of ML-Embed's embedding table, which are opened only where the table itself is missing.
@@ -101,6 +101,22 @@ def read_release(path: Path) -> Release:
     _check_modules(path, config)
     prompts, default_prompt_name = _read_prompts(path)
     return Release(path, config, prompts, default_prompt_name, _read_max_length(path, config))
+
+
+def pick_prompt(prompts: dict[str, str], default_name: str | None, name: str | None, prompt: str | None) -> str:
+    """The text to put before every input: ``prompt``, else the one of that name, else the default one, else none.
+
+    Raises:
+        InputError: no prompt has that name.
+    """
+    if prompt is not None:
+        return prompt
+    name = default_name if name is None else name
+    if name is None:
+        return ""
+    if name not in prompts:
+        raise InputError(f"no prompt named {name!r}; there are {', '.join(map(repr, prompts))}")
+    return prompts[name]
 
 
 def _check_modules(path: Path, config: ModelConfig) -> None:

@@ -10,8 +10,9 @@ import flax.linen as nn
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from f2llm_jax.axes import BATCH_AXES, COMPUTE_RULES, MESH_AXES, STORAGE_RULES, partition_spec
+from f2llm_jax.axes import COMPUTE_RULES, MESH_AXES, STORAGE_RULES, partition_spec
 from f2llm_jax.config import ModelConfig
+from f2llm_jax.embedding import Batch, PackedBatch
 from f2llm_jax.errors import InputError
 from f2llm_jax.model import Params, abstract_params
 
@@ -35,9 +36,22 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Sequenc
     return jax.make_mesh((data, fsdp, tensor), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
 
 
-def batch_parts(mesh: Mesh) -> int:
-    """How many parts a batch is cut into."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+def put_batch(batch: Batch | PackedBatch, mesh: Mesh) -> Batch | PackedBatch:
+    """A batch over a mesh, of rows that every process of the mesh has: each puts its own on its devices.
+
+    Args:
+        batch: the whole batch, as NumPy arrays, the same in every process.
+        mesh: of this process's devices, or of several processes'.
+    """
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+    if sharding.is_fully_addressable:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch)
+
+
+def put_everywhere(x: jax.Array, mesh: Mesh) -> jax.Array:
+    """The array, whole on every device of its mesh."""
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
 
 
 def padded_config(config: ModelConfig, mesh: Mesh | None) -> ModelConfig:

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 
 from f2llm_jax.errors import InputError
 
@@ -17,19 +17,84 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 
+FORMATS = ("txt", "jsonl", "csv", "parquet")
+
 
 class Texts(NamedTuple):
     """The texts of an input, in its order.
 
     Attributes:
         texts: the texts; an empty line or cell is an empty text.
-        ids: the values of the input's ``id`` column, None where a record has none; None if there is no such column.
+        ids: the values of the input's ``id`` column, None where a record has none; None if no record has one.
         id_type: the Arrow type of that column, where the input states one.
     """
 
     texts: list[str]
     ids: list[Any] | None
     id_type: pyarrow.DataType | None = None
+
+
+class Position(NamedTuple):
+    """A place between two records of a file of lines: the bytes and the lines before it."""
+
+    offset: int = 0
+    line: int = 0
+
+
+class Lines:
+    """The lines of a UTF-8 file with their ends, without a byte order mark.
+
+    Only a newline ends a line. Python's own text mode also splits at a lone carriage return, str.splitlines at U+2028.
+
+    Attributes:
+        name: of the file, for error messages.
+        position: where the next line begins.
+    """
+
+    def __init__(self, stream: BinaryIO, name: str, digest: Digest | None = None):
+        """Begins at the first line; ``digest`` is updated with the bytes of every line read."""
+        self.name = name
+        self._stream = stream
+        self._digest = digest
+        self._offset = self._line = 0
+
+    @property
+    def position(self) -> Position:
+        return Position(self._offset, self._line)
+
+    def seek(self, position: Position) -> None:
+        self._stream.seek(position.offset)
+        self._offset, self._line = position
+
+    @property
+    def where(self) -> str:
+        """The line read last, for error messages."""
+        return f"{self.name}, line {self._line}"
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._stream.readline()
+        if not line:
+            raise StopIteration
+        if self._digest is not None:
+            self._digest.update(line)
+        self._offset += len(line)
+        self._line += 1
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{self.where}: not valid UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}"
+            ) from None
+        return text.removeprefix("\ufeff") if self._line == 1 else text
+
+
+class Digest(Protocol):
+    """What ``hashlib`` makes."""
+
+    def update(self, data: bytes, /) -> object: ...
 
 
 def read_texts(source: str | Path, *, field: str = "text", file_format: str | None = None) -> Texts:
@@ -45,11 +110,21 @@ def read_texts(source: str | Path, *, field: str = "text", file_format: str | No
             message names the line, or the row counted from 0.
         OSError: the file cannot be read.
     """
-    read = FORMATS[_format_of(source, file_format)]
+    file_format = format_of(source, file_format)
     if str(source) == STDIN:
-        return read(sys.stdin.buffer, "standard input", field)
+        return _read(sys.stdin.buffer, "standard input", field, file_format)
     with Path(source).open("rb") as stream:
-        return read(stream, str(source), field)
+        return _read(stream, str(source), field, file_format)
+
+
+def format_of(source: str | Path, file_format: str | None = None) -> str:
+    """The format given, else by the extension of the source; an InputError if that is none of ``FORMATS``."""
+    if file_format is None:
+        file_format = "txt" if str(source) == STDIN else Path(source).suffix.lower().removeprefix(".")
+    if file_format not in FORMATS:
+        problem = f"unknown format {file_format!r}" if file_format else "no extension to tell the format by"
+        raise InputError(f"{source}: {problem}; formats are {', '.join(FORMATS)}")
+    return file_format
 
 
 def check_unicode(text: str, where: str) -> str:
@@ -61,63 +136,84 @@ def check_unicode(text: str, where: str) -> str:
     return text
 
 
-def _format_of(source: str | Path, file_format: str | None) -> str:
-    if file_format is None:
-        file_format = "txt" if str(source) == STDIN else Path(source).suffix.lower().removeprefix(".")
-    if file_format not in FORMATS:
-        problem = f"unknown format {file_format!r}" if file_format else "no extension to tell the format by"
-        raise InputError(f"{source}: {problem}; formats are {', '.join(FORMATS)}")
-    return file_format
+def check_text(value: Any, where: str, field: str) -> str:
+    """The value itself if it is a text; anything else is an InputError that says where it is."""
+    if not isinstance(value, str):
+        kind = "null" if value is None else f"of type {type(value).__name__}"
+        raise InputError(f"{where}: field {field!r} is {kind}, not a string")
+    return check_unicode(value, where)
 
 
-def _read_txt(stream: BinaryIO, name: str, field: str) -> Texts:
-    return Texts([line.removesuffix("\n").removesuffix("\r") for line in _lines(stream, name)], None)
+def _read(stream: BinaryIO, name: str, field: str, file_format: str) -> Texts:
+    if file_format == "parquet":
+        return _read_parquet(stream, name, field)
+    texts, ids = [], []
+    for text, id_ in RECORDS[file_format](Lines(stream, name), field, "id", Position()):
+        texts.append(text)
+        ids.append(id_)
+    return Texts(texts, ids if any(id_ is not None for id_ in ids) else None)
 
 
-def _read_jsonl(stream: BinaryIO, name: str, field: str) -> Texts:
-    texts, ids, any_id = [], [], False
-    for number, line in enumerate(_lines(stream, name), start=1):
+Records = Iterator[tuple[str, Any]]
+"""Texts and ids; an id is None where a record has none."""
+
+
+def _txt_records(lines: Lines, field: str, id_field: str | None, start: Position) -> Records:
+    if start.offset:
+        lines.seek(start)
+    for line in lines:
+        yield line.removesuffix("\n").removesuffix("\r"), None
+
+
+def _jsonl_records(lines: Lines, field: str, id_field: str | None, start: Position) -> Records:
+    if start.offset:
+        lines.seek(start)
+    for line in lines:
         if not line.strip():
             continue
-        where = f"{name}, line {number}"
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+            raise InputError(f"{lines.where}: not valid JSON: {error.msg} at column {error.colno}") from None
         except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
-            raise InputError(f"{where}: not valid JSON: {error}") from None
+            raise InputError(f"{lines.where}: not valid JSON: {error}") from None
         if not isinstance(record, dict):
-            raise InputError(f"{where}: should be a JSON object, not of type {type(record).__name__}")
+            raise InputError(f"{lines.where}: should be a JSON object, not of type {type(record).__name__}")
         if field not in record:
-            raise InputError(f"{where}: no field {field!r}; there are {', '.join(map(repr, record)) or 'none'}")
-        texts.append(_cell(record[field], where, field))
-        ids.append(record.get("id"))
-        any_id |= "id" in record
-    return Texts(texts, ids if any_id else None)
+            raise InputError(f"{lines.where}: no field {field!r}; there are {', '.join(map(repr, record)) or 'none'}")
+        yield check_text(record[field], lines.where, field), record.get(id_field)
 
 
-def _read_csv(stream: BinaryIO, name: str, field: str) -> Texts:
+def _csv_records(lines: Lines, field: str, id_field: str | None, start: Position) -> Records:
     # The default limit of 128 KiB a cell is less than long documents have; C longs end here on some platforms.
     csv.field_size_limit(2**31 - 1)
-    rows = csv.reader(_lines(stream, name), strict=True)
+    rows = csv.reader(lines, strict=True)
     try:
         header = next(rows, None)
         if header is None:
-            raise InputError(f"{name} is empty: a csv file starts with a line of column names")
+            raise InputError(f"{lines.name} is empty: a csv file starts with a line of column names")
         if header.count(field) != 1:
             there = "more than one column" if field in header else "no column"
-            raise InputError(f"{name} has {there} {field!r} in its first line; there are {', '.join(header)}")
-        texts, ids = [], []
+            raise InputError(f"{lines.name} has {there} {field!r} in its first line; there are {', '.join(header)}")
+        text_column, id_column = header.index(field), header.index(id_field) if id_field in header else None
+        if start.offset:
+            lines.seek(start)
         for row in rows:
             if not row:  # a blank line
                 continue
             if len(row) != len(header):
-                raise InputError(f"{name}, line {rows.line_num}: {len(row)} cells in a table of {len(header)} columns")
-            texts.append(row[header.index(field)])
-            ids.append(row[header.index("id")] if "id" in header else None)
+                raise InputError(f"{lines.where}: {len(row)} cells in a table of {len(header)} columns")
+            yield row[text_column], None if id_column is None else row[id_column]
     except csv.Error as error:
-        raise InputError(f"{name}, line {rows.line_num}: not valid CSV: {error}") from None
-    return Texts(texts, ids if "id" in header else None)
+        raise InputError(f"{lines.where}: not valid CSV: {error}") from None
+
+
+RECORDS: dict[str, Callable[[Lines, str, str | None, Position], Records]] = {
+    "txt": _txt_records,
+    "jsonl": _jsonl_records,
+    "csv": _csv_records,
+}
+"""By format, the records of a file of lines from a position on: (lines, field, id field, start)."""
 
 
 def _read_parquet(stream: BinaryIO, name: str, field: str) -> Texts:
@@ -138,39 +234,9 @@ def _read_parquet(stream: BinaryIO, name: str, field: str) -> Texts:
     for row, value in enumerate(table[field]):
         where = f"{name}, row {row}"
         try:
-            texts.append(_cell(value.as_py(), where, field))
+            texts.append(check_text(value.as_py(), where, field))
         except UnicodeDecodeError as error:
             raise InputError(f"{where}: field {field!r} is not valid UTF-8: {error.reason}") from None
     if columns.count("id") != 1:
         return Texts(texts, None)
     return Texts(texts, table["id"].to_pylist(), table["id"].type)
-
-
-FORMATS: dict[str, Callable[[BinaryIO, str, str], Texts]] = {
-    "txt": _read_txt,
-    "jsonl": _read_jsonl,
-    "csv": _read_csv,
-    "parquet": _read_parquet,
-}
-
-
-def _lines(stream: BinaryIO, name: str) -> Iterator[str]:
-    """The lines of a UTF-8 file with their ends, without a byte order mark.
-
-    Only a newline ends a line. Python's own text mode also splits at a lone carriage return, str.splitlines at U+2028.
-    """
-    for number, line in enumerate(stream, start=1):
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{name}, line {number}: not valid UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}"
-            ) from None
-        yield text.removeprefix("\ufeff") if number == 1 else text
-
-
-def _cell(value: Any, where: str, field: str) -> str:
-    if not isinstance(value, str):
-        kind = "null" if value is None else f"of type {type(value).__name__}"
-        raise InputError(f"{where}: field {field!r} is {kind}, not a string")
-    return check_unicode(value, where)

@@ -396,7 +396,7 @@ def test_bad_arguments_are_one_clear_line(tiny_release, corpus, tmp_path, capsys
     [
         ([], "required: COMMAND"),
         (["embed"], "invalid choice: 'embed'"),
-        (["encode", "--model", "m"], "required: --input, --output"),
+        (["encode", "--model", "m"], "one of the arguments --input --corpus is required"),
         (["search", "--model", "m", "--corpus", "c", "--query", "q", "--top", "0"], "must be at least 1, not 0"),
         (["info", "m", "--batch-tokens", "x"], "unrecognized arguments"),
         (["demo", "--model", "m", "--folder", "f"], "not allowed with argument"),

@@ -49,7 +49,7 @@ def test_the_core_does_not_name_what_it_does_without(file):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             imported.add((node.module or "").split(".")[0])
-    assert imported & BANNED == set()
+    assert imported & BANNED == ({"grain"} if file.name == "corpus.py" else set())  # when it is used, see below
 
 
 def modules_after(script: str) -> set[str]:
@@ -62,6 +62,11 @@ def test_encoding_imports_nothing_it_does_without(tiny_release):
     imported = modules_after(script)
     assert {"jax", "flax", "tokenizers"} <= imported
     assert imported & (BANNED | {"transformers"}) == set()
+
+
+def test_the_corpus_reader_imports_grain_only_when_used():
+    imported = modules_after("import f2llm_jax.corpus")
+    assert "jax" in imported and imported & BANNED == set()
 
 
 def test_import_is_light():

@@ -12,10 +12,11 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from f2llm_jax.axes import batch_parts
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.errors import InputError
 from f2llm_jax.model import abstract_params
-from f2llm_jax.sharding import BATCH_SPEC, batch_parts, make_mesh, param_shardings
+from f2llm_jax.sharding import BATCH_SPEC, make_mesh, param_shardings
 from f2llm_jax.train.batch import TrainBatch
 from f2llm_jax.train.config import MeshConfig, TrainConfig
 from f2llm_jax.train.step import TrainState

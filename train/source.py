@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import jax
 
+from f2llm_jax.axes import batch_parts
 from f2llm_jax.errors import InputError
 from f2llm_jax.release import find_release
 from f2llm_jax.tokens import Tokenizer
 from f2llm_jax.train.config import TrainConfig
 from f2llm_jax.train.data import DataLoader, Share, TrainBatches, TrainingData
-from f2llm_jax.train.placement import batch_parts, check_batch, make_train_mesh
+from f2llm_jax.train.placement import check_batch, make_train_mesh
 
 
 def open_loader(config: TrainConfig) -> DataLoader:

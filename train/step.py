@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from f2llm_jax import losses
-from f2llm_jax.axes import batch_multiple
+from f2llm_jax.axes import batch_parts
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.embedding import Batch, eos_states
 from f2llm_jax.errors import InputError
@@ -208,7 +208,7 @@ def batch_states(params: Params, texts: tuple[Batch, Batch], config: ModelConfig
 def _eos_states(params: Params, rows: Batch, config: ModelConfig, compute: ComputeConfig) -> jax.Array:
     """``eos_states`` of any number of rows: rows of one token are added until they divide over the mesh."""
     count = len(rows.lengths_b)
-    spare = -count % batch_multiple()
+    spare = -count % batch_parts()
     if spare:
         tokens_bt, lengths_b = jnp.asarray(rows.tokens_bt), jnp.asarray(rows.lengths_b)
         rows = Batch(jnp.pad(tokens_bt, ((0, spare), (0, 0))), jnp.pad(lengths_b, (0, spare), constant_values=1))

@@ -12,6 +12,7 @@ from f2llm_jax.errors import F2LLMError
 from f2llm_jax.texts import FORMATS
 
 if TYPE_CHECKING:
+    from f2llm_jax.distributed import Processes
     from f2llm_jax.encoder import Encoder
 
 
@@ -36,6 +37,11 @@ def add_prompt(parser: argparse.ArgumentParser, of: str, default: str) -> None:
 def add_texts(parser: argparse.ArgumentParser, option: str) -> None:
     """Arguments for ``read_texts``; ``option`` is --input or --corpus."""
     parser.add_argument(option, required=True, metavar="FILE", help="texts as txt, jsonl, csv or parquet; - for stdin")
+    add_fields(parser, option)
+
+
+def add_fields(parser: argparse.ArgumentParser, option: str) -> None:
+    """How the texts of ``option`` are read."""
     parser.add_argument(
         f"{option}-format", choices=FORMATS, help="default: by the file's extension, and txt (a text a line) for stdin"
     )
@@ -46,6 +52,40 @@ def add_progress(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--quiet", action="store_true", help="no progress bar")
     group.add_argument("--progress", action="store_true", help="a progress bar even if stderr is no terminal")
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Arguments for ``start_processes``."""
+    group = parser.add_argument_group(
+        "several processes", "on a Cloud TPU they find each other by themselves; elsewhere, in each of them:"
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, which the others join")
+    group.add_argument("--processes", type=positive, metavar="N", help="how many there are")
+    group.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
+    group.add_argument(
+        "--distributed", action="store_true", help="JAX finds the others by itself: Slurm, Open MPI, Kubernetes"
+    )
+
+
+def start_processes(args: argparse.Namespace) -> Processes:
+    from f2llm_jax.distributed import start
+
+    return start(args.coordinator, args.processes, args.process_id, detect=args.distributed)
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """An argument like data=2,fsdp=4: sizes of the axes of a mesh; those not named are 1."""
+    from f2llm_jax.axes import MESH_AXES
+
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis.strip() not in sizes or not size.strip().isdecimal() or int(size) < 1:
+            raise argparse.ArgumentTypeError(
+                f"takes sizes of {', '.join(MESH_AXES)}, like data=2,tensor=4, not {text!r}"
+            )
+        sizes[axis.strip()] = int(size)
+    return sizes
 
 
 def show_progress(args: argparse.Namespace) -> bool:

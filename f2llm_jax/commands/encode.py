@@ -1,26 +1,47 @@
-"""Embed the texts of a file.
+"""Embed the texts of a file, or of a corpus larger than memory.
 
-Reads txt (a text on every line), jsonl, csv (first line: column names) or parquet. Writes, in the order of the input,
+Reads txt (a text on every line), jsonl, csv (first line: column names) or parquet.
+
+--input FILE --output FILE writes, in the order of the input,
   .npy      an array [texts, dim]
   .parquet  columns `id` (that of the input if it has one, else the row number from 0) and `embedding`
 All texts and embeddings are held in memory. The output appears when it is complete, or not at all.
 
---output-type int8 scales each dimension's range to 255 steps. The ranges come from --ranges, or else from the
-embeddings of this very input; then they are written beside the output as NAME.ranges.npy ([2, dim]: least, largest),
-for encoding queries and later texts with --ranges. binary and ubinary pack a bit per dimension, eight to a byte.
+--corpus GLOB... --out DIR writes Parquet shards of the same two columns, and manifest.json when all are there. Memory
+does not grow with the corpus. The same command goes on with a run that was killed, also with more or fewer processes,
+and the shards are the same bytes. Processes share OUT and the inputs. With --processes and --process-id each does its
+share on its own; a --mesh over the devices of all of them needs --coordinator too.
+
+--output-type int8 scales each dimension's range to 255 steps. The ranges come from --ranges, or else, with --input,
+from the embeddings of this very input; then they are written beside the output as NAME.ranges.npy ([2, dim]: least,
+largest), for encoding queries and later texts with --ranges. binary and ubinary pack a bit per dimension, eight to a
+byte.
+
+Exit status: 0 when this process has done its part; 143 after a SIGTERM, 130 after Ctrl-C: the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-from collections.abc import Iterator
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from f2llm_jax.commands import add_model, add_progress, add_prompt, add_texts, load_model, show_progress
+from f2llm_jax.commands import (
+    add_fields,
+    add_model,
+    add_processes,
+    add_progress,
+    add_prompt,
+    load_model,
+    mesh_sizes,
+    positive,
+    show_progress,
+    start_processes,
+)
 from f2llm_jax.errors import InputError
+from f2llm_jax.files import new_file
 from f2llm_jax.texts import STDIN, Texts, read_texts
 
 if TYPE_CHECKING:
@@ -34,8 +55,11 @@ OUTPUT_TYPES = ("float32", "float16", "int8", "binary", "ubinary")
 
 def declare(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    add_texts(parser, "--input")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="a .npy or .parquet file to write")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", metavar="FILE", help="texts as txt, jsonl, csv or parquet; - for stdin")
+    source.add_argument("--corpus", nargs="+", metavar="GLOB", help="files of texts, quoted: 'docs/*.parquet'")
+    add_fields(parser, "--input")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="a .npy or .parquet file to write, for --input")
     parser.add_argument("--force", action="store_true", help="replace an output that exists")
     add_prompt(parser, "each text", "default: the model's default prompt, none for F2LLM")
     parser.add_argument(
@@ -43,9 +67,81 @@ def declare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ranges", type=Path, metavar="FILE.npy", help="for int8: the ranges of an earlier output")
     add_progress(parser)
+    group = parser.add_argument_group("for --corpus")
+    group.add_argument("--out", type=Path, metavar="DIR", help="folder for shards and manifest")
+    group.add_argument("--id-field", metavar="NAME", help="column or key of the ids; default: the row number")
+    group.add_argument("--shard-rows", type=positive, metavar="N", help="rows of a shard at most; default: 16384")
+    group.add_argument(
+        "--mesh",
+        type=mesh_sizes,
+        metavar="data=D,fsdp=F,tensor=T",
+        help="devices of a copy of the model; default: one, and a copy on each device",
+    )
+    add_processes(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+CORPUS_ONLY = ("out", "id_field", "shard_rows", "mesh", "coordinator", "processes", "process_id", "distributed")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.corpus is not None:
+        return _run_corpus(args)
+    for name in CORPUS_ONLY:
+        if getattr(args, name) not in (None, False):
+            raise InputError(f"--{name.replace('_', '-')} is for --corpus, not for --input")
+    if args.output is None:
+        raise InputError("where to? --output FILE gets the embeddings of --input")
+    _run_file(args)
+    return 0
+
+
+def _run_corpus(args: argparse.Namespace) -> int:
+    if args.out is None:
+        raise InputError("where to? --out DIR gets the shards of --corpus")
+    if args.output is not None or args.force:
+        raise InputError("--output and --force are for --input; --corpus writes to --out DIR, and replaces nothing")
+    if args.output_type == "int8" and args.ranges is None:
+        raise InputError(
+            "int8 with --corpus needs --ranges FILE.npy: encode a sample with --input and --output-type int8 to get one"
+        )
+    processes = start_processes(args)
+    from f2llm_jax.corpus import SHARD_ROWS, encode_corpus
+
+    outcome = encode_corpus(
+        args.model,
+        args.corpus,
+        args.out,
+        processes=processes,
+        mesh=args.mesh,
+        dtype=args.dtype,
+        revision=args.revision,
+        field=args.field,
+        id_field=args.id_field,
+        file_format=args.input_format,
+        prompt_name=args.prompt_name,
+        prompt=args.prompt,
+        dim=args.dim,
+        max_length=args.max_length,
+        batch_tokens=args.batch_tokens,
+        output=args.output_type,
+        ranges=None if args.ranges is None else _read_ranges(args.ranges),
+        shard_rows=args.shard_rows or SHARD_ROWS,
+        show_progress=show_progress(args),
+    )
+    if outcome.manifest is not None:
+        print(f"{args.out}: {outcome.rows} embeddings in {outcome.shards} shards")
+    elif outcome.terminated:
+        print(f"stopped with {outcome.finished} of {outcome.shards} shards; the same command goes on")
+        return 128 + signal.SIGTERM
+    else:
+        print(
+            f"{args.out}: process {processes.number} of {processes.total} is done; {outcome.finished} of "
+            f"{outcome.shards} shards are there, and manifest.json comes with the last"
+        )
+    return 0
+
+
+def _run_file(args: argparse.Namespace) -> None:
     calibrate = args.output_type == "int8" and args.ranges is None
     ranges_file = args.output.with_suffix(".ranges.npy")
     _check_arguments(args, [args.output, ranges_file] if calibrate else [args.output])
@@ -65,19 +161,6 @@ def run(args: argparse.Namespace) -> None:
             with new_file(ranges_file) as ranges_stream:
                 _write_npy(ranges_stream, calibrated, None)
     print(f"{args.output}: {len(embeddings)} embeddings, {embeddings.shape[1]} x {embeddings.dtype}")
-
-
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A stream to a file beside ``path`` that takes its place when the block ends well, else vanishes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("xb") as stream:
-            yield stream
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _check_arguments(args: argparse.Namespace, outputs: list[Path]) -> None:
@@ -157,13 +240,12 @@ def _write_npy(stream: BinaryIO, array: np.ndarray, ids: pyarrow.Array | None) -
 
 
 def _write_parquet(stream: BinaryIO, embeddings: np.ndarray, ids: pyarrow.Array) -> None:
-    import pyarrow
     from pyarrow import parquet
 
-    values = pyarrow.array(embeddings.reshape(-1))
-    embedding_column = pyarrow.FixedSizeListArray.from_arrays(values, embeddings.shape[1])
+    from f2llm_jax.corpus_writer import embedding_table
+
     # Embeddings hold next to no value twice: a dictionary of them would be built in vain.
-    parquet.write_table(pyarrow.table({"id": ids, "embedding": embedding_column}), stream, use_dictionary=False)
+    parquet.write_table(embedding_table(ids, embeddings), stream, use_dictionary=False)
 
 
 WRITERS = {".npy": _write_npy, ".parquet": _write_parquet}

@@ -18,7 +18,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from f2llm_jax.commands import add_progress, needs_extra, show_progress
+from f2llm_jax.commands import add_processes, add_progress, needs_extra, show_progress, start_processes
 from f2llm_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,9 +36,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--export", type=Path, metavar="DIR", help="write the trained model as a release")
     parser.add_argument("--list", action="store_true", help="print the recipes, or the settings of RECIPE, and stop")
-    parser.add_argument(
-        "--distributed", action="store_true", help="one of several processes: call jax.distributed.initialize()"
-    )
+    add_processes(parser)
     add_progress(parser)
 
 
@@ -61,10 +59,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(config: TrainConfig, args: argparse.Namespace) -> int:
-    import jax
-
-    if args.distributed:
-        jax.distributed.initialize()
+    if args.processes is not None and args.coordinator is None:
+        raise InputError("processes train together: --processes and --process-id need --coordinator HOST:PORT")
+    start_processes(args)
     with needs_extra("train"):
         from f2llm_jax.train.loop import train
         from f2llm_jax.train.source import open_loader

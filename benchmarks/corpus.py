@@ -1,0 +1,103 @@
+"""The memory of ``f2llm encode --corpus``: the same for a few shards and for a million rows.
+
+    python benchmarks/corpus.py FOLDER --rows 1000000
+
+makes Parquet files of short texts (Tatoeba sentences, numbered, so that no two are equal) and a tiny model around the
+real tokenizer in FOLDER, encodes a few shards of rows and all of them, each in a process of its own, and prints the
+peak of resident memory above that of a process that has just loaded the model. A tiny model shows the memory of the
+command itself; every model adds its weights and the activations of one batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pyarrow
+from inputs import model_config, read_texts, write_around
+from pyarrow import parquet
+
+import f2llm_jax
+
+FILES = 8
+
+MEASURED = """
+import sys, resource
+import f2llm_jax
+from f2llm_jax.cli import main
+
+if len(sys.argv) > 2:
+    assert main(sys.argv[1:]) == 0
+else:
+    f2llm_jax.load(sys.argv[1])
+print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def main() -> None:
+    data = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="for texts and embeddings; deleted at the end")
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--few", type=int, default=262_144, help="rows of the run to compare with")
+    parser.add_argument("--data", type=Path, default=data, help="the folder with tokenizer and texts")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True)
+    try:
+        model = write_model(args.folder / "model", args.data / "qwen3-tokenizer")
+        loaded = measure(str(model))
+        print(f"model loaded: {loaded / 1e6:.0f} MB resident")
+        print("| rows | seconds | peak above the loaded model, MB | output, MB |")
+        print("|---|---|---|---|")
+        for rows in (args.few, args.rows):
+            docs, out = args.folder / f"docs-{rows}", args.folder / f"out-{rows}"
+            write_texts(docs, rows, args.data)
+            start = time.perf_counter()
+            peak = measure("encode", "--model", model, "--corpus", f"{docs}/*.parquet", "--out", out, "--progress")
+            seconds = time.perf_counter() - start
+            size = sum(file.stat().st_size for file in out.rglob("*.parquet"))
+            print(f"| {rows:,} | {seconds:.1f} | {(peak - loaded) / 1e6:.0f} | {size / 1e6:.0f} |", flush=True)
+    finally:
+        shutil.rmtree(args.folder)
+
+
+def write_model(folder: Path, tokenizer: Path) -> Path:
+    """A random model of one narrow layer around the real vocabulary."""
+    from f2llm_jax.convert.export import export_release
+
+    config = dataclasses.replace(
+        model_config("80M"), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=512,
+    )  # fmt: skip
+    like = folder.with_name("settings")
+    write_around(like, config, tokenizer)
+    (like / "config.json").write_text(json.dumps(config.to_hf()), encoding="utf-8")
+    params = f2llm_jax.init_params(config, jax.random.key(0))
+    return export_release(params, config, folder, like=like, dtype="float32")
+
+
+def write_texts(folder: Path, rows: int, data: Path) -> None:
+    sentences = read_texts("short", 10_000, data)
+    folder.mkdir()
+    for number in range(FILES):
+        numbers = range(number * rows // FILES, (number + 1) * rows // FILES)
+        texts = [f"{sentences[n % len(sentences)]} {n}" for n in numbers]
+        parquet.write_table(pyarrow.table({"text": texts}), folder / f"{number}.parquet")
+
+
+def measure(*arguments: object) -> int:
+    """The peak of resident memory of a process, in bytes."""
+    command = [sys.executable, "-c", MEASURED, *map(str, arguments)]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return int(result.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,471 @@
+"""Corpora larger than memory, by any number of processes, each of which can be killed at any time.
+
+The corpus is cut into units of some thousand rows (``corpus_reader``), and every unit becomes a shard of the output
+(``corpus_writer``). A process takes an equal run of the units. What a shard holds depends on its unit, the settings and
+the kind of device, and on nothing else: batches are made within a unit, each unit is encoded by one copy of the model,
+and a copy is on as many devices as the mesh has. So a run that was killed is finished by any number of processes, with
+the very bytes that it would have had.
+
+A mesh of this process's devices is the usual case: every process works by itself, and its devices hold as many copies
+as there are meshes in them. A mesh of all devices of all processes is for models that need it: then all processes
+encode every unit together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from f2llm_jax.corpus_reader import Corpus, Reader, Unit, UnitTexts, find_files, index
+from f2llm_jax.corpus_writer import Output, known_inputs, read_plan
+from f2llm_jax.distributed import Processes
+from f2llm_jax.embedding import check_dim
+from f2llm_jax.encoder import Done, Encoder, load
+from f2llm_jax.errors import F2LLMError, InputError, warn
+from f2llm_jax.quantization import check_ranges
+from f2llm_jax.release import SETTINGS_PATTERNS, WEIGHT_PATTERNS, Release, find_release, pick_prompt, read_release
+from f2llm_jax.sharding import make_mesh
+
+OUTPUTS = ("float32", "float16", "int8", "binary", "ubinary")
+
+SHARD_ROWS = 16384
+"""Rows of a shard: at the 0.6B's 1,024 values in float32 that is 64 MB."""
+
+_ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
+
+# Of weights this much is read at the beginning, the middle and the end of every file to tell models apart.
+_SAMPLE_BYTES = 1 << 20
+
+# How often the shards of other processes are counted: for the progress bar, and by a process that waits for them.
+_COUNT_SECONDS = 5.0
+_WAIT_SECONDS = 1.0
+
+
+class Outcome(NamedTuple):
+    """How ``encode_corpus`` ended.
+
+    Attributes:
+        rows, shards: of the whole corpus.
+        finished: shards that are there, of whichever process.
+        manifest: what is in ``manifest.json``, if all are.
+        terminated: whether a SIGTERM ended it.
+    """
+
+    rows: int
+    shards: int
+    finished: int
+    manifest: dict[str, Any] | None
+    terminated: bool
+
+
+def encode_corpus(
+    model: str | Path,
+    patterns: Sequence[str],
+    out: str | Path,
+    *,
+    processes: Processes = Processes(0, 1),  # noqa: B008, it is a tuple
+    mesh: Mapping[str, int] | None = None,
+    dtype: str = "float32",
+    revision: str | None = None,
+    field: str = "text",
+    id_field: str | None = None,
+    file_format: str | None = None,
+    prompt_name: str | None = None,
+    prompt: str | None = None,
+    dim: int | None = None,
+    max_length: int | None = None,
+    batch_tokens: int | None = None,
+    output: str = "float32",
+    ranges: np.ndarray | None = None,
+    shard_rows: int = SHARD_ROWS,
+    show_progress: bool = False,
+) -> Outcome:
+    """Embeds the texts of many files into Parquet shards: this process's share of them.
+
+    Shards that are there already are verified and kept, so the same call goes on with what was killed. Ctrl-C and
+    SIGTERM lose no more than the units under way. Memory is a few units and the model, however many rows there are.
+
+    Args:
+        model, dtype, revision: as for ``f2llm_jax.load``.
+        patterns: globs of txt, jsonl, csv and parquet files. All processes see the same files, and ``out``.
+        out: the folder for shards and manifest, new or begun by the same call.
+        processes: which process this is of how many, from ``f2llm_jax.distributed.start``.
+        mesh: sizes of ``data``, ``fsdp`` and ``tensor`` of a copy of the model; the others are 1. Default: that of the
+            run begun in ``out``, else one device.
+        field, file_format: as for ``texts.read_texts``.
+        id_field: the column or key of the ids; default: the row number, counted over all files.
+        prompt_name, prompt, dim, max_length, batch_tokens: as for ``Encoder.encode``.
+        output: one of ``OUTPUTS``.
+        ranges: float [2, dim] from ``int8_ranges``, for int8.
+        shard_rows: rows of a shard, at most; fewer if texts are long.
+        show_progress: a progress bar on standard error, of all processes' rows.
+
+    Raises:
+        InputError: an argument or an input that cannot be used, or ``out`` was begun with others.
+        ReleaseError: the model cannot be used.
+        F2LLMError: Grain is not installed.
+    """
+    _import_grain()
+    release = read_release(find_release(model, revision))
+    out = Path(out)
+    plan = read_plan(out)
+    settings = _settings(
+        release,
+        mesh=mesh or (_ONE_DEVICE if plan is None else plan["settings"]["mesh"]),
+        output=output,
+        dim=check_dim(dim, release.config),
+        ranges=ranges,
+        prompt=pick_prompt(release.prompts, release.default_prompt_name, prompt_name, prompt),
+        max_length=_check_length(max_length, release),
+        dtype=dtype,
+        batch_tokens=batch_tokens,
+        field=field,
+        id_field=id_field,
+        file_format=file_format,
+        shard_rows=shard_rows,
+    )
+    team = Team.of(settings["mesh"], processes)
+    reading = ("field", "id_field", "file_format", "shard_rows")
+    same_cuts = plan is not None and all(plan["settings"].get(key) == settings[key] for key in reading)
+    corpus = index(
+        find_files(patterns),
+        field=field,
+        id_field=id_field,
+        file_format=file_format,
+        unit_rows=shard_rows,
+        known=known_inputs(plan) if same_cuts else (),
+        show_progress=show_progress,
+    )
+    calibration = None if ranges is None else np.asarray(ranges, np.float32)
+    work = Output(out, settings, corpus, model=str(model), ranges=calibration)
+    with _Termination(team) as termination:
+        todo = team.todo(corpus.units, work, show_progress)
+        with Progress(todo, corpus, work, show_progress) as progress:
+            if todo:
+                encoders = team.load(release.path, dtype, len(todo))
+                job = _Job(Reader(corpus), encoders, _make_encode(settings, calibration), work, team, progress)
+                termination.came = job.run(todo)
+            if not termination.came:
+                team.wait_for_others(work, progress)
+    manifest = work.commit()
+    if manifest is not None and manifest["truncated"]:
+        limit = settings["max_length"]
+        warn(f"{manifest['truncated']} of {corpus.rows} texts were longer than {limit} tokens and were truncated")
+    return Outcome(corpus.rows, len(corpus.units), len(work.finished()), manifest, termination.came)
+
+
+class _Terminated(BaseException):
+    """A SIGTERM came."""
+
+
+class _Termination:
+    """Ends its block at a SIGTERM, wherever it is; processes that work together end theirs after the same unit.
+
+    Attributes:
+        came: whether one did.
+    """
+
+    def __init__(self, team: Team):
+        self.came = False
+        self._alone = not team.joint and threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> _Termination:
+        if self._alone:
+            self._before = signal.signal(signal.SIGTERM, self._notice)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> bool:
+        if self._alone:
+            signal.signal(signal.SIGTERM, self._before)
+        return kind is _Terminated
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        if not self.came:
+            self.came = True
+            raise _Terminated
+
+
+# --- what is to be done
+
+
+def _settings(
+    release: Release,
+    *,
+    mesh: Mapping[str, int],
+    output: str,
+    dim: int,
+    ranges: np.ndarray | None,
+    **others: Any,
+) -> dict[str, Any]:
+    """All that the bytes of the shards depend on besides the inputs, as JSON values."""
+    if output not in OUTPUTS:
+        raise InputError(f"output must be one of {', '.join(OUTPUTS)}, not {output!r}")
+    if output == "int8":
+        ranges = check_ranges(ranges, dim)
+    elif ranges is not None:
+        raise InputError(f"ranges are for output='int8', not for {output!r}")
+    device = jax.local_devices()[0]
+    return {
+        "model_sha256": _model_digest(release.path),
+        "mesh": {**_ONE_DEVICE, **mesh},
+        "device": f"{device.platform} {device.device_kind}",
+        "dim": dim,
+        "output": output,
+        "ranges": None if ranges is None else hashlib.sha256(np.ascontiguousarray(ranges).tobytes()).hexdigest(),
+        **others,
+    }
+
+
+def _check_length(max_length: int | None, release: Release) -> int:
+    limit = release.config.max_position_embeddings
+    if max_length is not None and not 1 <= max_length <= limit:
+        raise InputError(f"max_length must be within 1..{limit}, not {max_length}")
+    return max_length or release.max_length
+
+
+def _model_digest(path: Path) -> str:
+    """Tells models apart without reading all of their weights: whole small files, and samples of large ones."""
+    digest = hashlib.sha256()
+    files = {file for pattern in (*SETTINGS_PATTERNS, *WEIGHT_PATTERNS) for file in path.glob(pattern)}
+    for file in sorted(file for file in files if file.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path)} {size}\n".encode())
+        with file.open("rb") as stream:
+            for offset in sorted({0, max(0, (size - _SAMPLE_BYTES) // 2), max(0, size - _SAMPLE_BYTES)}):
+                stream.seek(offset)
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+# --- who does it
+
+
+class Team:
+    """Which processes work together on a unit, and which units are theirs.
+
+    Attributes:
+        joint: whether all processes encode every unit together, on one mesh; else each has its own units.
+    """
+
+    def __init__(self, sizes: dict[str, int], processes: Processes, *, joint: bool):
+        self._sizes = sizes
+        self._devices = math.prod(sizes.values())
+        self._processes = processes
+        self.joint = joint
+
+    @classmethod
+    def of(cls, sizes: dict[str, int], processes: Processes) -> Team:
+        """The team for a mesh.
+
+        Raises:
+            InputError: the mesh neither fits into a process, some times without rest, nor takes all devices of all.
+        """
+        size, local, everywhere = math.prod(sizes.values()), jax.local_device_count(), jax.device_count()
+        if local % size == 0:
+            return cls(sizes, processes, joint=False)
+        if size == everywhere:
+            return cls(sizes, processes, joint=True)
+        axes = ",".join(f"{axis}={length}" for axis, length in sizes.items())
+        beyond = f", or all {everywhere} of all processes" if everywhere > local else ""
+        raise InputError(
+            f"a mesh {axes} takes {size} devices; a mesh takes a divisor of the {local} devices of this process{beyond}"
+        )
+
+    def todo(self, units: list[Unit], work: Output, show_progress: bool) -> list[Unit]:
+        """The units to encode, in order, in this process or together: those of its share that are not finished."""
+        from tqdm import tqdm
+
+        number, total = self._processes
+        share = units[number * len(units) // total : (number + 1) * len(units) // total]
+        finished = np.zeros(len(units), bool)
+        begun = bool(work.finished())
+        for unit in tqdm(share, desc="verifying", unit="shard", disable=not (show_progress and begun)):
+            finished[unit.number] = work.verify(unit)
+        if not self.joint:
+            return [unit for unit in share if not finished[unit.number]]
+        from jax.experimental import multihost_utils
+
+        finished_pu = np.asarray(multihost_utils.process_allgather(finished)).reshape(total, len(units))
+        return [unit for unit in units if not finished_pu[:, unit.number].any()]
+
+    def load(self, path: Path, dtype: str, units: int) -> list[Encoder]:
+        """Copies of the model: one on the common mesh, or as many as this process has devices and units for."""
+        if self.joint:
+            return [load(path, dtype=dtype, mesh=self._mesh(jax.devices()))]
+        devices = jax.local_devices()
+        groups = [devices[first : first + self._devices] for first in range(0, len(devices), self._devices)]
+        mesh = self._mesh(groups[0]) if self._devices > 1 else None
+        first = load(path, dtype=dtype, mesh=mesh)
+        return [first, *(first.copy_to(group) for group in groups[1:units])]
+
+    def _mesh(self, devices: Sequence[jax.Device]) -> Mesh:
+        return make_mesh(self._sizes["data"], self._sizes["fsdp"], self._sizes["tensor"], devices=devices)
+
+    def writes(self, unit: Unit) -> bool:
+        """Whether this process writes the shard of a unit that it encodes."""
+        return not self.joint or unit.number % self._processes.total == self._processes.number
+
+    def wait_for_others(self, work: Output, progress: Progress) -> None:
+        """Until all shards are there, where JAX has joined the processes: it ends them all soon after the first."""
+        while jax.distributed.is_initialized() and not work.all_finished:
+            time.sleep(_WAIT_SECONDS)
+            progress.advance(0)
+
+    def stops_after(self, done: int) -> bool:
+        """Whether all processes are to stop after the unit that was the ``done``th: one got a SIGTERM."""
+        if not self.joint:
+            return False
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.reached_preemption_sync_point(done)
+
+
+# --- the work
+
+
+Encode = Callable[[Encoder, list[str], Callable[[Done], None]], np.ndarray]
+
+
+def _make_encode(settings: dict[str, Any], ranges: np.ndarray | None) -> Encode:
+    """A function that embeds the texts of a unit."""
+    output = settings["output"]
+
+    def encode(encoder: Encoder, texts: list[str], on_batch: Callable[[Done], None]) -> np.ndarray:
+        embeddings = encoder.encode(
+            texts,
+            prompt=settings["prompt"],
+            dim=settings["dim"],
+            max_length=settings["max_length"],
+            batch_tokens=settings["batch_tokens"],
+            output="float32" if output == "float16" else output,
+            ranges=ranges,
+            on_batch=on_batch,
+        )
+        return embeddings.astype(output) if output == "float16" else embeddings
+
+    return encode
+
+
+class _Job:
+    """Encodes and writes units, as many at a time as there are encoders; each is in the hands of a thread."""
+
+    def __init__(
+        self, reader: Reader, encoders: list[Encoder], encode: Encode, work: Output, team: Team, progress: Progress
+    ):
+        self._reader = reader
+        self._encoders = encoders
+        self._encode = encode
+        self._work = work
+        self._team = team
+        self._progress = progress
+        self._stopping = threading.Event()
+
+    def run(self, units: list[Unit]) -> bool:
+        """Does it; whether a SIGTERM to a process of the team has ended it early."""
+        idle = list(self._encoders)
+        running: set[Future[Encoder]] = set()
+
+        def settle() -> None:
+            """Waits for one of those running at least, and raises what went wrong."""
+            finished, left = wait(running, return_when=FIRST_COMPLETED)
+            running.intersection_update(left)
+            idle.extend(future.result() for future in finished)
+
+        with ThreadPoolExecutor(len(idle), thread_name_prefix="encode") as pool:
+            try:
+                for done, item in enumerate(_read_ahead(units, self._reader)):
+                    if not idle:
+                        settle()
+                        if self._team.stops_after(done):
+                            return True
+                    running.add(pool.submit(self._unit, idle.pop(), item))
+                while running:
+                    settle()
+            finally:
+                self._stopping.set()
+        return False
+
+    def _unit(self, encoder: Encoder, item: UnitTexts) -> Encoder:
+        """Encodes a unit and writes its shard; gives the encoder back."""
+        so_far = Done(0, 0, 0)
+
+        def on_batch(now: Done) -> None:
+            nonlocal so_far
+            if self._stopping.is_set():
+                raise _StopError
+            self._progress.advance(now.texts - so_far.texts)
+            so_far = now
+
+        embeddings = self._encode(encoder, item.texts, on_batch)
+        if self._team.writes(item.unit):
+            self._work.write(item.unit, item.ids, embeddings, so_far.truncated)
+        return encoder
+
+
+class _StopError(Exception):
+    """Ends the work of a thread whose result nobody waits for."""
+
+
+def _read_ahead(units: list[Unit], reader: Reader) -> Iterator[UnitTexts]:
+    """The units in order; Grain reads the next one in a thread while the last ones are worked on."""
+    grain = _import_grain()
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)  # one thread: a Parquet file is read in order
+    return iter(grain.MapDataset.source(units).map(reader.read).to_iter_dataset(options))
+
+
+def _import_grain() -> Any:
+    try:
+        import grain
+    except ModuleNotFoundError as error:
+        raise F2LLMError(f"a corpus is read with {error.name}: pip install 'f2llm-jax[train]'") from None
+    return grain
+
+
+class Progress:
+    """The rows that are done in all processes, as a bar on standard error; threads share it."""
+
+    def __init__(self, todo: list[Unit], corpus: Corpus, work: Output, show: bool):
+        self._rows = {unit.number: unit.rows for unit in corpus.units}
+        self._todo = {unit.number for unit in todo}
+        self._work = work
+        self._show = show
+        self._total = corpus.rows
+        self._lock = threading.Lock()
+        self._own = 0
+
+    def __enter__(self) -> Progress:
+        from tqdm import tqdm
+
+        self._count_others()
+        self._bar = tqdm(
+            total=self._total, initial=self._others, unit="row", smoothing=0, disable=not self._show, desc="encoding"
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def advance(self, rows: int) -> None:
+        """So many more rows of this process are done; those of others are counted now and then."""
+        with self._lock:
+            self._own += rows
+            if self._show and time.monotonic() - self._counted >= _COUNT_SECONDS:
+                self._count_others()
+            self._bar.update(self._others + self._own - self._bar.n)
+
+    def _count_others(self) -> None:
+        finished = self._work.finished() - self._todo
+        self._others = sum(self._rows[number] for number in finished)
+        self._counted = time.monotonic()

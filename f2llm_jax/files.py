@@ -1,0 +1,31 @@
+"""Files that appear complete or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def new_file(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
+    """A stream to a file beside ``path`` that takes its place when the block ends well, else vanishes.
+
+    Args:
+        path: where it is to appear; a file that is there is replaced.
+        sync: bring it to disk first, so that it is complete also after the machine has failed.
+    """
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("xb") as stream:
+            yield stream
+            if sync:
+                stream.flush()
+                os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
