@@ -164,13 +164,15 @@ def splash(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_
     t, n = q_btnh.shape[1:3]
     block = splash_block(t)
     padded = math.ceil(t / block) * block
-    blocks = dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), block)
+    block_sizes = splash_attention.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
 
     def run(*args: Any) -> jax.Array:
         # Made where it is used: arrays of its own that came from outside would be lost to the backward pass.
         kernel = splash_attention.make_splash_mha(
             splash_attention.MultiHeadMask([splash_attention.CausalMask((padded, padded))] * n),
-            block_sizes=splash_attention.BlockSizes(**blocks),
+            block_sizes=block_sizes,
             head_shards=1,
             q_seq_shards=1,
             interpret=platform() != "tpu",

@@ -17,6 +17,7 @@ _CACHE = tempfile.mkdtemp(prefix="f2llm_jax_tests_")
 
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 os.environ.update(
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # several processes may compile for TPUs at a time
     HF_HUB_OFFLINE="1",
     JAX_PLATFORMS="cpu",
     TPU_SKIP_MDS_QUERY="1",
