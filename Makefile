@@ -15,7 +15,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/f2llm demo $(if $(MODEL),--model $(MODEL))
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check --fix .
