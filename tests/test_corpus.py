@@ -476,19 +476,20 @@ with open("/proc/self/status") as status:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc")
 def test_peak_memory_does_not_grow_with_rows(tiny_release, docs, tmp_path):
-    """Embeddings and texts of 5 units and of 50 differ by some 50 MB; the peaks differ by a small part of that."""
+    """Embeddings and texts of 20 units and of 80 differ by some 70 MB; the peaks differ by a small part of that."""
     processes = []
-    for units in (5, 50):
+    for units in (20, 80):
         source, out = tmp_path / f"{units}.parquet", tmp_path / str(units)
         parquet.write_table(pyarrow.table({"text": [f"{n} fox" + "." * 700 for n in range(units * 1024)]}), source)
         arguments = command(tiny_release, docs, out, "--max-length", "8", "--shard-rows", "1024")
         arguments[4:6] = [str(source)]
         processes.append(run_measured(arguments))
     few, many = [1024 * int(process.communicate()[0].splitlines()[-1]) for process in processes]
-    assert many - few < 15e6
+    assert many - few < 20e6
 
 
 def run_measured(arguments: list[str]) -> subprocess.Popen[str]:
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    # By default every thread's heap keeps what it once had: an offset that takes tens of units to build up.
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "MALLOC_ARENA_MAX": "2"}
     process = [sys.executable, "-c", MEASURED, *arguments]
     return subprocess.Popen(process, env=environment, stdout=subprocess.PIPE, text=True)
