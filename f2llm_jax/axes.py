@@ -10,6 +10,7 @@ tensor=16 would be half a head each), and uses the one that its query heads shar
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -77,17 +78,45 @@ def partition_spec(
     return PartitionSpec(*map(mesh_axes, shape, names))
 
 
-def constrain(x: jax.Array, *names: str) -> jax.Array:
-    """Puts an array where ``COMPUTE_RULES`` want it, on the mesh of ``jax.set_mesh``; without a mesh, nothing.
+def constrain(x: jax.Array, *names: str, rules: Mapping[str, MeshAxes] = COMPUTE_RULES) -> jax.Array:
+    """Puts an array where rules want it, on the mesh of ``jax.set_mesh``; without a mesh, nothing.
 
     Args:
         x: any array.
         names: the logical name of each of its axes.
+        rules: ``COMPUTE_RULES`` or ``STORAGE_RULES``.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, names, COMPUTE_RULES, mesh.shape))
+    return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, names, rules, mesh.shape))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather(weight: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """A parameter as ``constrain`` puts it where it is used; its gradient goes back to where the parameter rests.
+
+    The gradient of a plain constraint is the same constraint: every device would get the whole sum of a gradient of
+    which it keeps one part (an all-reduce over fsdp for a reduce-scatter, which sends half the bytes).
+
+    Args:
+        weight: a parameter.
+        names: the logical name of each of its axes.
+    """
+    return constrain(weight, *names)
+
+
+def _gather_forward(weight: jax.Array, names: tuple[str, ...]) -> tuple[jax.Array, None]:
+    return gather(weight, names), None
+
+
+def _gather_backward(names: tuple[str, ...], _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    # Both constraints: with the second alone, the TPU compiler makes one loop of small products and permutes of the
+    # product and its reduce-scatter: on fsdp=16 a step of the 330M has 1.2 times the FLOPs and twice the HBM traffic.
+    return (constrain(constrain(gradient, *names), *names, rules=STORAGE_RULES),)
+
+
+gather.defvjp(_gather_forward, _gather_backward)
 
 
 def batch_parts(mesh: Mesh | AbstractMesh | None = None) -> int:

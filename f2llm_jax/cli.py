@@ -20,7 +20,7 @@ from typing import NoReturn, TextIO
 import f2llm_jax
 from f2llm_jax.errors import F2LLMError
 
-COMMANDS = ("encode", "search", "convert", "verify", "prepare", "train", "average", "evaluate", "info", "demo")
+COMMANDS = ("encode", "search", "convert", "verify", "prepare", "train", "average", "evaluate", "plan", "info", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,8 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; default those of the process.
 
     Returns:
-        The exit status: 0; 1 if ``verify`` found a difference; 2 after an error, which is one line on standard error;
-        130 after Ctrl-C; 141 when whoever read standard output has gone; 143 after a SIGTERM that stopped ``train``.
+        The exit status: 0; 1 if ``verify`` found a difference or ``plan`` that it does not fit; 2 after an error, which
+        is one line on standard error; 130 after Ctrl-C; 141 when whoever read standard output has gone; 143 after a
+        SIGTERM that stopped ``train``.
         Arguments that do not parse raise SystemExit(2), as argparse does.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # whatever the terminal cannot show is no reason to stop

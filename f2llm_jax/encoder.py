@@ -38,7 +38,7 @@ _CHUNK_TEXTS = 2048
 _IN_FLIGHT = 2
 
 # Tokens of a full batch and device. A CPU core has its matrix units busy with few; more only spills its cache.
-_BATCH_TOKENS = {"cpu": 2048, "gpu": 32768, "tpu": 32768}
+BATCH_TOKENS = {"cpu": 2048, "gpu": 32768, "tpu": 32768}
 
 _embed = jax.jit(embed, static_argnames=("config", "dim", "dtype", "kernel"))
 
@@ -220,7 +220,7 @@ class Encoder:
 
     def _batch_tokens(self) -> int:
         devices = 1 if self.mesh is None else self.mesh.size
-        return _BATCH_TOKENS[self._platform] * devices
+        return BATCH_TOKENS[self._platform] * devices
 
     def _embeddings(
         self,

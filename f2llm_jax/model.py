@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from f2llm_jax.attention import attention
-from f2llm_jax.axes import batch_parts, constrain
+from f2llm_jax.axes import batch_parts, constrain, gather
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.products import product
 from f2llm_jax.vocabulary import lookup
@@ -62,7 +62,7 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (*self.outputs, *self.inputs)
         weight = self.param("weight", nn.with_logical_partitioning(_normal, self.axes), shape, jnp.float32)
-        weight = constrain(from_bits(weight), *self.axes)
+        weight = gather(from_bits(weight), self.axes)
         batch = x.shape[: x.ndim - len(self.inputs)]
         # As plain matrices: with several output axes, XLA's CPU compiler first copies the weights into another order.
         x_mi = x.reshape(math.prod(batch), math.prod(self.inputs))

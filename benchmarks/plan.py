@@ -1,0 +1,96 @@
+"""The README's table of plans: every size on a slice of 16 chips of four kinds, encoding and training.
+
+    python benchmarks/plan.py plans.jsonl
+
+compiles each program for each slice (an hour of a CPU core), appends what it finds to plans.jsonl, goes on from there
+when it is started again, and prints the tables. --seconds stops a run after so many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from f2llm_jax.configs.models import MODELS
+from f2llm_jax.plan import Job, make_plan
+from f2llm_jax.planning.chips import GIB, parse_topology
+from f2llm_jax.planning.report import to_dict
+from f2llm_jax.train.config import load_recipe
+
+TOPOLOGIES = ("v4:2x2x4", "v5e:4x4", "v5p:2x2x4", "v6e:4x4")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="a .jsonl file; it is made, or added to")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="begin no compilation after so many seconds"
+    )
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    done = read(args.results)
+    rows = [(do, size, topology) for do in ("encode", "train") for topology in TOPOLOGIES for size in MODELS]
+    start = time.monotonic()
+    for do, size, topology in tqdm([row for row in rows if row not in done], unit="plan"):
+        if time.monotonic() - start > args.seconds:
+            break
+        began = time.monotonic()
+        plan = to_dict(make_plan(make_job(do, size), parse_topology(topology)))
+        done[do, size, topology] = plan
+        with args.results.open("a") as stream:
+            record = {"size": size, "seconds": round(time.monotonic() - began, 1), **plan}
+            stream.write(json.dumps(record) + "\n")
+    for do in ("encode", "train"):
+        print(f"\n{do}:\n")
+        print("| | " + " | ".join(TOPOLOGIES) + " |\n|" + "---|" * (len(TOPOLOGIES) + 1))
+        for size in MODELS:
+            print(f"| {size} | " + " | ".join(cell(done.get((do, size, topology))) for topology in TOPOLOGIES) + " |")
+    ratios = [plan["work"]["flops_ratio"] for plan in done.values() if plan["work"]]
+    print(f"\nmatrix products in the programs over those of the sizes: {min(ratios):.4f} to {max(ratios):.4f}")
+    if left := len(rows) - len(done):
+        print(f"{left} of {len(rows)} plans are still to be made: run this again")
+
+
+def read(file: Path) -> dict[tuple[str, str, str], Any]:
+    """{(do, size, topology): plan} of an earlier run; a line that was cut short does not count."""
+    plans = {}
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try:
+            plan = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        plans[plan["do"], plan["size"], plan["topology"]] = plan
+    return plans
+
+
+def make_job(do: Any, size: str) -> Job:
+    if do == "encode":
+        return Job("encode", MODELS[size])
+    recipe = load_recipe(f"stage2_{size.replace('.', '_').lower()}")
+    teacher = None if recipe.teacher is None else MODELS[recipe.teacher.rsplit("-", 1)[-1]]
+    return Job("train", MODELS[size], recipe=recipe, teacher=teacher)
+
+
+def cell(plan: dict[str, Any] | None) -> str:
+    if plan is None:
+        return ""
+    mesh = " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items() if size > 1)
+    gib = f"{plan['memory']['total'] / GIB:.1f} of {plan['memory']['limit'] / GIB:.1f} GiB"
+    if not plan["fits"]:
+        return f"does not fit: {gib}"
+    estimates = plan["estimates"]
+    return f"{thousands(estimates['tokens_per_second'])} tokens/s ({estimates['bound']}), {gib}, {mesh}"
+
+
+def thousands(number: float) -> str:
+    return f"{number / 1e6:.2f}M" if number >= 1e6 else f"{number / 1e3:.0f}k"
+
+
+if __name__ == "__main__":
+    main()

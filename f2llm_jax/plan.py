@@ -1,0 +1,493 @@
+"""What a TPU slice would do with a model, found out without one.
+
+The real program is built with abstract, sharded arguments and compiled by the TPU compiler (libtpu) for a slice that is
+not there. What the compiler says of memory is exact. The time is an estimate: the roofline, the longest of the time the
+arithmetic, the memory traffic and the exchange between chips would take at the rates of the data sheet. Real steps take
+longer; which of the three binds, and what a mesh costs, carries over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import jax
+
+from f2llm_jax.batching import Packing
+from f2llm_jax.config import ModelConfig
+from f2llm_jax.encoder import BATCH_TOKENS
+from f2llm_jax.errors import InputError
+from f2llm_jax.planning.chips import Topology, topology_devices
+from f2llm_jax.planning.counts import Axes, Estimate, TrainWork, estimate_encode, estimate_train
+from f2llm_jax.planning.hlo import Collective, Program, read_program
+from f2llm_jax.planning.programs import AbstractProgram, encode_program, train_program
+from f2llm_jax.sharding import make_mesh, padded_config, param_shardings
+
+if TYPE_CHECKING:
+    from f2llm_jax.train.config import TrainConfig
+
+Do = Literal["encode", "train"]
+
+# Candidates that are compiled before giving up; a compilation takes some ten seconds to two minutes.
+TRIES = 4
+
+# A tensor axis beyond this only adds exchange: no model of the family needs more to fit.
+MOST_TENSOR = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is to be done.
+
+    Attributes:
+        do: ``encode``: a batch of texts; ``train``: a step of a recipe.
+        config: the model's sizes.
+        length: tokens of every text.
+        batch_tokens: tokens computed at a time, on all devices together; None for what encoding does by itself, or
+            what fits in training.
+        dtype: of encoding.
+        recipe: of training.
+        teacher: the sizes of the recipe's teacher.
+        negatives: of each query in training.
+    """
+
+    do: Do
+    config: ModelConfig
+    length: int = 1024
+    batch_tokens: int | None = None
+    dtype: str = "bfloat16"
+    recipe: TrainConfig | None = None
+    teacher: ModelConfig | None = None
+    negatives: int = 7
+
+    def __post_init__(self) -> None:
+        if self.do not in get_args(Do):
+            raise InputError(f"do is one of {', '.join(get_args(Do))}, not {self.do!r}")
+        if (self.do == "train") != (self.recipe is not None):
+            raise InputError("training, and nothing else, needs a recipe")
+        if not 1 <= self.length <= self.config.max_position_embeddings:
+            raise InputError(f"length must be within 1..{self.config.max_position_embeddings}, not {self.length}")
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row: encoding on TPUs packs as many texts into one as there is room for."""
+        return self.length if self.do == "train" else Packing(1, self.length).lengths[-1]
+
+    @property
+    def texts_per_row(self) -> int:
+        return self.row_length // self.length
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+        state: {"parameters": …, "optimizer": …, "teacher": …}, from their shapes.
+        arguments: all that the program is given, with the compiler's padding; holds ``state``.
+        temporaries: activations, gradients, and weights gathered for use.
+        results: what it returns beside the arguments that it overwrites.
+        code: the program itself.
+        limit: what a program may use.
+        refused: bytes the compiler asked for when it refused the program; None if it did not.
+    """
+
+    state: dict[str, int]
+    arguments: int
+    temporaries: int
+    results: int
+    code: int
+    limit: int
+    refused: int | None = None
+
+    @property
+    def total(self) -> int:
+        return self.refused or self.arguments + self.temporaries + self.results + self.code
+
+    @property
+    def fits(self) -> bool:
+        return self.refused is None and self.total <= self.limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """FLOPs and bytes of a step on one device, counted twice: from the model's sizes, and in the compiled program.
+
+    Attributes:
+        flops: counted from the sizes, attention by its causal half.
+        attention_flops: those of ``flops`` that are attention.
+        program_flops: of the matrix products in the program, loops by their trips; without Pallas kernels.
+        program_flops_once: the same with the body of every loop counted once.
+        compiler_flops: what the compiler's ``cost_analysis`` says, which counts the body of a loop once.
+        hbm_bytes: estimated from the sizes.
+        program_hbm_bytes: read and written by the program's instructions.
+        ici_bytes: received from other devices in the program's collectives.
+        kernels: {custom call: how often it runs}.
+        unknown_loops: loops of the program whose trips could not be read; they count once.
+    """
+
+    flops: float
+    attention_flops: float
+    program_flops: float
+    program_flops_once: float
+    compiler_flops: float
+    hbm_bytes: float
+    program_hbm_bytes: float
+    ici_bytes: float
+    kernels: dict[str, int]
+    unknown_loops: list[str]
+
+    @property
+    def kernel_flops(self) -> float:
+        """FLOPs of ``flops`` that Pallas kernels do, where the program's count cannot see them."""
+        return self.attention_flops if "tpu_custom_call" in self.kernels else 0.0
+
+    @property
+    def flops_ratio(self) -> float:
+        """What the program does over what the sizes say, outside of Pallas kernels."""
+        return self.program_flops / (self.flops - self.kernel_flops)
+
+    @property
+    def compiler_ratio(self) -> float:
+        """What was read in the program over what the compiler says, both with loop bodies counted once."""
+        return self.program_flops_once / self.compiler_flops
+
+    @property
+    def hbm_ratio(self) -> float:
+        return self.program_hbm_bytes / self.hbm_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """A compilation: the mesh, the tokens computed at a time, and the memory it took."""
+
+    mesh: Axes
+    batch_tokens: int
+    memory_bytes: int
+    fits: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a slice would do. All bytes and seconds are of one device and one step.
+
+    Attributes:
+        job, topology: what was asked.
+        mesh: the one asked for, or the best found.
+        batch_tokens: tokens computed at a time, on all devices together.
+        texts: of a step, on all devices together.
+        memory: see ``Memory``.
+        work: see ``Work``; None where there is no program to count in: it does not fit, or libtpu does not show it.
+        collectives: of the program.
+        seconds: estimates, {"compute": …, "hbm": …, "ici": …}.
+        tried: every compilation on the way.
+        compile_seconds: that of this program.
+    """
+
+    job: Job
+    topology: Topology
+    mesh: Axes
+    batch_tokens: int
+    texts: int
+    memory: Memory
+    work: Work | None
+    collectives: Sequence[Collective]
+    seconds: dict[str, float]
+    tried: Sequence[Attempt]
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.fits
+
+    @property
+    def bound(self) -> str:
+        """Which of compute, hbm and ici takes longest."""
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+    @property
+    def step_seconds(self) -> float:
+        """The roofline: a step takes at least this, by estimate."""
+        return self.seconds[self.bound]
+
+    @property
+    def texts_per_second(self) -> float:
+        return self.texts / self.step_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.texts_per_second * self.job.length
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A mesh, the rows computed at a time on it (in training a text each), and what that costs by estimate."""
+
+    mesh: Axes
+    rows_at_once: int
+    estimate: Estimate
+
+
+def make_plan(
+    job: Job, topology: Topology, mesh: Axes | None = None, *, on_try: Callable[[Candidate], None] | None = None
+) -> Plan:
+    """Compiles the job for a slice.
+
+    Without a mesh, those that the sizes divide over are ranked by what ``counts`` estimates (the sum of the three
+    times, of those whose memory should do), and compiled in that order until one fits.
+
+    Args:
+        job: what is to be done.
+        topology: the slice.
+        mesh: how to lay it out; None for the best.
+        on_try: called before every compilation.
+
+    Returns:
+        The plan of the first that fits; if none does, of the one that lacks least.
+
+    Raises:
+        F2LLMError: libtpu is not installed.
+        InputError: libtpu does not know the slice; or the mesh is not of its size; or the job does not divide over it.
+    """
+    devices = topology_devices(topology)
+    if mesh is not None:
+        make_mesh(*mesh, devices=devices)  # says so if there are not as many devices
+        _check_divides(job, mesh, make_mesh(*mesh, devices=devices))
+    plans: list[Plan] = []
+    for candidate in _ranked(job, topology, mesh, devices)[:TRIES]:
+        if on_try is not None:
+            on_try(candidate)
+        plan = _compile(job, topology, candidate, devices)
+        plans.append(plan)
+        if plan.fits:
+            break
+    tried = [Attempt(plan.mesh, plan.batch_tokens, plan.memory.total, plan.fits) for plan in plans]
+    best = min(plans, key=lambda plan: (not plan.fits, plan.memory.total))
+    return dataclasses.replace(best, tried=tried)
+
+
+def _ranked(job: Job, topology: Topology, mesh: Axes | None, devices: list[Any]) -> list[Candidate]:
+    """Meshes and batches to try, the most promising first."""
+    limit = topology.chip.hbm_bytes
+    candidates = [
+        Candidate(axes, rows, _estimate(job, axes, rows))
+        for axes in ([mesh] if mesh else _meshes(job, topology.size, devices))
+        for rows in _rows_at_once(job, axes)
+    ]
+    if not candidates:
+        raise InputError(_nothing_divides(job, topology))
+
+    def cost(candidate: Candidate) -> tuple[bool, float]:
+        memory = candidate.estimate.memory_bytes
+        fits = memory < 0.85 * limit
+        return not fits, sum(candidate.estimate.seconds(topology)) if fits else memory
+
+    return sorted(candidates, key=cost)
+
+
+def _meshes(job: Job, size: int, devices: list[Any]) -> Iterator[Axes]:
+    """Every mesh that the sizes divide over."""
+    for tensor in _divisors(size):
+        if tensor > MOST_TENSOR:
+            continue
+        for fsdp in _divisors(size // tensor):
+            axes = Axes(size // tensor // fsdp, fsdp, tensor)
+            try:
+                _check_divides(job, axes, make_mesh(*axes, devices=devices))
+            except InputError:
+                continue
+            yield axes
+
+
+def _check_divides(job: Job, axes: Axes, mesh: jax.sharding.Mesh) -> None:
+    """An InputError with the numbers if parameters or batch do not divide over the mesh."""
+    for config in (job.config, job.teacher):
+        if config is not None:
+            param_shardings(padded_config(config, mesh), mesh)
+    if not list(_rows_at_once(job, axes)):
+        raise InputError(_nothing_divides(job, f"data·fsdp={axes.batch_parts}"))
+
+
+def _nothing_divides(job: Job, over: object) -> str:
+    tokens = "" if job.batch_tokens is None else f" with --batch-tokens {job.batch_tokens}"
+    if job.recipe is not None:
+        return f"a batch of {job.recipe.data.batch_size} queries{tokens} does not divide over {over}"
+    return f"texts of {job.length} tokens{tokens} do not divide over {over}"
+
+
+def _rows_at_once(job: Job, axes: Axes) -> Iterator[int]:
+    """How many rows can be computed at a time: what is asked, or all that divide over the mesh, most first."""
+    parts = axes.batch_parts
+    if job.recipe is None:
+        yield Packing(job.batch_tokens or BATCH_TOKENS["tpu"] * axes.size, job.length, parts).rows(job.row_length)
+        return
+    queries = job.recipe.data.batch_size
+    documents = queries * (1 + job.negatives)
+    if queries % parts:
+        return
+    if job.batch_tokens is not None:
+        wanted = job.batch_tokens // job.length
+        if wanted >= queries + documents:
+            yield queries + documents
+        elif wanted >= parts and not wanted % parts and not documents % wanted and not queries % min(wanted, queries):
+            yield wanted
+        return
+    if job.recipe.compute.chunk_rows:
+        yield job.recipe.compute.chunk_rows
+        return
+    yield queries + documents
+    yield from (rows for rows in reversed(_divisors(queries)) if rows % parts == 0)
+
+
+def _divisors(n: int) -> list[int]:
+    return [divisor for divisor in range(1, n + 1) if n % divisor == 0]
+
+
+def _texts(job: Job) -> int:
+    """Of a training step."""
+    assert job.recipe is not None
+    return job.recipe.data.batch_size * (2 + job.negatives)
+
+
+def _train_work(job: Job, rows_at_once: int) -> TrainWork:
+    recipe = job.recipe
+    assert recipe is not None
+    texts = _texts(job)
+    return TrainWork(
+        queries=recipe.data.batch_size,
+        negatives=job.negatives,
+        length=job.length,
+        chunk_rows=0 if rows_at_once == texts else rows_at_once,
+        remat=recipe.compute.remat,
+        kernel="splash" if recipe.compute.kernel == "auto" else recipe.compute.kernel,
+        mrl_dims=recipe.loss.mrl_dims,
+        itemsize=jax.numpy.dtype(recipe.compute.dtype).itemsize,
+        param_itemsize=jax.numpy.dtype(recipe.params_dtype).itemsize,
+    )
+
+
+def _estimate(job: Job, axes: Axes, rows_at_once: int) -> Estimate:
+    if job.do == "encode":
+        itemsize = jax.numpy.dtype(job.dtype).itemsize
+        return estimate_encode(job.config, axes, texts=rows_at_once, length=job.row_length, itemsize=itemsize)
+    return estimate_train(job.config, axes, _train_work(job, rows_at_once), job.teacher)
+
+
+def abstract_program(job: Job, mesh: jax.sharding.Mesh, rows_at_once: int) -> AbstractProgram:
+    """The program of a job on a mesh of compile-only devices."""
+    if job.recipe is None:
+        return encode_program(
+            job.config,
+            mesh,
+            rows=rows_at_once,
+            length=job.row_length,
+            texts=job.texts_per_row,
+            dtype=job.dtype,
+        )
+    work = _train_work(job, rows_at_once)
+    compute = dataclasses.replace(job.recipe.compute, chunk_rows=work.chunk_rows)
+    recipe = dataclasses.replace(job.recipe, compute=compute)
+    return train_program(recipe, job.config, mesh, length=job.length, negatives=job.negatives, teacher=job.teacher)
+
+
+def _compile(job: Job, topology: Topology, candidate: Candidate, devices: list[Any]) -> Plan:
+    mesh = make_mesh(*candidate.mesh, devices=devices)
+    program = abstract_program(job, mesh, candidate.rows_at_once)
+    limit = int(topology.chip.hbm_bytes)
+    plan = Plan(
+        job=job,
+        topology=topology,
+        mesh=candidate.mesh,
+        batch_tokens=candidate.rows_at_once * job.row_length,
+        texts=candidate.rows_at_once * job.texts_per_row if job.recipe is None else _texts(job),
+        memory=Memory(program.state_bytes(), 0, 0, 0, 0, limit),
+        work=None,
+        collectives=(),
+        seconds=dict(zip(("compute", "hbm", "ici"), candidate.estimate.seconds(topology), strict=True)),
+        tried=(),
+    )
+    compiled, text = compile_program(program)
+    if isinstance(compiled, int):
+        return dataclasses.replace(plan, memory=dataclasses.replace(plan.memory, refused=compiled))
+    stats = compiled.memory_analysis()
+    memory = dataclasses.replace(
+        plan.memory,
+        arguments=stats.argument_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        results=stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+    )
+    plan = dataclasses.replace(plan, memory=memory)
+    if text is None:
+        return plan
+    counted = read_program(text)
+    work = _work(candidate.estimate, counted, compiled)
+    return dataclasses.replace(
+        plan,
+        work=work,
+        collectives=counted.collectives,
+        seconds={
+            "compute": work.flops / topology.chip.flops,
+            "hbm": work.program_hbm_bytes / topology.chip.hbm_bandwidth,
+            "ici": sum(collective_seconds(x, mesh, topology) for x in counted.collectives),
+        },
+    )
+
+
+def _work(estimate: Estimate, counted: Program, compiled: Any) -> Work:
+    return Work(
+        flops=estimate.flops.total,
+        attention_flops=estimate.flops.attention,
+        program_flops=counted.flops,
+        program_flops_once=counted.flops_once,
+        compiler_flops=compiled.cost_analysis()["flops"],
+        hbm_bytes=estimate.hbm_bytes,
+        program_hbm_bytes=counted.hbm_bytes,
+        ici_bytes=sum(x.sent_bytes for x in counted.collectives),
+        kernels=counted.kernels,
+        unknown_loops=counted.unknown_loops,
+    )
+
+
+def compile_program(program: AbstractProgram) -> tuple[Any, str | None]:
+    """The compiled program, or the bytes it would need where the compiler refuses it; and its optimised HLO.
+
+    The text is what libtpu dumps, None if it dumps none: ``compiled.as_text()`` fails where collectives are offloaded
+    to SparseCores (v5p, v6e), as jaxlib 0.10.2 refuses their async-update instructions.
+    """
+    from jax.errors import JaxRuntimeError
+
+    # Programs compiled for devices that are not there can be written to JAX's cache, but not read back.
+    cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        with tempfile.TemporaryDirectory(prefix="f2llm_plan_") as folder:
+            compiled = program.lower().compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+            dumped = sorted(Path(folder).glob("*.jit_*.after_codegen.txt"))
+            return compiled, dumped[-1].read_text() if dumped else None
+    except JaxRuntimeError as error:
+        needed = needed_bytes(str(error))
+        if needed is None:
+            raise
+        return needed, None
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+
+
+def needed_bytes(message: str) -> int | None:
+    """What a program needs, from the compiler's message that it does not fit; None if the message is another."""
+    found = re.search(r"HBM.*?\(([\d.]+)([KMGT]?)\) exceeds available HBM|Used ([\d.]+)([KMGT]?) of .* hbm", message)
+    if found is None:
+        return None
+    number, unit = found[1] or found[3], found[2] or found[4]
+    return int(float(number) * 1024 ** " KMGT".index(unit or " "))
+
+
+def collective_seconds(collective: Collective, mesh: jax.sharding.Mesh, topology: Topology) -> float:
+    """An estimate: the bytes a device receives at the rate of the links that reach the others."""
+    places = [tuple(device.coords) for device in mesh.devices.flat]
+    slowest = min(topology.ici_bandwidth([places[i] for i in group]) for group in collective.groups)
+    return collective.sent_bytes / slowest

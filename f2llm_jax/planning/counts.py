@@ -1,0 +1,281 @@
+"""FLOPs, bytes and memory of encoding and training, counted from a model's sizes: before anything is compiled.
+
+FLOPs are exact for the matrix products. Memory traffic, ICI traffic and memory are estimates: they rank meshes, and
+stand beside what the compiled program says. Dimensions: d hidden, n query heads, k key/value heads, h head_dim,
+f intermediate; all numbers are those of one device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+from f2llm_jax.config import ModelConfig
+from f2llm_jax.losses import matryoshka_weights
+from f2llm_jax.planning.chips import Topology
+
+FLOAT32 = 4
+
+
+class Axes(NamedTuple):
+    """Sizes of a mesh."""
+
+    data: int
+    fsdp: int
+    tensor: int
+
+    @property
+    def size(self) -> int:
+        return self.data * self.fsdp * self.tensor
+
+    @property
+    def batch_parts(self) -> int:
+        return self.data * self.fsdp
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}={size}" for name, size in zip(self._fields, self, strict=True) if size > 1) or "data=1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """FLOPs of a step on one device.
+
+    Attributes:
+        projections: products with weights.
+        attention: scores and weighted sums, the causal half alone; as the kernel computes them in a backward pass.
+        loss: cosines of a training step.
+    """
+
+    projections: float
+    attention: float
+    loss: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.projections + self.attention + self.loss
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.projections + other.projections, self.attention + other.attention, self.loss + other.loss)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a step costs one device by these counts alone.
+
+    Attributes:
+        flops: see ``Flops``.
+        hbm_bytes: read from and written to HBM.
+        ici_bytes: received from other devices.
+        memory_bytes: needed at the peak.
+    """
+
+    flops: Flops
+    hbm_bytes: float
+    ici_bytes: float
+    memory_bytes: float
+
+    def seconds(self, topology: Topology) -> tuple[float, float, float]:
+        """Compute, HBM, ICI."""
+        chip = topology.chip
+        everywhere = topology.ici_bandwidth([(0,) * len(topology.shape), tuple(size - 1 for size in topology.shape)])
+        return self.flops.total / chip.flops, self.hbm_bytes / chip.hbm_bandwidth, self.ici_bytes / everywhere
+
+
+def layer_weights(config: ModelConfig) -> int:
+    """Elements of a layer's projections."""
+    d, f, h = config.hidden_size, config.intermediate_size, config.head_dim
+    return d * h * 2 * (config.num_attention_heads + config.num_key_value_heads) + 3 * d * f
+
+
+def parameters(config: ModelConfig) -> int:
+    """Elements of the table and the projections; what the norms hold is negligible."""
+    return config.vocab_size * config.hidden_size + config.num_hidden_layers * layer_weights(config)
+
+
+def forward_flops(config: ModelConfig, texts: int, length: int) -> Flops:
+    """Of the forward pass of ``texts`` texts of ``length`` tokens, on all devices together."""
+    heads = config.num_attention_heads * config.head_dim
+    layers = config.num_hidden_layers
+    return Flops(
+        projections=2.0 * layer_weights(config) * layers * texts * length,
+        # q · k and weights · v, for each of the length · (length + 1) / 2 pairs that a causal mask leaves.
+        attention=2.0 * heads * layers * texts * length * (length + 1),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes:
+    """How often a training step runs which part of the layers.
+
+    Attributes:
+        projections: forward passes over the projections, a backward pass counting as two.
+        attention: forward passes over attention, a backward pass counting as ``ATTENTION_BACKWARD`` of the kernel.
+    """
+
+    projections: float
+    attention: float
+
+
+ATTENTION_BACKWARD = {"blocked": 2.0, "reference": 2.0, "splash": 3.5}
+"""Products of a backward pass over products of a forward pass: autodiff keeps the weights and has 4 to 2; flash kernels
+compute the scores again, the splash kernel in each of its two (dq: 3 products, dk and dv: 4)."""
+
+
+def training_passes(config: ModelConfig, *, cached: bool, remat: str, kernel: str) -> Passes:
+    """Passes of a step: with cached gradients one more forward pass; with remat a part of one, within the backward.
+
+    A layer that is computed again stops short of its last projection, whose result no gradient needs.
+    """
+    last = config.hidden_size * config.intermediate_size / layer_weights(config)
+    again_projections, again_attention = {"none": (0.0, 0.0), "dots": (0.0, 1.0), "full": (1.0 - last, 1.0)}[remat]
+    forward = 2.0 if cached else 1.0
+    return Passes(
+        projections=forward + again_projections + 2.0,
+        attention=forward + again_attention + ATTENTION_BACKWARD[kernel],
+    )
+
+
+def loss_flops(hidden: int, queries: int, negatives: int, mrl_dims: tuple[int, ...]) -> float:
+    """Cosines of each query with its passage and negatives, and with all passages; forward, and twice backward."""
+    dims = sum(matryoshka_weights(hidden, mrl_dims))
+    return 3 * 2.0 * dims * queries * (1 + negatives + queries)
+
+
+def layer_traffic(config: ModelConfig, tokens: float, tensor: int, itemsize: int) -> float:
+    """HBM bytes of a layer's forward pass: what its products and what is fused around them read and write."""
+    d, f = config.hidden_size, config.intermediate_size / tensor
+    q = config.num_attention_heads * config.head_dim / tensor
+    kv = config.num_key_value_heads * config.head_dim / tensor
+    attention = (
+        (FLOAT32 + itemsize) * d  # norm
+        + 3 * itemsize * d + FLOAT32 * (q + 2 * kv)  # projections
+        + (FLOAT32 + itemsize) * (q + 2 * kv)  # norm and rotation of the heads
+        + itemsize * (q + 2 * kv) + itemsize * q  # kernel
+        + itemsize * q + 2 * FLOAT32 * d  # output projection and residual
+    )  # fmt: skip
+    mlp = (
+        (FLOAT32 + itemsize) * d
+        + 2 * itemsize * d + 2 * FLOAT32 * f + itemsize * f  # gate and up
+        + itemsize * f + 2 * FLOAT32 * d  # down projection and residual
+    )  # fmt: skip
+    return tokens * (attention + mlp) + itemsize * layer_weights(config) / tensor
+
+
+def layer_exchange(config: ModelConfig, tokens: float, axes: Axes, itemsize: int) -> tuple[float, float]:
+    """ICI bytes of a layer's forward pass: gathering its weights over fsdp; adding up its two results over tensor."""
+    gather = (axes.fsdp - 1) / axes.fsdp * itemsize * layer_weights(config) / axes.tensor
+    reduce = 2 * 2 * (axes.tensor - 1) / axes.tensor * FLOAT32 * config.hidden_size * tokens
+    return gather, reduce
+
+
+def working_set(config: ModelConfig, tokens: float, tensor: int, itemsize: int) -> float:
+    """Bytes alive at once inside a layer: the residual stream and the widest of what is made from it."""
+    d, f = config.hidden_size, config.intermediate_size / tensor
+    heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim / tensor
+    return tokens * (2 * FLOAT32 * d + itemsize * d + max((FLOAT32 + 2 * itemsize) * f, (2 * FLOAT32) * heads))
+
+
+def estimate_encode(config: ModelConfig, axes: Axes, *, texts: int, length: int, itemsize: int) -> Estimate:
+    """Of encoding ``texts`` texts of ``length`` tokens over a mesh."""
+    tokens, layers = texts * length / axes.batch_parts, config.num_hidden_layers
+    flops = forward_flops(config, texts, length)
+    gather, reduce = layer_exchange(config, tokens, axes, itemsize)
+    lookup = (axes.tensor > 1) * 2 * FLOAT32 * config.hidden_size * tokens
+    gathered = 2 * itemsize * layer_weights(config) / axes.tensor if axes.fsdp > 1 else 0
+    return Estimate(
+        flops=Flops(flops.projections / axes.size, flops.attention / axes.size),
+        hbm_bytes=layers * layer_traffic(config, tokens, axes.tensor, itemsize),
+        ici_bytes=layers * (gather + reduce) + lookup,
+        memory_bytes=itemsize * parameters(config) / (axes.fsdp * axes.tensor)
+        + gathered
+        + working_set(config, tokens, axes.tensor, itemsize),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainWork:
+    """What a training step works on.
+
+    Attributes:
+        queries: of the global batch.
+        negatives: of each.
+        length: tokens of every text.
+        chunk_rows: texts computed at a time with cached gradients; 0 for all, directly.
+        remat: see ``model.REMAT_POLICIES``.
+        kernel: of attention.
+        mrl_dims: of the losses.
+        itemsize: bytes of an operand.
+        param_itemsize: bytes of a parameter and of each of its two moments.
+    """
+
+    queries: int
+    negatives: int
+    length: int
+    chunk_rows: int
+    remat: str
+    kernel: str
+    mrl_dims: tuple[int, ...]
+    itemsize: int
+    param_itemsize: int
+
+    @property
+    def texts(self) -> int:
+        return self.queries * (2 + self.negatives)
+
+    @property
+    def chunks(self) -> int:
+        """Runs of the model over a part of the batch: of the queries, then of the documents."""
+        if not self.chunk_rows:
+            return 2
+        return sum(math.ceil(rows / self.chunk_rows) for rows in (self.queries, self.texts - self.queries))
+
+    @property
+    def rows_at_once(self) -> int:
+        return min(self.chunk_rows, self.texts - self.queries) if self.chunk_rows else self.texts
+
+
+def estimate_train(config: ModelConfig, axes: Axes, work: TrainWork, teacher: ModelConfig | None = None) -> Estimate:
+    """Of a training step over a mesh."""
+    layers, shards = config.num_hidden_layers, axes.fsdp * axes.tensor
+    tokens = work.texts * work.length / axes.batch_parts
+    passes = training_passes(config, cached=bool(work.chunk_rows), remat=work.remat, kernel=work.kernel)
+    forward = forward_flops(config, work.texts, work.length)
+    flops = Flops(
+        projections=passes.projections * forward.projections / axes.size,
+        attention=passes.attention * forward.attention / axes.size,
+        loss=loss_flops(config.hidden_size, work.queries, work.negatives, work.mrl_dims) / axes.size,
+    )
+    weights_chip = parameters(config) / shards
+    runs = work.chunks / (work.texts / work.rows_at_once) if work.chunk_rows else 1.0
+    gather, reduce = layer_exchange(config, tokens / work.chunks, axes, work.itemsize)
+    # A backward pass adds up the gradients of the weights it gathered: scattered over fsdp, then over the replicas.
+    gradients = FLOAT32 * layer_weights(config) / axes.tensor
+    gradients = gradients * ((axes.fsdp - 1) / axes.fsdp + 2 * (axes.data - 1) / axes.data / axes.fsdp)
+    gathers = passes.projections - 1.0  # a backward pass takes them once, for both of its products
+    hbm_bytes = passes.projections * layers * layer_traffic(config, tokens, axes.tensor, work.itemsize) * runs
+    # Gradients of each chunk are added to a float32 sum; the optimizer reads and writes parameters and moments.
+    hbm_bytes += weights_chip * (work.chunks * 3 * FLOAT32 + 6 * work.param_itemsize + 2 * FLOAT32)
+    chunk_tokens = work.rows_at_once * work.length / axes.batch_parts
+    kept = {"none": 5.0, "dots": 4.0, "full": 1.0}[work.remat] * FLOAT32 * config.hidden_size * chunk_tokens * layers
+    memory = (
+        weights_chip * (3 * work.param_itemsize + 2 * FLOAT32)
+        + kept
+        + 2.5 * working_set(config, chunk_tokens, axes.tensor, work.itemsize)
+        + (2 * FLOAT32 + work.itemsize) * layer_weights(config) / axes.tensor * (axes.fsdp > 1)
+    )
+    estimate = Estimate(
+        flops=flops,
+        hbm_bytes=hbm_bytes,
+        ici_bytes=layers * work.chunks * (gathers * gather + (passes.projections - 1.0) * reduce + gradients),
+        memory_bytes=memory,
+    )
+    if teacher is None:
+        return estimate
+    taught = estimate_encode(teacher, axes, texts=work.texts, length=work.length, itemsize=work.itemsize)
+    return Estimate(
+        flops=estimate.flops + taught.flops,
+        hbm_bytes=estimate.hbm_bytes + taught.hbm_bytes,
+        ici_bytes=estimate.ici_bytes + taught.ici_bytes,
+        memory_bytes=estimate.memory_bytes + work.itemsize * parameters(teacher) / shards,
+    )

@@ -1,0 +1,128 @@
+"""The programs that encoding and training run, with abstract arguments that lie where the real ones would."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from f2llm_jax.config import ModelConfig
+from f2llm_jax.embedding import Batch, PackedBatch, embed
+from f2llm_jax.model import Params, abstract_params
+from f2llm_jax.sharding import BATCH_SPEC, padded_config, param_shardings
+
+if TYPE_CHECKING:
+    from f2llm_jax.train.config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractProgram:
+    """A program that can be compiled.
+
+    Attributes:
+        lower: gives the ``jax.stages.Lowered``.
+        state: what it keeps on the devices from step to step, {"parameters": tree, "optimizer": tree, …}.
+    """
+
+    lower: Callable[[], Any]
+    state: dict[str, Any]
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of ``state`` on one device."""
+        return {name: sum(map(_local_bytes, jax.tree.leaves(tree))) for name, tree in self.state.items()}
+
+
+def encode_program(
+    config: ModelConfig, mesh: Mesh, *, rows: int, length: int, texts: int, dtype: str
+) -> AbstractProgram:
+    """``embed`` of a packed batch.
+
+    Args:
+        config: the sizes.
+        mesh: of compile-only devices.
+        rows, length: of the batch.
+        texts: slots for texts in each row.
+        dtype: of the parameters and of the operands of products.
+    """
+    config = padded_config(config, mesh)
+    params = _params(config, mesh, dtype)
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+    rows_bt = _array((rows, length), jnp.int32, sharding)
+    batch = PackedBatch(rows_bt, rows_bt, _array((rows, texts), jnp.int32, sharding))
+    compute = jax.jit(embed, static_argnames=("config", "dim", "dtype", "kernel"))
+
+    def lower() -> Any:
+        with jax.set_mesh(mesh):
+            return compute.lower(params, batch, config=config, dtype=jnp.dtype(dtype))
+
+    return AbstractProgram(lower, {"parameters": params})
+
+
+def train_program(
+    recipe: TrainConfig,
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    length: int,
+    negatives: int,
+    teacher: ModelConfig | None = None,
+) -> AbstractProgram:
+    """A training step of a recipe, with all its losses.
+
+    Args:
+        recipe: the run.
+        config: the sizes.
+        mesh: of compile-only devices.
+        length: tokens of every text.
+        negatives: of each query.
+        teacher: the sizes of what it distils from; None for no distillation.
+    """
+    from f2llm_jax.train.batch import TrainBatch
+    from f2llm_jax.train.loop import make_update
+    from f2llm_jax.train.optimizer import make_optimizer
+    from f2llm_jax.train.placement import abstract_state
+    from f2llm_jax.train.step import Teacher
+
+    config = padded_config(config, mesh)
+    optimizer = make_optimizer(recipe.optim, total_steps=1)
+    state = abstract_state(config, optimizer, recipe.params_dtype, mesh)
+    taught = None
+    if teacher is not None:
+        teacher = padded_config(teacher, mesh)
+        taught = Teacher(_params(teacher, mesh, recipe.compute.dtype), teacher)
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+
+    def rows(count: int) -> Batch:
+        return Batch(_array((count, length), jnp.int32, sharding), _array((count,), jnp.int32, sharding))
+
+    queries = recipe.data.batch_size
+    batch = TrainBatch(rows(queries), rows(queries), rows(queries * negatives), _array((queries,), jnp.int32, sharding))
+    update = make_update(recipe, config, taught, optimizer, state)
+
+    def lower() -> Any:
+        with jax.set_mesh(mesh):
+            return update.lower(state, batch, taught and taught.params, in_batch=True)
+
+    held = {"parameters": state.params, "optimizer": state.opt_state, **({"teacher": taught.params} if taught else {})}
+    return AbstractProgram(lower, held)
+
+
+def _params(config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
+    def put(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> Any:
+        return _array(shape.shape, dtype, sharding)
+
+    return jax.tree.map(put, nn.unbox(abstract_params(config)), param_shardings(config, mesh))
+
+
+def _array(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, sharding: jax.sharding.Sharding) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _local_bytes(x: Any) -> int:
+    return math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize

@@ -1,0 +1,231 @@
+"""Plans, as far as they go without the TPU compiler: reading programs, counting, choosing, refusing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec
+from releases import TINY
+
+from f2llm_jax.cli import main
+from f2llm_jax.configs.models import MODELS
+from f2llm_jax.embedding import Batch, eos_states
+from f2llm_jax.errors import F2LLMError, InputError
+from f2llm_jax.model import count_parameters, init_params
+from f2llm_jax.plan import needed_bytes
+from f2llm_jax.planning import chips, counts
+from f2llm_jax.planning.chips import parse_topology
+from f2llm_jax.planning.hlo import read_program
+from f2llm_jax.sharding import make_mesh
+
+
+def compiled(function, *args):
+    program = jax.jit(function).lower(*args).compile()
+    return program, read_program(program.as_text())
+
+
+def array(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def test_a_loop_counts_as_often_as_it_runs_and_the_compiler_agrees_on_its_body():
+    def function(x, weights):
+        x = lax.scan(lambda x, w: (jnp.sin(x @ w), None), x, weights)[0]
+        return lax.fori_loop(0, 3, lambda _, x: lax.fori_loop(0, 4, lambda _, x: jnp.cos(x @ x), x), x)
+
+    program, counted = compiled(function, array(64, 64), array(7, 64, 64))
+    assert counted.flops == 2 * 64**3 * (7 + 3 * 4)
+    assert counted.flops_once == 2 * 64**3 * 2
+    assert counted.unknown_loops == []
+    # XLA adds an operation for each element of what lies between.
+    assert counted.flops_once == pytest.approx(program.cost_analysis()["flops"], rel=0.05)
+
+
+def test_a_loop_of_unknown_length_is_named():
+    _, counted = compiled(lambda x: lax.while_loop(lambda x: x[0, 0] < 9, lambda x: jnp.sin(x @ x), x), array(32, 32))
+    assert len(counted.unknown_loops) == 1
+    assert counted.flops == 2 * 32**3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window_strides": (1, 1), "padding": ((0, 0), (0, 0))},
+        {"window_strides": (2, 3), "padding": ((1, 2), (3, 0))},
+        {"window_strides": (1, 2), "padding": "SAME", "rhs_dilation": (2, 1)},
+        {"window_strides": (3, 2), "padding": ((4, 4), (2, 2)), "lhs_dilation": (4, 3)},
+    ],
+)
+def test_convolutions_count_as_xla_counts_them(options):
+    program, counted = compiled(
+        functools.partial(lax.conv_general_dilated, **options), array(2, 6, 9, 10), array(8, 6, 3, 4)
+    )
+    assert counted.flops == program.cost_analysis()["flops"]
+
+
+def test_collectives_have_their_bytes_groups_and_trips():
+    mesh = make_mesh(data=2, fsdp=4)
+    spec = PartitionSpec("data", "fsdp")
+
+    def body(x):
+        def step(x, _):
+            y = lax.all_gather(x, "fsdp", axis=1, tiled=True)
+            y = lax.psum_scatter(y * 2, "fsdp", scatter_dimension=1, tiled=True)
+            return lax.psum(jnp.sin(y), ("data", "fsdp")), None
+
+        x = lax.scan(step, x, length=5)[0]
+        x = lax.all_to_all(x, "fsdp", split_axis=0, concat_axis=1, tiled=True)
+        return lax.ppermute(x, "data", [(0, 1), (1, 0)])
+
+    function = jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    _, counted = compiled(function, array(16, 64))
+    found = {x.kind: x for x in counted.collectives}
+    assert set(found) == {"all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"}
+    part = 8 * 16 * 4  # bytes of a device's x
+    assert (found["all-gather"].nbytes, found["all-gather"].times) == (4 * part, 5)
+    assert (found["reduce-scatter"].nbytes, found["reduce-scatter"].times) == (4 * part, 5)
+    assert (found["all-reduce"].nbytes, found["all-reduce"].times) == (part, 5)
+    assert found["all-gather"].groups.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert sorted(found["all-reduce"].groups[0].tolist()) == list(range(8))
+    assert found["all-gather"].sent_bytes == 5 * 3 * part
+    assert found["all-reduce"].sent_bytes == 5 * 2 * 7 / 8 * part
+    assert (found["all-to-all"].nbytes, found["all-to-all"].sent_bytes) == (part, 3 / 4 * part)
+    assert found["collective-permute"].sent_bytes == part
+    assert {tuple(pair) for pair in found["collective-permute"].groups.tolist()} >= {(0, 4), (4, 0)}
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("{{0,2},{1,3}}", [[0, 2], [1, 3]]),
+        ("[2,4]<=[8]", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("[2,4]<=[4,2]T(1,0)", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ("mesh['a'=4,'b'=2] {'a'}", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ("mesh['a'=4,'b'=2] {'b'}", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ("mesh['a'=2,'b'=2,'c'=2] {'a','c'}", [[0, 1, 4, 5], [2, 3, 6, 7]]),
+    ],
+)
+def test_every_way_to_write_groups_is_read(text, groups):
+    counted = read_program(
+        "ENTRY %main (x: f32[8]) -> f32[8] {\n"
+        "  %x = f32[8]{0} parameter(0)\n"
+        f"  ROOT %y = f32[8]{{0}} all-reduce(%x), channel_id=1, replica_groups={text}, to_apply=%add\n}}\n"
+    )
+    assert counted.collectives[0].groups.tolist() == groups
+
+
+def test_memory_traffic_counts_slices_of_what_is_stacked():
+    def function(stack):
+        return lax.fori_loop(
+            0, 16, lambda i, x: x + jnp.sin(lax.dynamic_index_in_dim(stack, i, keepdims=False)), stack[0]
+        )
+
+    _, counted = compiled(function, array(16, 256, 256))
+    slices = 16 * 256 * 256 * 4
+    assert 2 * slices <= counted.hbm_bytes <= 5 * slices  # not 16 times the stack
+
+
+@pytest.mark.parametrize("size", MODELS)
+def test_counts_know_the_parameters_but_for_the_norms(size):
+    assert counts.parameters(MODELS[size]) == pytest.approx(count_parameters(MODELS[size]), rel=1e-3)
+
+
+def test_forward_flops_are_those_of_the_program():
+    params = jax.eval_shape(lambda: init_params(TINY, jax.random.key(0)))
+    batch = Batch(array(3, 32, dtype=jnp.int32), array(3, dtype=jnp.int32))
+    _, counted = compiled(
+        lambda params, batch: eos_states(params, batch, config=TINY, kernel="reference"), params, batch
+    )
+    flops = counts.forward_flops(TINY, texts=3, length=32)
+    full_attention = flops.attention * 2 * 32 / 33  # the reference kernel computes both halves
+    assert counted.flops == flops.projections + full_attention
+
+
+@pytest.mark.parametrize(("chunk_rows", "remat"), [(0, "dots"), (4, "full")])
+def test_training_passes_are_those_of_the_program(chunk_rows, remat):
+    from f2llm_jax.planning.programs import train_program
+    from f2llm_jax.train.config import load_recipe
+
+    recipe = load_recipe("tiny")
+    recipe = dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, batch_size=8),
+        loss=dataclasses.replace(recipe.loss, mrl_dims=(8,)),
+        compute=dataclasses.replace(recipe.compute, chunk_rows=chunk_rows, remat=remat, kernel="reference"),
+    )
+    mesh = make_mesh(devices=jax.devices()[:1])
+    program = train_program(recipe, TINY, mesh, length=16, negatives=2).lower().compile()
+    counted = read_program(program.as_text())
+    work = counts.TrainWork(8, 2, 16, chunk_rows, remat, "reference", recipe.loss.mrl_dims, 4, 4)
+    flops = counts.estimate_train(TINY, counts.Axes(1, 1, 1), work).flops
+    full_attention = flops.attention * 2 * 16 / 17
+    assert counted.flops == pytest.approx(flops.projections + full_attention + flops.loss, rel=2e-3)
+    assert counted.unknown_loops == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("v9:4x4", "no chip 'v9' is known; there are v4, v5e, v5p, v6e, tpu7x"),
+        ("v5e", "the shape of a v5e slice is 2 numbers, as in v5e:4x4"),
+        ("v5p:4x4", "the shape of a v5p slice is 3 numbers"),
+        ("v6e:0x4", "the shape of a v6e slice"),
+    ],
+)
+def test_a_slice_that_does_not_exist_is_refused(text, message):
+    with pytest.raises(InputError, match=message):
+        parse_topology(text)
+
+
+def test_links_that_reach_a_group():
+    slice_2d, pod, torus = parse_topology("v5e:4x4"), parse_topology("v5e:16x16"), parse_topology("v5p:4x4x4")
+    link = slice_2d.chip.link_bandwidth
+    row, square = [(x, 0, 0) for x in range(4)], [(x, y, 0) for x in range(4) for y in range(4)]
+    assert slice_2d.ici_bandwidth(row) == link  # an open line
+    assert slice_2d.ici_bandwidth(square) == 2 * link
+    assert pod.ici_bandwidth([(x, 0, 0) for x in range(16)]) == 2 * link  # a ring
+    assert pod.ici_bandwidth(row) == link  # a part of one
+    assert torus.ici_bandwidth(square) == 4 * torus.chip.link_bandwidth
+
+
+def test_without_libtpu_the_error_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(F2LLMError, match=r"pip install 'f2llm-jax\[tpu\]'"):
+        chips.topology_devices(parse_topology("v5e:4x4"))
+    assert main(["plan", "80M", "--topology", "v5e:4x4"]) == 2
+    assert "f2llm-jax[tpu]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mesh", "data=2,model=8"], "'model=8' is not AXIS=SIZE with an axis of data, fsdp, tensor"),
+        (["--mesh", "data=x"], "'data=x' is not AXIS=SIZE"),
+        (["--recipe", "tiny"], "--recipe is for --do train"),
+        (["--do", "train", "--dtype", "float32"], "--dtype is for --do encode"),
+        (["--length", "50000"], "length must be within 1..40960, not 50000"),
+        (["--topology", "v7:4x4"], "no chip 'v7' is known"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(arguments, message, capsys):
+    assert main(["plan", "80M", "--topology", "v5e:4x4", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("the total memory required for HLO temporaries (2.00T) exceeds available HBM (30.75G).", 2 * 2**40),
+        ("Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm. Exceeded", int(20.5 * 2**30)),
+        ("Mosaic failed to compile", None),
+    ],
+)
+def test_what_a_refused_program_needs_is_read(message, expected):
+    if expected is not None and "total memory" in message:
+        message = f"Ran out of memory on HBM, {message}"
+    assert needed_bytes(message) == expected

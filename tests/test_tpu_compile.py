@@ -1,0 +1,142 @@
+"""The real programs, compiled by the real TPU compiler for slices that are not there.
+
+Each program is compiled for a chip, and each chip sees encoding and training, on meshes that use every axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+
+import pytest
+
+from f2llm_jax.cli import main
+from f2llm_jax.configs.models import MODELS
+from f2llm_jax.errors import InputError
+from f2llm_jax.plan import Job, Plan, make_plan
+from f2llm_jax.planning.chips import CHIPS, parse_topology, topology_devices
+from f2llm_jax.planning.counts import Axes
+from f2llm_jax.train.config import TrainConfig, load_recipe
+
+ENCODE = {
+    "80M": ("v5e:4x4", Axes(16, 1, 1)),
+    "0.6B": ("v6e:4x4", Axes(4, 2, 2)),
+    "14B": ("v5p:2x2x4", Axes(1, 8, 2)),
+}
+TRAIN = {
+    "0.6B": ("v5e:4x4", Axes(2, 8, 1)),
+    "8B": ("v6e:4x4", Axes(1, 16, 1)),
+}
+
+
+def recipe(size: str, *, batch_size: int, chunk_rows: int = 0) -> TrainConfig:
+    config = load_recipe(f"stage1_{size.replace('.', '_').lower()}")
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, batch_size=batch_size),
+        compute=dataclasses.replace(config.compute, chunk_rows=chunk_rows),
+    )
+
+
+@functools.cache
+def plan(do: str, size: str) -> Plan:
+    if do == "encode":
+        topology, mesh = ENCODE[size]
+        return make_plan(Job("encode", MODELS[size]), parse_topology(topology), mesh)
+    topology, mesh = TRAIN[size]
+    # The 0.6B by cached gradients, queries in one chunk and documents in two; the 8B directly.
+    config = recipe(size, **({"batch_size": 128, "chunk_rows": 128} if size == "0.6B" else {"batch_size": 96}))
+    return make_plan(Job("train", MODELS[size], recipe=config, negatives=1), parse_topology(topology), mesh)
+
+
+PROGRAMS = [*(("encode", size) for size in ENCODE), *(("train", size) for size in TRAIN)]
+
+
+@pytest.mark.parametrize(("do", "size"), PROGRAMS)
+def test_the_program_compiles_fits_and_does_what_was_counted(do, size):
+    result = plan(do, size)
+    assert result.work is not None
+    assert result.fits and 0 < result.memory.total < result.topology.chip.hbm_bytes
+    assert sum(result.memory.state.values()) <= result.memory.arguments
+    assert result.work.flops_ratio == pytest.approx(1, abs=0.005)
+    assert result.work.compiler_ratio == pytest.approx(1, abs=0.01)
+    assert 0.5 < result.work.hbm_ratio < 2.5
+    assert result.work.unknown_loops == []
+
+
+@pytest.mark.parametrize(("do", "size"), PROGRAMS)
+def test_attention_is_the_splash_kernel(do, size):
+    result = plan(do, size)
+    assert result.work is not None
+    # A backward pass is two kernels, after the forward pass that it computes again.
+    runs = {"encode": 1, "train": 3 * (1 + 1 + 3) if size == "0.6B" else 2 * (1 + 3)}[do]
+    assert result.work.kernels["tpu_custom_call"] == runs * MODELS[size].num_hidden_layers
+
+
+@pytest.mark.parametrize(("do", "size"), PROGRAMS)
+def test_neither_the_vocabulary_nor_the_batch_is_gathered(do, size):
+    result, config = plan(do, size), MODELS[size]
+    mesh = result.mesh
+    rows = result.batch_tokens // 1024
+    activations = rows // mesh.batch_parts * 1024 * config.hidden_size
+    largest_weight = config.hidden_size * config.intermediate_size // mesh.tensor
+    assert largest_weight < activations  # so that the two can be told apart
+    for collective in result.collectives:
+        vocabulary = {config.vocab_size, config.vocab_size // mesh.tensor}
+        assert not vocabulary & set(collective.dims), collective
+        if collective.kind == "all-gather":
+            assert math.prod(collective.dims) <= max(largest_weight, rows * 1024), collective
+
+
+@pytest.mark.parametrize("size", TRAIN)
+def test_gradients_of_the_mlp_are_scattered_to_where_their_parameters_rest(size):
+    """An all-reduce over fsdp would bring every device the whole of a gradient of which it keeps a part."""
+    weight = MODELS[size].hidden_size * MODELS[size].intermediate_size
+    collectives = plan("train", size).collectives
+    scattered = [x for x in collectives if x.kind == "reduce-scatter" and math.prod(x.dims) == weight]
+    runs = 3 if size == "0.6B" else 2
+    assert sum(x.times for x in scattered) == 3 * runs * MODELS[size].num_hidden_layers
+    assert not [x for x in collectives if x.kind == "all-reduce" and math.prod(x.dims) == weight]
+
+
+def test_what_does_not_fit_is_said_with_the_bytes_it_lacks(capsys):
+    assert main(["plan", "14B", "--topology", "v5e:1x1", "--batch-tokens", "1024", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["fits"]
+    assert found["memory"]["limit"] == int(CHIPS["v5e"].hbm_bytes)
+    assert found["memory"]["total"] >= found["memory"]["state"]["parameters"] == 2 * 13_990_394_880
+
+
+def test_a_mesh_is_found_and_reported(capsys):
+    assert main(["plan", "80M", "--topology", "v5e:2x2", "--length", "128", "--batch-tokens", "8192"]) == 0
+    printed = capsys.readouterr().out
+    assert "80,084,288 parameters on v5e:2x2: 4 devices TPU v5 lite, mesh data=4" in printed
+    assert "8 in a row of 1,024" in printed
+    assert "of 15.75: fits" in printed
+    assert "(estimate)" in printed
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+def test_libtpu_knows_the_chip(chip):
+    topology = parse_topology(chip.example)
+    devices = topology_devices(topology)
+    assert len(devices) == topology.size
+    assert {device.device_kind for device in devices} == {chip.kind}
+
+
+def test_a_slice_that_libtpu_does_not_know_is_an_error():
+    with pytest.raises(InputError, match="--topology v5e:3x3: "):
+        topology_devices(parse_topology("v5e:3x3"))
+
+
+def test_a_mesh_that_is_not_the_slice_is_an_error():
+    with pytest.raises(InputError, match="takes 15 devices, not 16"):
+        make_plan(Job("encode", MODELS["80M"]), parse_topology("v5e:4x4"), Axes(3, 5, 1))
+
+
+def test_a_batch_that_does_not_divide_is_an_error():
+    job = Job("train", MODELS["80M"], recipe=recipe("0.6B", batch_size=24))
+    with pytest.raises(InputError, match="a batch of 24 queries does not divide over data·fsdp=16"):
+        make_plan(job, parse_topology("v5e:4x4"), Axes(16, 1, 1))
