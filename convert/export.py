@@ -62,9 +62,13 @@ class Layout:
         self.nbytes = sum(info.nbytes for info in self.infos.values())
         self._folder, self._config = folder, with_dtype(config, DTYPES[dtype].name)
 
-    def complete(self, like: Path, prompts: Mapping[str, str] | None = None) -> None:
+    def complete(
+        self, like: Path, prompts: Mapping[str, str] | None = None, files: Mapping[str, bytes] | None = None
+    ) -> None:
         """Writes what a folder holds besides weights; it is a model from then on."""
         self._write_marker()
+        for name, content in (files or {}).items():
+            (self._folder / name).write_bytes(content)
         write_release_files(self._folder, self._config, like=like, prompts=prompts)
 
 
@@ -78,6 +82,7 @@ def export_release(
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
     prompts: Mapping[str, str] | None = None,
+    files: Mapping[str, bytes] | None = None,
     force: bool = False,
 ) -> Path:
     """Writes parameters as a complete model folder: weights, config, tokenizer, prompts, pooling, model card.
@@ -96,6 +101,7 @@ def export_release(
         dtype: ``float32``, ``bfloat16`` or ``float16``; default that of the parameters.
         max_shard_size: of a safetensors file, in bytes or like ``5GB``.
         prompts: {name: text} instead of the prompts of ``like``.
+        files: {name: content} of more files to put into the folder.
         force: replace ``out`` if it is a model folder.
 
     Returns:
@@ -127,7 +133,7 @@ def export_release(
 
         def complete() -> None:
             if first:
-                layout.complete(source, prompts)
+                layout.complete(source, prompts, files)
 
         for step in (create, write, complete):
             _together(step)

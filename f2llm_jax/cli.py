@@ -20,7 +20,10 @@ from typing import NoReturn, TextIO
 import f2llm_jax
 from f2llm_jax.errors import F2LLMError
 
-COMMANDS = ("encode", "search", "convert", "verify", "prepare", "train", "average", "evaluate", "plan", "info", "demo")
+COMMANDS = (
+    *("encode", "search", "convert", "verify", "prepare", "prune", "teach", "train", "average", "evaluate", "plan"),
+    *("info", "demo"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -84,12 +84,16 @@ def in_batch_loss(
     return _over_dims(loss, query_bd, passage_cd, mrl_dims)
 
 
-def distillation_loss(student_states: jax.Array, teacher_states: jax.Array) -> jax.Array:
+def distillation_loss(
+    student_states: jax.Array, teacher_states: jax.Array, *, mrl_dims: Sequence[int] | None = None
+) -> jax.Array:
     """Mean squared difference of unnormalised states, the teacher's cut to the student's width.
 
     Args:
         student_states: [..., student hidden].
         teacher_states: [..., teacher hidden], no gradient flows into it.
+        mrl_dims: also compare the first so many values, each size weighted as in ``matryoshka_weights``; None, which
+            is what the reference does, compares the student's full width alone.
 
     Returns:
         A float32 scalar: the mean over all elements. The recipe sums this over queries, passages and negatives.
@@ -101,7 +105,9 @@ def distillation_loss(student_states: jax.Array, teacher_states: jax.Array) -> j
     if width > teacher_width:
         raise InputError(f"a student of {width} dimensions cannot be distilled from a teacher of {teacher_width}")
     teacher_states = jax.lax.stop_gradient(teacher_states[..., :width])
-    return jnp.mean(jnp.square(student_states.astype(jnp.float32) - teacher_states.astype(jnp.float32)))
+    square = jnp.square(student_states.astype(jnp.float32) - teacher_states.astype(jnp.float32))
+    weights = matryoshka_weights(width, mrl_dims)
+    return sum((weight * jnp.mean(square[..., :dim]) for dim, weight in weights.items()), jnp.float32(0))
 
 
 def matryoshka_weights(hidden: int, mrl_dims: Sequence[int] | None) -> dict[int, float]:

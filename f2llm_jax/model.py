@@ -192,7 +192,7 @@ class Backbone(nn.Module):
         block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False, static_argnums=(4,))
         layers = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},  # the latter for whoever looks in, as train/prune.py does
             split_rngs={"params": True},
             in_axes=(nn.broadcast,) * 3,
             length=c.num_hidden_layers,

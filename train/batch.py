@@ -9,6 +9,14 @@ import jax
 from f2llm_jax.embedding import Batch
 
 
+class TeacherStates(NamedTuple):
+    """A teacher's unnormalised EOS states of a batch, at least as wide as the student: float [rows, hidden] each."""
+
+    query_bd: jax.Array
+    passage_bd: jax.Array
+    negatives_md: jax.Array | None
+
+
 class TrainBatch(NamedTuple):
     """Queries with their passages and hard negatives.
 
@@ -17,9 +25,11 @@ class TrainBatch(NamedTuple):
         passage: [batch] rows, the positive of each query.
         negatives: [batch · count] rows, those of the first query first; None for a dataset without any.
         passage_ids_b: int32 [batch], equal where two passages are the same document.
+        teacher: states computed beforehand, for distillation; None where there are none.
     """
 
     query: Batch
     passage: Batch
     negatives: Batch | None
     passage_ids_b: jax.Array
+    teacher: TeacherStates | None = None

@@ -75,6 +75,8 @@ class TrainConfig:
     Attributes:
         model: release folder or hub id to start from; its tokenizer and settings are the trained model's.
         teacher: release folder or hub id to distil from; None for no distillation.
+        teacher_states: a folder of ``f2llm teach``: the teacher's states are read there instead of computed in every
+            step. They must be those of ``teacher``, if that is given.
         params_dtype: of the parameters and the optimizer's state; bfloat16 trains as the reference does.
         query_prompt: of an exported release; empty keeps the prompts of ``model``.
         epochs: passes over the data.
@@ -84,6 +86,7 @@ class TrainConfig:
 
     model: str
     teacher: str | None = None
+    teacher_states: str | None = None
     params_dtype: str = "float32"
     query_prompt: str = ""
     epochs: int = 2

@@ -21,8 +21,9 @@ from absl import flags
 from f2llm_jax.configs.datasets import NEGATIVES, Task
 from f2llm_jax.embedding import Batch
 from f2llm_jax.errors import InputError
-from f2llm_jax.train.batch import TrainBatch
+from f2llm_jax.train.batch import TeacherStates, TrainBatch
 from f2llm_jax.train.records import SPLITS, Dataset, Records, Settings, Split, lengths_file
+from f2llm_jax.train.teacher import TeacherStore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +67,13 @@ class TrainingData:
         max_length: tokens of a text; longer ones are cut, and end with the EOS.
     """
 
-    def __init__(self, folder: str | Path, *, max_length: int = 1024):
+    def __init__(self, folder: str | Path, *, max_length: int = 1024, teacher: TeacherStore | None = None):
         """Opens it.
+
+        Args:
+            folder: the folder.
+            max_length: tokens of a text, if the data was not prepared with less.
+            teacher: states for every training batch, from ``open_store``.
 
         Raises:
             InputError: the folder holds no prepared data.
@@ -77,6 +83,7 @@ class TrainingData:
         self.max_length = min(max_length, self.settings.max_length)
         self._query_lengths = row_lengths(self.max_length, steps=1)
         self._document_lengths = row_lengths(self.max_length, steps=2)
+        self._teacher = teacher
         _allow_open_files()
         self._documents = Records(self.folder, "documents", "train")
         self._examples = {split: Records(self.folder, "examples", split) for split in SPLITS if self._count(split)}
@@ -86,10 +93,10 @@ class TrainingData:
         return sum(dataset.examples[split] for dataset in self.settings.datasets)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "max_length": self.max_length}
+        return {"folder": self.folder, "max_length": self.max_length, "teacher": self._teacher}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["folder"], max_length=state["max_length"])  # type: ignore[misc]
+        self.__init__(state.pop("folder"), **state)  # type: ignore[misc]
 
     def batch(
         self, dataset: Dataset, split: Split, examples: np.ndarray, negatives: np.ndarray, share: Share
@@ -112,7 +119,8 @@ class TrainingData:
         query_length = _round_up(lengths[:, 0].max(), self._query_lengths)
         document_length = _round_up(lengths[:, 1:].max(), self._document_lengths)
 
-        records = self._examples[split].read(numbers[share.rows(len(numbers))])
+        own = numbers[share.rows(len(numbers))]
+        records = self._examples[split].read(own)
         passages = np.array([record["passage"] for record in records], np.int64)
         hard = np.array([record["negatives"][negatives] for record in records], np.int64)
         documents = self._documents.read(np.concatenate([passages, hard.reshape(-1)]))
@@ -122,6 +130,18 @@ class TrainingData:
             passage=self._rows(tokens[: len(passages)], document_length),
             negatives=self._rows(tokens[len(passages) :], document_length) if len(negatives) else None,
             passage_ids_b=passages.astype(np.int32),  # type: ignore[arg-type]
+            teacher=self._teacher_states(own, passages, hard.reshape(-1)) if split == "train" else None,
+        )
+
+    def _teacher_states(self, examples: np.ndarray, passages: np.ndarray, negatives: np.ndarray) -> Any:
+        if self._teacher is None:
+            return None
+        documents_md = self._teacher.read("documents", np.concatenate([passages, negatives]))
+        count = len(passages)
+        return TeacherStates(
+            query_bd=self._teacher.read("queries", examples),  # type: ignore[arg-type]
+            passage_bd=documents_md[:count],  # type: ignore[arg-type]
+            negatives_md=documents_md[count:] if len(negatives) else None,  # type: ignore[arg-type]
         )
 
     def _rows(self, sequences: list[np.ndarray], length: int) -> Batch:

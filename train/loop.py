@@ -24,6 +24,7 @@ from f2llm_jax.errors import F2LLMError, InputError
 from f2llm_jax.model import Params
 from f2llm_jax.release import Release, find_release, read_release
 from f2llm_jax.sharding import padded_config
+from f2llm_jax.tokens import Tokenizer
 from f2llm_jax.train.checkpoint import Checkpoints
 from f2llm_jax.train.config import TrainConfig, differences
 from f2llm_jax.train.loader import Loader
@@ -40,6 +41,7 @@ from f2llm_jax.train.placement import (
 from f2llm_jax.train.preemption import Preemption
 from f2llm_jax.train.scalars import Scalars
 from f2llm_jax.train.step import Teacher, TrainState, train_step
+from f2llm_jax.train.teacher import check_width
 from f2llm_jax.train.validation import make_evaluate, validate
 
 # Steps dispatched before the metrics of an older one are fetched: the device always has its next one.
@@ -99,7 +101,7 @@ def train(
     mesh = make_train_mesh(config.mesh)
     check_batch(config, mesh)
     release = read_release(find_release(config.model))
-    teacher = load_teacher(config, mesh)
+    teacher = load_teacher(config, release, mesh)
     model = padded_config(release.config, mesh)
 
     total = min(config.max_steps or loader.steps, loader.steps)
@@ -115,7 +117,8 @@ def train(
             loader.set_state(position)
         else:
             state = initial_state(config, release, optimizer, like, mesh)
-        meter = Meter(release.config, None if teacher is None else teacher.config)
+        distilled = teacher is not None or config.teacher_states is not None
+        meter = Meter(release.config, None if teacher is None else teacher.config, distilled=distilled)
         under_way: deque[Step] = deque()
         bar = tqdm(total=total, initial=step, unit="step", disable=not show_progress)
         with Scalars(out, step) as scalars, Preemption() as preemption, bar:
@@ -164,11 +167,22 @@ def train(
         return Outcome(step, total, checkpoints.path(step))
 
 
-def load_teacher(config: TrainConfig, mesh: Mesh) -> Teacher | None:
-    """The teacher, in the dtype it computes in."""
-    if config.teacher is None:
+def load_teacher(config: TrainConfig, student: Release, mesh: Mesh) -> Teacher | None:
+    """The teacher, in the dtype it computes in; None if there is none, or its states are read from disk.
+
+    Raises:
+        InputError: the student is wider than its teacher, or their tokenizers end texts differently.
+    """
+    if config.teacher is None or config.teacher_states is not None:
         return None
     release = read_release(find_release(config.teacher))
+    check_width(student.config.hidden_size, release.config.hidden_size, f"the states of {config.teacher}")
+    eos_ids = [Tokenizer.from_release(path).eos_id for path in (student.path, release.path)]
+    if eos_ids[0] != eos_ids[1]:
+        raise InputError(
+            f"the EOS of {config.model} is token {eos_ids[0]}, that of its teacher {config.teacher} {eos_ids[1]}: they "
+            "have different tokenizers"
+        )
     params = load_params(open_checkpoint(release.path), release.config, dtype=config.compute.dtype, mesh=mesh)
     return Teacher(params, padded_config(release.config, mesh))
 

@@ -84,11 +84,12 @@ class Meter:
 
     Args:
         config: the student's sizes.
-        teacher: the teacher's, if there is one.
+        teacher: the teacher's, if it computes in the step.
+        distilled: whether there is a distillation loss.
     """
 
-    def __init__(self, config: ModelConfig, teacher: ModelConfig | None):
-        self._config, self._teacher = config, teacher
+    def __init__(self, config: ModelConfig, teacher: ModelConfig | None, *, distilled: bool):
+        self._config, self._teacher, self._distilled = config, teacher, distilled
         self._reset()
 
     def _reset(self) -> None:
@@ -100,7 +101,7 @@ class Meter:
     def add(self, step: Step, metrics: Mapping[str, float]) -> None:
         """Adds a step whose metrics have arrived."""
         wanted = {"hard"} | ({"in_batch"} if step.task == "retrieval" else set())
-        wanted |= {"distill"} if self._teacher is not None else set()
+        wanted |= {"distill"} if self._distilled else set()
         self._losses[step.task, step.dataset].append({LOSSES[name]: metrics[name] for name in LOSSES if name in wanted})
         self._grad_norms.append(metrics["grad_norm"])
         self._work.append(step.work)

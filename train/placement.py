@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,8 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from f2llm_jax.axes import batch_parts
 from f2llm_jax.config import ModelConfig
+from f2llm_jax.embedding import Batch
 from f2llm_jax.errors import InputError
-from f2llm_jax.model import abstract_params
+from f2llm_jax.model import Params, abstract_params
 from f2llm_jax.sharding import BATCH_SPEC, make_mesh, param_shardings
 from f2llm_jax.train.batch import TrainBatch
 from f2llm_jax.train.config import MeshConfig, TrainConfig
@@ -72,6 +74,14 @@ def abstract_state(model: ModelConfig, optimizer: optax.GradientTransformation, 
     )
     step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere(mesh))
     return TrainState(step, jax.tree.map(put, shapes, shardings), opt_state)
+
+
+def on_mesh(step: Callable[[Params, Batch], Any], params: Params, batch: Batch, mesh: Mesh | None) -> Any:
+    """Calls a compiled function of parameters, which lie on the mesh, and rows; without a mesh, on one device."""
+    if mesh is None:
+        return step(params, batch)
+    with jax.set_mesh(mesh):
+        return step(params, jax.device_put(batch, NamedSharding(mesh, BATCH_SPEC)))
 
 
 def shardings_of(tree: Any) -> Any:

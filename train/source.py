@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 
 from f2llm_jax.axes import batch_parts
-from f2llm_jax.errors import InputError
+from f2llm_jax.config import ModelConfig
 from f2llm_jax.release import find_release
-from f2llm_jax.tokens import Tokenizer
 from f2llm_jax.train.config import TrainConfig
 from f2llm_jax.train.data import DataLoader, Share, TrainBatches, TrainingData
 from f2llm_jax.train.placement import check_batch, make_train_mesh
+from f2llm_jax.train.records import Settings
+from f2llm_jax.train.teacher import check_tokenizer, open_store
 
 
 def open_loader(config: TrainConfig) -> DataLoader:
     """Opens the prepared data of a run, for this process's share of every batch.
 
     Raises:
-        InputError: there is no prepared data, it is for another tokenizer, or its batches do not divide over the mesh.
+        InputError: there is no prepared data, it is for another tokenizer, its batches do not divide over the mesh, or
+            the teacher's states are not those of this data, teacher and width.
     """
     mesh = make_train_mesh(config.mesh)
     check_batch(config, mesh)
-    data = TrainingData(config.data.path, max_length=config.data.max_length)
-    eos_id = Tokenizer.from_release(find_release(config.model, weights=False)).eos_id
-    if eos_id != data.settings.eos_id:
-        raise InputError(
-            f"{config.data.path} was prepared for models whose EOS is token {data.settings.eos_id}; that of "
-            f"{config.model} is {eos_id}: prepare it with --tokenizer {config.model}"
+    release = find_release(config.model, weights=False)
+    settings = Settings.read(Path(config.data.path))
+    check_tokenizer(release, settings, config.data.path)
+    store = None
+    if config.teacher_states is not None:
+        store = open_store(
+            config.teacher_states,
+            data=Path(config.data.path),
+            max_length=min(config.data.max_length, settings.max_length),
+            width=ModelConfig.from_release(release).hidden_size,
+            teacher=config.teacher,
         )
+    data = TrainingData(config.data.path, max_length=config.data.max_length, teacher=store)
     batches = TrainBatches(
         data,
         batch_size=config.data.batch_size,

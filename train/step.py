@@ -47,6 +47,7 @@ class LossConfig:
         mask_duplicates: leave passages that are a query's own document out of its in-batch denominator.
         stop_passage_gradient: see ``losses.in_batch_loss``.
         kd_weight: of the distillation terms, where there is a teacher.
+        kd_mrl: compare with the teacher at every Matryoshka size; the reference does at the full one alone.
     """
 
     temperature: float = losses.TEMPERATURE
@@ -54,6 +55,7 @@ class LossConfig:
     mask_duplicates: bool = True
     stop_passage_gradient: bool = False
     kd_weight: float = 1.0
+    kd_mrl: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +105,8 @@ def train_step(
 
     Args:
         state: before; may be donated.
-        batch: the global batch.
-        teacher_params: of the teacher; None for no distillation.
+        batch: the global batch; if it holds a teacher's states, those are distilled from.
+        teacher_params: of a teacher whose states are computed here; None for none.
         config: the sizes.
         loss, compute: which losses, and how they are computed.
         optimizer: from ``make_optimizer``.
@@ -115,10 +117,7 @@ def train_step(
         The state after, and float32 scalars: ``loss``, ``hard``, ``in_batch``, ``distill``, ``grad_norm``.
     """
     texts = batch_texts(batch)
-    teacher = None
-    if teacher_params is not None:
-        assert teacher_config is not None
-        teacher = batch_states(teacher_params, texts, teacher_config, compute)
+    teacher = teacher_states(batch, teacher_params, teacher_config, compute)
 
     def batch_loss(states: States) -> tuple[jax.Array, dict[str, jax.Array]]:
         terms = loss_terms(states, batch, loss, in_batch=in_batch, teacher=teacher)
@@ -129,6 +128,19 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     metrics = {"loss": total, **terms, "grad_norm": optax.global_norm(grads)}
     return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def teacher_states(
+    batch: TrainBatch, params: Params | None, config: ModelConfig | None, compute: ComputeConfig
+) -> States | None:
+    """What a batch is distilled from: computed by a teacher, or as the batch holds it; None for nothing."""
+    if params is not None:
+        assert config is not None
+        return batch_states(params, batch_texts(batch), config, compute)
+    if batch.teacher is None:
+        return None
+    query_bd, passage_bd, negatives_md = batch.teacher
+    return States(query_bd, passage_bd if negatives_md is None else jnp.concatenate([passage_bd, negatives_md]))
 
 
 def loss_terms(
@@ -153,7 +165,11 @@ def loss_terms(
     if teacher is not None:
         pairs = zip(split_states(states), split_states(teacher), strict=True)
         terms["distill"] = sum(
-            (losses.distillation_loss(own, its) for own, its in pairs if own is not None and its is not None),
+            (
+                losses.distillation_loss(own, its, mrl_dims=loss.mrl_dims if loss.kd_mrl else None)
+                for own, its in pairs
+                if own is not None and its is not None
+            ),
             jnp.float32(0),
         )
     return terms

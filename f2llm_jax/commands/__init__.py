@@ -12,6 +12,8 @@ from f2llm_jax.errors import F2LLMError
 from f2llm_jax.texts import FORMATS
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from f2llm_jax.distributed import Processes
     from f2llm_jax.encoder import Encoder
 
@@ -86,6 +88,22 @@ def mesh_sizes(text: str) -> dict[str, int]:
             )
         sizes[axis.strip()] = int(size)
     return sizes
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """The argument for ``mesh_of``."""
+    parser.add_argument(
+        "--mesh",
+        type=mesh_sizes,
+        metavar="AXIS=N,…",
+        help="devices to spread over, such as data=2,fsdp=4,tensor=1; default: one device",
+    )
+
+
+def mesh_of(args: argparse.Namespace) -> Mesh | None:
+    from f2llm_jax.sharding import make_mesh
+
+    return None if args.mesh is None else make_mesh(**args.mesh)
 
 
 def show_progress(args: argparse.Namespace) -> bool:

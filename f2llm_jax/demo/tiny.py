@@ -45,12 +45,18 @@ def build_release(folder: Path) -> Path:
     """Writes the tiny model with random weights, its tokenizer learnt from the bundled text; returns the new folder."""
     params = jax.jit(init_params, static_argnames="config")(CONFIG, jax.random.key(0))
     with tempfile.TemporaryDirectory() as settings:
-        _write_settings(Path(settings))
+        texts = [text.text for text in (*sentences(), *programs(), *descriptions())]
+        # Often enough for each word of the prompt to become a token: every query has them.
+        tokenizer = learn_tokenizer([*texts, *[QUERY_PROMPT] * 100])
+        write_settings(Path(settings), tokenizer, CONFIG)
         return export_release(params, CONFIG, folder, like=settings, prompts={"query": QUERY_PROMPT, "document": ""})
 
 
-def learn_tokenizer(texts: Iterable[str]) -> tokenizers.Tokenizer:
-    """A byte-level BPE tokenizer of Qwen3's make."""
+def learn_tokenizer(texts: Iterable[str], size: int = CONFIG.vocab_size - 64) -> tokenizers.Tokenizer:
+    """A byte-level BPE tokenizer of Qwen3's make, with at most ``size`` tokens beside the special ones.
+
+    By default the vocabulary has some rows to spare, as the released ones have.
+    """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -61,8 +67,7 @@ def learn_tokenizer(texts: Iterable[str]) -> tokenizers.Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        # The vocabulary has some rows to spare, as the released ones have.
-        vocab_size=CONFIG.vocab_size - 64,
+        vocab_size=size,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -71,16 +76,14 @@ def learn_tokenizer(texts: Iterable[str]) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _write_settings(folder: Path) -> None:
+def write_settings(folder: Path, tokenizer: tokenizers.Tokenizer, config: ModelConfig) -> None:
     """What a release says before it has weights: sizes and tokenizer."""
-    texts = [text.text for text in (*sentences(), *programs(), *descriptions())]
-    # Often enough for each word of the prompt to become a token: every query has them.
-    learn_tokenizer([*texts, *[QUERY_PROMPT] * 100]).save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"))
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": EOS,
         "pad_token": PAD,
-        "model_max_length": CONFIG.max_position_embeddings,
+        "model_max_length": config.max_position_embeddings,
     }
-    for name, values in (("config.json", CONFIG.to_hf()), ("tokenizer_config.json", tokenizer_config)):
+    for name, values in (("config.json", config.to_hf()), ("tokenizer_config.json", tokenizer_config)):
         (folder / name).write_text(json.dumps(values, indent=2), encoding="utf-8")

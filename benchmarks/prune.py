@@ -1,0 +1,108 @@
+"""The three pruned sizes of the 0.6B at their real shapes: parameters, and that everybody computes the same embeddings.
+
+    python benchmarks/prune.py FOLDER --tokenizer ../shared/data/qwen3-tokenizer
+
+makes a float32 0.6B release of random weights in FOLDER, prunes it with f2llm prune, and compares embeddings with
+sentence-transformers and with transformers alone. What is written is deleted at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from f2llm_jax.configs.models import MODELS
+
+TEXTS = [
+    "How do trees drink?",
+    "나무는 뿌리로 물을 마신다.",
+    "الخبز يُخبز في الفرن.",
+    "def f(x):\n    return x",
+    "",
+    "東京",
+]
+SIZES = ("80M", "160M", "330M")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--sizes", nargs="+", default=SIZES, choices=SIZES)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    source, pruned, texts = (args.folder / name for name in ("0.6B", "pruned", "texts.txt"))
+    texts.write_text("\n".join(text.replace("\n", " ") for text in TEXTS), encoding="utf-8")
+    try:
+        print("| size | parameters | published | largest difference | seconds to prune | peak resident, GB |")
+        print("|---|---|---|---|---|---|")
+        if not source.exists():
+            write_random(source, args.tokenizer)
+        for size in args.sizes:
+            start = time.perf_counter()
+            command = [sys.executable, "-m", "f2llm_jax.cli", "prune", str(source), str(pruned), "--to", size]
+            subprocess.run([*command, "--calibration", str(texts), "--force"], check=True, stdout=subprocess.DEVNULL)
+            seconds = time.perf_counter() - start
+            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
+            found, difference = compare(pruned)
+            published = {"80M": 80_084_288, "160M": 159_185_024, "330M": 334_349_184}[size]
+            print(f"| {size} | {found:,} | {published:,} | {difference:.1e} | {seconds:.0f} | {peak:.1f} |", flush=True)
+    finally:
+        for path in (source, pruned):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def write_random(folder: Path, tokenizer: Path) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from f2llm_jax.convert.export import export_release
+    from f2llm_jax.model import init_params
+
+    config = dataclasses.replace(MODELS["0.6B"], dtype="float32")
+    like = folder.with_name("settings")
+    shutil.copytree(tokenizer, like, dirs_exist_ok=True)
+    (like / "config.json").write_text(json.dumps(config.to_hf()), encoding="utf-8")
+    params = jax.jit(init_params, static_argnames="config")(config, jax.random.key(0))
+    # Norms away from one, so that a wrong one shows.
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * jnp.linspace(0.5, 1.5, x.shape[-1]) if "norm" in str(path) else x, params
+    )
+    export_release(params, config, folder, like=like)
+    shutil.rmtree(like)
+
+
+def compare(folder: Path) -> tuple[int, float]:
+    """Parameters as PyTorch counts them, and the largest difference of an element to either reference."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from transformers import Qwen3Model
+
+    import f2llm_jax
+
+    model = f2llm_jax.load(folder)
+    ours = model.encode(TEXTS)
+    reference = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": "float32"})
+    found = sum(parameter.numel() for parameter in reference.parameters())
+    theirs = reference.encode(TEXTS)
+    del reference
+    backbone = Qwen3Model.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        states = [
+            backbone(torch.tensor(ids[None])).last_hidden_state[0, -1] for ids in model.tokenizer.encode(TEXTS, 64)[0]
+        ]
+    alone = torch.nn.functional.normalize(torch.stack(states), dim=-1).numpy()
+    return found, float(max(np.abs(ours - theirs).max(), np.abs(ours - alone).max()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,493 @@
+"""A smaller model cut out of a larger one: the first layers, and the channels with the largest activations.
+
+The reference published no code for this; the paper (arXiv:2603.19223) says: hidden and MLP channels by activation norms
+on calibration data, the first layers, heads and head_dim as they are. Here
+
+1. layers are chosen and cut,
+2. calibration texts run through what is left, and every projection's input is measured where it is read,
+3. hidden channels are chosen once for the whole residual stream, MLP channels layer by layer, and cut.
+
+What is cut where follows from the logical axes that ``model.py`` declares: an axis ``embed`` keeps the hidden channels,
+``mlp`` those of its layer, ``layers`` the layers.
+
+A channel that is always zero must be free to go, and RMSNorm divides by a mean over all channels. Let D channels become
+d, the others being zero, and S be the sum of squares. With the stream scaled by c = sqrt(d / D), and the norm's weights
+by 1 / c,
+
+    c x / sqrt(c² S / d + eps) · (w / c) = x / sqrt(S / D + eps) · w
+
+which is what the norm gave before, with the same eps. So whatever writes into the stream (the embedding table, o_proj,
+down_proj) is scaled by c, norms over the stream by 1 / c, and what reads a norm's output stays as it is. Scaling the
+norms alone would ask for eps · D / d, but config.json has one eps, which the norms of queries and keys share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from f2llm_jax.batching import Buckets, batched
+from f2llm_jax.config import ModelConfig
+from f2llm_jax.convert.export import export_release
+from f2llm_jax.convert.load import load_params, open_checkpoint
+from f2llm_jax.convert.staging import output_path
+from f2llm_jax.embedding import Batch
+from f2llm_jax.encoder import use_compilation_cache
+from f2llm_jax.errors import InputError
+from f2llm_jax.evaluation import optional
+from f2llm_jax.model import Backbone, Block, Params, Projection, abstract_params, count_parameters
+from f2llm_jax.release import Release, find_release, read_release
+from f2llm_jax.sharding import padded_config, param_shardings
+from f2llm_jax.texts import read_texts
+from f2llm_jax.tokens import Tokenizer
+from f2llm_jax.train.placement import on_mesh
+from f2llm_jax.train.records import Records, Settings
+
+IMPORTANCES = ("l2", "mean", "weighted")
+LAYERS_BY = ("first", "change")
+
+# The axes that are cut by channels, and the size of the config that each has.
+_SIZES = {"embed": "hidden_size", "mlp": "intermediate_size", "layers": "num_hidden_layers"}
+
+_INTERMEDIATES = "intermediates"
+_BATCH_TOKENS = 8192  # computed at a time, of every device
+
+Keep = Mapping[str, np.ndarray]
+"""{logical axis: the indices that stay, in order}: ``layers`` [n], ``embed`` [d], ``mlp`` [layers, f]."""
+
+
+class Sums(NamedTuple):
+    """What was measured at a place: over all real tokens, of every channel.
+
+    Attributes:
+        axis: the logical axis that the channels are of.
+        magnitude, square: sums of absolute values and of squares, float64 [channels], or [layers, channels].
+    """
+
+    axis: str
+    magnitude: np.ndarray
+    square: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What calibration found.
+
+    Attributes:
+        texts, tokens: how many there were.
+        sites: {path of a projection: its input}; the empty path is the model's output.
+        change: float64 [layers], mean over tokens of 1 - cosine of a layer's input and output.
+    """
+
+    texts: int
+    tokens: int
+    sites: dict[str, Sums]
+    change: np.ndarray
+
+
+def prune(
+    model: str | Path,
+    out: str | Path,
+    *,
+    calibration: str | Path,
+    hidden: int | None = None,
+    mlp: int | None = None,
+    layers: int | None = None,
+    importance: str = "l2",
+    layers_by: str = "first",
+    texts: int = 1024,
+    max_length: int = 512,
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+    show_progress: bool = False,
+) -> dict[str, Any]:
+    """Writes a smaller model as a release, with ``pruning.json`` and ``pruning.png`` in it.
+
+    Memory: the parameters in float32 and those of the smaller model.
+
+    Args:
+        model: release folder, converted folder or hub id.
+        out: the folder to write; it appears when it is complete.
+        calibration: texts in a file (txt, jsonl, csv, parquet), or a folder of ``f2llm prepare``, of whose training
+            examples queries and passages are taken.
+        hidden, mlp, layers: sizes of the smaller model; None for those of ``model``.
+        importance: of a channel, where a projection reads it: ``mean`` absolute value; ``l2``, root mean square;
+            ``weighted``, root mean square times the norm of the projection's weights for it.
+        layers_by: ``first`` keeps the first ones; ``change`` those that turn their input most.
+        texts: how many, drawn at random where there are more.
+        max_length: tokens of a text; longer ones are cut.
+        mesh: from ``make_mesh``; None for one device.
+        dtype: of the weights written; default that of ``model``.
+        force: replace ``out`` if it is a model folder.
+        show_progress: a progress bar on standard error.
+
+    Returns:
+        The report, as in ``pruning.json``.
+
+    Raises:
+        InputError: a size is above that of ``model``, an argument is none of those above, or ``out`` exists.
+        ReleaseError: the model cannot be used.
+    """
+    for name, value, known in (("importance", importance, IMPORTANCES), ("layers_by", layers_by, LAYERS_BY)):
+        if value not in known:
+            raise InputError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+    optional("matplotlib")  # missing, it is better missed before the work than after
+    if output_path(out).exists() and not force:
+        raise InputError(f"{out} exists; --force replaces it")
+    use_compilation_cache()
+    release = read_release(find_release(model))
+    target = smaller_config(release.config, hidden=hidden, mlp=mlp, layers=layers)
+    param_shardings(padded_config(target, mesh), mesh)  # sizes that do not divide are refused before the work
+    sequences = _sequences(calibration, release, texts, max_length)
+    params = load_params(open_checkpoint(release.path), release.config, mesh=mesh)
+    look = functools.partial(measure, sequences=sequences, mesh=mesh, show_progress=show_progress)
+
+    kept_layers, change = np.arange(target.num_hidden_layers), None
+    if layers_by == "change":
+        change = look(params, release.config).change
+        kept_layers = largest(change, target.num_hidden_layers)
+    params, config = cut(params, release.config, {"layers": kept_layers}, mesh)
+
+    measured = look(params, config)
+    weights = weight_norms(params, config, measured) if importance == "weighted" else None
+    scores = {axis: channel_scores(measured, axis, importance, weights) for axis in ("embed", "mlp")}
+    keep = {axis: largest(score, getattr(target, _SIZES[axis])) for axis, score in scores.items()}
+    keep["embed"] = in_place(keep["embed"])
+    params, config = cut(params, config, keep, mesh)
+
+    report = {
+        "from": {"model": str(model), **_about(release.config)},
+        "to": _about(config),
+        "importance": importance,
+        "layers_by": layers_by,
+        "calibration": {"source": str(calibration), "texts": measured.texts, "tokens": measured.tokens},
+        "energy_kept": energy_kept(measured, keep),
+        "change": None if change is None else change.tolist(),
+        "layers": kept_layers.tolist(),
+        "hidden_channels": keep["embed"].tolist(),
+        "mlp_channels": keep["mlp"].tolist(),
+    }
+    files = {
+        "pruning.json": (json.dumps(report, indent=1) + "\n").encode(),
+        "pruning.png": picture(report, scores),
+    }
+    export_release(
+        params, config, out, like=release.path, dtype=dtype or release.config.dtype, files=files, force=force
+    )
+    return report
+
+
+def smaller_config(config: ModelConfig, *, hidden: int | None, mlp: int | None, layers: int | None) -> ModelConfig:
+    """The config with other sizes, None for the same; heads and head_dim stay.
+
+    Raises:
+        InputError: a size is not within 1 … that of ``config``.
+    """
+    sizes = {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers}
+    wanted: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
+    for name, size in wanted.items():
+        if not 1 <= size <= getattr(config, name):
+            raise InputError(f"{name} can be cut to 1..{getattr(config, name)}, not to {size}")
+    return dataclasses.replace(config, **wanted)
+
+
+def largest(scores: np.ndarray, count: int) -> np.ndarray:
+    """The indices of the largest scores along the last axis, ascending; of equal ones the first."""
+    return np.sort(np.argsort(-scores, axis=-1, kind="stable")[..., :count], axis=-1)
+
+
+def in_place(kept: np.ndarray) -> np.ndarray:
+    """The indices in another order: each that is below their number at its own place, the others where there is room.
+
+    Distillation and the Matryoshka sizes go by position: a student's channel j is compared with the teacher's channel
+    j. The order of hidden channels is free, so those that both have are put where they are compared.
+    """
+    placed = np.full(len(kept), -1)
+    own = kept[kept < len(kept)]
+    placed[own] = own
+    placed[placed < 0] = kept[kept >= len(kept)]
+    return placed
+
+
+# --- measuring
+
+
+def measure(
+    params: Params,
+    config: ModelConfig,
+    sequences: Sequence[np.ndarray],
+    *,
+    mesh: Mesh | None = None,
+    show_progress: bool = False,
+) -> Measured:
+    """Runs texts through a model, in float32, and sums up what its projections read.
+
+    Args:
+        params: the parameters, on ``mesh``.
+        config: their sizes.
+        sequences: int32 token ids of every text, EOS included.
+        mesh: None for one device.
+        show_progress: a progress bar on standard error.
+    """
+    from tqdm import tqdm
+
+    devices = 1 if mesh is None else mesh.size
+    longest = max(map(len, sequences))
+    buckets = Buckets(_BATCH_TOKENS * devices, longest, devices)
+    step = jax.jit(functools.partial(_sums, config=padded_config(config, mesh)))
+    total: Any = None
+    with tqdm(total=len(sequences), desc="calibration", unit="text", disable=not show_progress) as bar:
+        for batch, rows in batched([list(sequences)], buckets, pad_id=0):
+            batch.lengths_b[len(rows) :] = 0  # rows that fill the batch are no texts
+            sums = jax.device_get(on_mesh(step, params, batch, mesh))
+            sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+            total = sums if total is None else jax.tree.map(np.add, total, sums)
+            bar.update(len(rows))
+    tokens = sum(map(len, sequences))
+    flat = flax.traverse_util.flatten_dict(total, sep=".")
+    places = {name.rpartition(".")[0] for name in flat if name.endswith("square")}
+    axes = _input_axes(config)
+    sites = {
+        path: Sums(axes[path], *(flat[f"{path}.{name}".removeprefix(".")] for name in ("magnitude", "square")))
+        for path in sorted(places)
+    }
+    return Measured(len(sequences), tokens, sites, flat["layers.change"] / tokens)
+
+
+def _sums(params: Params, batch: Batch, *, config: ModelConfig) -> dict[str, Any]:
+    """What modules note down of a batch, in a tree like the parameters'; tokens beyond a row's length do not count."""
+    tokens_bt = batch.tokens_bt
+    real_bt = jnp.arange(tokens_bt.shape[1]) < jnp.asarray(batch.lengths_b)[:, None]
+
+    def note(module: nn.Module, **values_bt: jax.Array) -> None:
+        for name, x in values_bt.items():
+            real = real_bt.reshape(*real_bt.shape, *[1] * (x.ndim - 2))
+            total = jnp.sum(jnp.where(real, x, 0), axis=(0, 1), dtype=jnp.float32)
+            module.sow(_INTERMEDIATES, name, total, init_fn=lambda: None, reduce_fn=lambda _, value: value)
+
+    def note_channels(module: nn.Module, x_btc: jax.Array) -> None:
+        note(module, magnitude=jnp.abs(x_btc), square=jnp.square(x_btc))
+
+    def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        result = call(*args, **kwargs)
+        if context.method_name != "__call__":
+            return result
+        module = context.module
+        if isinstance(module, Projection) and _reads(module.axes) in ("embed", "mlp"):
+            note_channels(module, args[0])
+        elif isinstance(module, Block):
+            note(module, change=1 - _cosine(args[0], result[0]))
+        elif isinstance(module, Backbone):
+            note_channels(module, result)
+        return result
+
+    with nn.intercept_methods(intercept):
+        _, noted = Backbone(config).apply({"params": params}, tokens_bt, mutable=[_INTERMEDIATES])
+    return noted[_INTERMEDIATES]
+
+
+def _reads(axes: tuple[str, ...]) -> str:
+    """The last of a projection's axes: what it takes its inputs from."""
+    return axes[-1]
+
+
+def _cosine(x_btd: jax.Array, y_btd: jax.Array) -> jax.Array:
+    norms_bt = jnp.linalg.norm(x_btd, axis=-1) * jnp.linalg.norm(y_btd, axis=-1)
+    return jnp.sum(x_btd * y_btd, axis=-1) / jnp.maximum(norms_bt, 1e-30)
+
+
+def _input_axes(config: ModelConfig) -> dict[str, str]:
+    """{path of a module with a weight: the last logical axis of that}; the output has the empty path."""
+    return {"": "embed", **{path.removesuffix(".weight"): _reads(box.names) for path, box in _boxes(config).items()}}
+
+
+def _boxes(config: ModelConfig) -> dict[str, Any]:
+    """{path of a parameter: its box of shape and logical axes}."""
+    return flax.traverse_util.flatten_dict(abstract_params(config), sep=".")
+
+
+# --- choosing
+
+
+def weight_norms(params: Params, config: ModelConfig, measured: Measured) -> dict[str, np.ndarray]:
+    """{site: L2 norm of the weights that read each channel there}, float64 [layers, channels]; the output has none."""
+    flat = flax.traverse_util.flatten_dict(params, sep=".")
+
+    def norms(path: str) -> np.ndarray:
+        outputs = tuple(range(1, len(_boxes(config)[path].names) - 1))
+        return np.asarray(jnp.sqrt(jnp.sum(jnp.square(flat[path]), axis=outputs)), np.float64)
+
+    return {path: norms(f"{path}.weight") for path in measured.sites if path}
+
+
+def channel_scores(
+    measured: Measured, axis: str, importance: str, weights: Mapping[str, np.ndarray] | None = None
+) -> np.ndarray:
+    """How much each channel counts: the mean of its share over all places where it is read.
+
+    Args:
+        measured: by calibration.
+        axis: ``embed``, of which there is one choice, or ``mlp``, of which there is one for each layer.
+        importance: one of ``IMPORTANCES``.
+        weights: from ``weight_norms``, for ``weighted``.
+
+    Returns:
+        float64 [channels] or [layers, channels]; the sum over channels is 1.
+    """
+    shares = []
+    for path, sums in measured.sites.items():
+        if sums.axis != axis:
+            continue
+        score = sums.magnitude if importance == "mean" else np.sqrt(sums.square)
+        if importance == "weighted" and path:
+            assert weights is not None
+            score = score * weights[path]
+        shares.append(np.atleast_2d(score / score.sum(axis=-1, keepdims=True)))
+    return np.concatenate(shares).mean(axis=0) if axis == "embed" else np.mean(shares, axis=0)
+
+
+def energy_kept(measured: Measured, keep: Keep) -> dict[str, list[float]]:
+    """{what reads which channels: share of the sum of squares that the kept ones have, for each layer}."""
+    energy = {}
+    for path, sums in measured.sites.items():
+        square = np.atleast_2d(sums.square)
+        kept = np.take_along_axis(square, np.broadcast_to(keep[sums.axis], (len(square), keep[sums.axis].shape[-1])), 1)
+        # The projections of a block that read the same input have the same share.
+        name = (
+            f"{path.rpartition('.')[0].rpartition('.')[2] or 'output'}: {'hidden' if sums.axis == 'embed' else 'mlp'}"
+        )
+        energy[name] = (kept.sum(axis=1) / square.sum(axis=1)).tolist()
+    return energy
+
+
+# --- cutting
+
+
+def cut(params: Params, config: ModelConfig, keep: Keep, mesh: Mesh | None) -> tuple[Params, ModelConfig]:
+    """The parameters with what stays of some axes, and their config. See the top of this file for the scales.
+
+    Args:
+        params: on ``mesh``; if nothing goes they are returned as they are.
+        config: the sizes.
+        keep: indices to keep; an axis that is not named stays whole.
+        mesh: None for one device.
+
+    Raises:
+        InputError: the smaller sizes do not divide over the mesh.
+    """
+    sizes: dict[str, Any] = {_SIZES[axis]: index.shape[-1] for axis, index in keep.items()}
+    smaller = dataclasses.replace(config, **sizes)
+    if smaller == config:
+        return params, config
+    shrink = math.sqrt(smaller.hidden_size / config.hidden_size)
+
+    def take(box: nn.LogicallyPartitioned, x: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+        scale, axes = _scale(box.names, shrink), [axis for axis in box.names if axis in keep]
+        if scale == 1 and not axes:
+            return x
+        return jax.jit(lambda x: _take(x, box.names, keep) * scale, out_shardings=sharding)(x)
+
+    shardings = param_shardings(padded_config(smaller, mesh), mesh)
+    is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+    return jax.tree.map(take, abstract_params(config), params, shardings, is_leaf=is_box), smaller
+
+
+def _take(x: jax.Array, axes: Sequence[str], keep: Keep) -> jax.Array:
+    for position, axis in enumerate(axes):
+        index = keep.get(axis)
+        if index is None:
+            continue
+        if index.ndim == 1:
+            x = jnp.take(x, index, axis=position)
+        else:  # a choice for each layer
+            x = jax.vmap(functools.partial(jnp.take, axis=position - 1))(x, index)
+    return x
+
+
+def _scale(axes: Sequence[str], shrink: float) -> float:
+    """What a parameter is multiplied by when the residual stream is multiplied by ``shrink``."""
+    axes = [axis for axis in axes if axis != "layers"]
+    if axes == ["embed"]:  # a norm over the stream
+        return 1 / shrink
+    # A row of the table goes into the stream, and so does what a projection puts out; its outputs are its first axes.
+    return shrink if axes[0] in ("vocab", "embed") else 1.0
+
+
+# --- texts and report
+
+
+def _sequences(source: str | Path, release: Release, count: int, max_length: int) -> list[np.ndarray]:
+    """Token ids of ``count`` texts drawn at random, or of all if there are fewer."""
+    rng, tokenizer = np.random.default_rng(0), Tokenizer.from_release(release.path)
+    if Path(source).is_dir():
+        return _prepared_sequences(Path(source), tokenizer, count, max_length, rng)
+    texts = read_texts(source).texts
+    if not texts:
+        raise InputError(f"{source} holds no texts to calibrate with")
+    chosen = np.sort(rng.permutation(len(texts))[:count])
+    return tokenizer.encode([texts[number] for number in chosen], min(max_length, release.max_length))[0]
+
+
+def _prepared_sequences(
+    folder: Path, tokenizer: Tokenizer, count: int, max_length: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """As many queries, with their instructions, as passages."""
+    settings = Settings.read(folder)
+    if settings.eos_id != tokenizer.eos_id:
+        raise InputError(
+            f"{folder} was prepared for models whose EOS is token {settings.eos_id}; the model's is {tokenizer.eos_id}"
+        )
+    examples = Records(folder, "examples", "train")
+    chosen = examples.read(rng.permutation(len(examples))[: -(-count // 2)])
+    passages = Records(folder, "documents", "train").read([example["passage"] for example in chosen])
+    texts = [example["query"] for example in chosen] + [passage["tokens"] for passage in passages]
+    return [_shortened(text, max_length) for text in texts]
+
+
+def _shortened(tokens: np.ndarray, max_length: int) -> np.ndarray:
+    """The first tokens and the EOS."""
+    return tokens if len(tokens) <= max_length else np.append(tokens[: max_length - 1], tokens[-1])
+
+
+def _about(config: ModelConfig) -> dict[str, int]:
+    return {**{name: getattr(config, name) for name in _SIZES.values()}, "parameters": count_parameters(config)}
+
+
+def picture(report: Mapping[str, Any], scores: Mapping[str, np.ndarray]) -> bytes:
+    """A PNG: the energy kept by layer, and the importance of channels in falling order with where they are cut."""
+    optional("matplotlib")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.5), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, energy in report["energy_kept"].items():
+        if len(energy) == len(report["layers"]):
+            left.plot(report["layers"], energy, marker="o", label=f"read by {name}")
+        else:
+            left.axhline(energy[0], color="black", linestyle=":", label=name)
+    left.set(xlabel="layer", ylabel="share of the sum of squares kept", ylim=(0, 1.05))
+    left.xaxis.get_major_locator().set_params(integer=True)
+    left.legend()
+    for axis, score in scores.items():
+        falling = -np.sort(-np.atleast_2d(score), axis=-1) * score.shape[-1]
+        (line,) = right.plot(falling.mean(axis=0), label=f"{axis}: {report['importance']}")
+        right.axvline(report["to"][_SIZES[axis]], color=line.get_color(), linestyle="--")
+    right.set(xlabel="channel, by importance", ylabel="importance, 1 on average", yscale="log")
+    right.legend()
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()

@@ -1,0 +1,349 @@
+"""A teacher's states of prepared data, computed once and read in every epoch.
+
+A document is a passage or a negative of many examples, and is read in every epoch: its state is the same each time. ::
+
+    teacher.json                      whose states these are, of which data, cut to how many dimensions and tokens
+    documents-NNNNN.array_record      the state of every distinct document, at its number
+    queries-NNNNN.array_record        the state of every training example's query, at the example's number
+
+A record is the first ``dim`` values of the unnormalised EOS state, in ``dtype``, little-endian.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Literal
+
+import grain
+import jax
+import ml_dtypes
+import numpy as np
+from array_record.python import array_record_module
+from jax.sharding import Mesh
+
+from f2llm_jax.batching import Buckets, batched
+from f2llm_jax.config import ModelConfig
+from f2llm_jax.convert.load import load_params, open_checkpoint
+from f2llm_jax.convert.table import tensor_table
+from f2llm_jax.embedding import eos_states
+from f2llm_jax.encoder import use_compilation_cache
+from f2llm_jax.errors import InputError
+from f2llm_jax.model import Params
+from f2llm_jax.release import find_release, read_release
+from f2llm_jax.sharding import padded_config
+from f2llm_jax.tokens import Tokenizer
+from f2llm_jax.train.placement import on_mesh
+from f2llm_jax.train.records import SETTINGS_FILE, Records, Settings, lengths_file
+from f2llm_jax.train.units import Workplace, new_folder
+
+Kind = Literal["documents", "queries"]
+KINDS: tuple[Kind, ...] = ("documents", "queries")
+
+FORMAT = 1
+STATES_FILE = "teacher.json"
+DTYPES = {"float32": np.dtype("<f4"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+# Texts of a file: what a kill loses at most. Their states are in memory until it is written.
+_FILE_TEXTS = 1 << 14
+_READ_TEXTS = 2048
+_BATCH_TOKENS = 32768  # computed at a time, of every device; a CPU takes fewer
+_BATCH_TOKENS_CPU = 2048
+
+# A random access finds its record without reading others; states do not compress.
+_WRITER_OPTIONS = "group_size:1,uncompressed"
+
+
+@dataclasses.dataclass(frozen=True)
+class StatesSettings:
+    """What ``teacher.json`` says.
+
+    Attributes:
+        teacher: its name, as given.
+        teacher_digest, data_digest: of its weights, and of the prepared data.
+        max_length: tokens that texts were cut to.
+        dim, dtype: of a state.
+        documents, queries: how many states there are.
+    """
+
+    teacher: str
+    teacher_digest: str
+    data_digest: str
+    max_length: int
+    dim: int
+    dtype: str
+    documents: int
+    queries: int
+
+
+class TeacherStore:
+    """A folder that ``teach`` wrote, open for reading. Safe to share among threads, and to pickle."""
+
+    def __init__(self, folder: str | Path, width: int | None = None):
+        """Opens it.
+
+        Args:
+            folder: the folder.
+            width: read only the first so many values of a state, those a student of that width is compared with.
+
+        Raises:
+            InputError: there are no states, or fewer values of each than the width.
+        """
+        self.folder = Path(folder)
+        file = self.folder / STATES_FILE
+        if not file.exists():
+            raise InputError(f"{folder} holds no teacher's states (no {STATES_FILE}); make them with f2llm teach")
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if (found := values.pop("format")) != FORMAT:
+            raise InputError(f"{file} has format {found}, this version reads {FORMAT}; run f2llm teach again")
+        self.settings = StatesSettings(**values)
+        check_width(self.settings.dim if width is None else width, self.settings.dim, f"the states in {folder}")
+        self._width = self.settings.dim if width is None else width
+        self._sources = {
+            kind: grain.sources.ArrayRecordDataSource([str(file) for file in sorted(self.folder.glob(f"{kind}-*"))])
+            for kind in KINDS
+        }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TeacherStore, (self.folder, self._width)
+
+    def read(self, kind: Kind, numbers: np.ndarray) -> np.ndarray:
+        """The states of these numbers [n, width], in the store's dtype."""
+        distinct, inverse = np.unique(np.asarray(numbers, np.int64), return_inverse=True)
+        records = self._sources[kind].__getitems__(distinct.tolist())
+        dtype = DTYPES[self.settings.dtype]
+        states = np.stack([np.frombuffer(record, dtype, self._width) for record in records])
+        return states[inverse]
+
+
+def check_width(student: int, teacher: int, of: str) -> None:
+    """An InputError if a student is wider than its teacher."""
+    if student > teacher:
+        raise InputError(
+            f"a student of {student} dimensions cannot be distilled from {teacher}, which is what {of} have: a teacher "
+            "must be at least as wide"
+        )
+
+
+def teach(
+    data: str | Path,
+    teacher: str | Path,
+    out: str | Path,
+    *,
+    dim: int | None = None,
+    dtype: str = "bfloat16",
+    max_length: int = 1024,
+    batch_tokens: int | None = None,
+    mesh: Mesh | None = None,
+    force: bool = False,
+    show_progress: bool = False,
+) -> StatesSettings:
+    """Computes a teacher's states of every distinct document and every training query.
+
+    Killed at any moment, it leaves nothing at ``out``, and ``OUT.incomplete`` beside it; called again with the same
+    arguments it goes on there.
+
+    Args:
+        data: a folder that ``f2llm prepare`` wrote.
+        teacher: release folder, converted folder or hub id.
+        out: the folder to write; it appears when it is complete.
+        dim: keep the first so many values, at least the student's width; default all. On disk a state takes
+            ``dim`` · 2 bytes (4 in float32).
+        dtype: of the operands of matrix products, and of what is written.
+        max_length: tokens that texts are cut to; training's ``data.max_length`` must be the same.
+        batch_tokens: tokens computed at a time.
+        mesh: from ``make_mesh``; None for one device.
+        force: replace what is at ``out``.
+        show_progress: a progress bar on standard error.
+
+    Raises:
+        InputError: ``data`` holds no prepared data or is for another tokenizer, ``dim`` is above the teacher's hidden
+            size, or ``out`` exists.
+        ReleaseError: the teacher cannot be used.
+    """
+    data = Path(data)
+    if dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    prepared = Settings.read(data)
+    max_length = min(max_length, prepared.max_length)
+    release = read_release(find_release(teacher))
+    check_tokenizer(release.path, prepared, data)
+    dim = release.config.hidden_size if dim is None else dim
+    if not 1 <= dim <= release.config.hidden_size:
+        raise InputError(f"dim must be within 1..{release.config.hidden_size}, the teacher's hidden size, not {dim}")
+    settings = StatesSettings(
+        teacher=str(teacher),
+        teacher_digest=teacher_digest(release.path, release.config),
+        data_digest=data_digest(data),
+        max_length=max_length,
+        dim=dim,
+        dtype=dtype,
+        documents=prepared.documents,
+        queries=len(Records(data, "examples", "train")),
+    )
+    plan = {"format": FORMAT, **dataclasses.asdict(settings)}
+    use_compilation_cache()
+    place = Path(os.path.abspath(Path(out).expanduser()))
+    workplace = Workplace(place, plan, marker=STATES_FILE, force=force)
+    with closing(workplace):
+        params = load_params(open_checkpoint(release.path), release.config, dtype=dtype, mesh=mesh)
+        devices = 1 if mesh is None else mesh.size
+        if batch_tokens is None:
+            batch_tokens = (_BATCH_TOKENS_CPU if jax.default_backend() == "cpu" else _BATCH_TOKENS) * devices
+        compute = _Compute(params, padded_config(release.config, mesh), settings, mesh, batch_tokens)
+        _write_files(workplace.folder / "units", data, compute, prepared, show_progress=show_progress)
+        workplace.result.mkdir(exist_ok=True)
+        for kind in KINDS:
+            for unit in sorted((workplace.folder / "units").glob(f"{kind}-*")):
+                target = workplace.result / f"{unit.name}.array_record"
+                if not target.exists():  # an earlier process may have been killed here
+                    (unit / "states").rename(target)
+        (workplace.result / STATES_FILE).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+        workplace.commit()
+    return settings
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compute:
+    """Tokens to states."""
+
+    params: Params
+    config: ModelConfig
+    settings: StatesSettings
+    mesh: Mesh | None
+    batch_tokens: int
+
+    @functools.cached_property
+    def _step(self) -> Any:
+        options: dict[str, Any] = {"config": self.config, "dtype": self.settings.dtype}
+        return jax.jit(lambda params, batch: eos_states(params, batch, **options)[:, : self.settings.dim])
+
+    def states(self, chunks: Iterator[list[np.ndarray]], count: int, pad_id: int, advance: Any) -> np.ndarray:
+        """The states [count, dim] of the texts of all chunks, in the dtype to write."""
+        devices = 1 if self.mesh is None else self.mesh.size
+        buckets = Buckets(self.batch_tokens, self.settings.max_length, devices)
+        result = np.empty((count, self.settings.dim), DTYPES[self.settings.dtype])
+        pending: list[tuple[list[int], jax.Array]] = []
+        for batch, rows in batched(chunks, buckets, pad_id):
+            pending.append((rows, on_mesh(self._step, self.params, batch, self.mesh)))
+            while len(pending) > 2:  # the device has its next batch while a result is fetched
+                advance(_fetch(pending, result))
+        while pending:
+            advance(_fetch(pending, result))
+        return result
+
+
+def _fetch(pending: list[tuple[list[int], jax.Array]], result: np.ndarray) -> int:
+    rows, states_bd = pending.pop(0)
+    result[rows] = np.asarray(states_bd)[: len(rows)]
+    return len(rows)
+
+
+def _write_files(home: Path, data: Path, compute: _Compute, prepared: Settings, *, show_progress: bool) -> None:
+    """Writes the files that an earlier process has not."""
+    from tqdm import tqdm
+
+    settings = compute.settings
+    counts: dict[Kind, int] = {"documents": settings.documents, "queries": settings.queries}
+    sources = {"documents": Records(data, "documents", "train"), "queries": Records(data, "examples", "train")}
+    field = {"documents": "tokens", "queries": "query"}
+    with tqdm(total=sum(counts.values()), unit="text", disable=not show_progress) as bar:
+        for kind, count in counts.items():
+            for first in range(0, count, _FILE_TEXTS):
+                numbers = range(first, min(first + _FILE_TEXTS, count))
+                folder = home / f"{kind}-{first // _FILE_TEXTS:05d}"
+                if folder.exists():
+                    bar.update(len(numbers))
+                    continue
+                chunks = _chunks(sources[kind], numbers, field[kind], settings.max_length, prepared.eos_id)
+                states = compute.states(chunks, len(numbers), prepared.pad_id, bar.update)
+                with new_folder(folder) as temporary:
+                    writer = array_record_module.ArrayRecordWriter(str(temporary / "states"), _WRITER_OPTIONS)
+                    for state in states:
+                        writer.write(state.tobytes())
+                    writer.close()
+
+
+def _chunks(source: Records, numbers: range, field: str, max_length: int, eos_id: int) -> Iterator[list[np.ndarray]]:
+    for first in range(0, len(numbers), _READ_TEXTS):
+        records = source.read(numbers[first : first + _READ_TEXTS])
+        yield [_cut(record[field], max_length, eos_id) for record in records]
+
+
+def _cut(tokens: np.ndarray, max_length: int, eos_id: int) -> np.ndarray:
+    """As training cuts a text: the first tokens, and the EOS."""
+    return tokens if len(tokens) <= max_length else np.append(tokens[: max_length - 1], np.int32(eos_id))
+
+
+# --- whose, and of what
+
+
+def check_tokenizer(release: Path, prepared: Settings, data: str | Path) -> None:
+    """An InputError if data was prepared for models with another EOS."""
+    eos_id = Tokenizer.from_release(release).eos_id
+    if eos_id != prepared.eos_id:
+        raise InputError(
+            f"{data} was prepared for models whose EOS is token {prepared.eos_id}; that of {release} is {eos_id}: "
+            f"prepare it with --tokenizer {release}"
+        )
+
+
+def teacher_digest(folder: Path, config: ModelConfig) -> str:
+    """A digest of the sizes and of the first row of every tensor: the same for every format and sharding of a model."""
+    digest = hashlib.blake2b(repr(dataclasses.replace(config, dtype="")).encode(), digest_size=16)
+    checkpoint = open_checkpoint(folder)
+    table = tensor_table(config)
+    checkpoint.check(table)
+    for tensor in table:
+        row = (slice(0, 1), *(slice(None),) * (len(tensor.layer_shape) - 1))
+        for name in tensor.hf_names:
+            for _, block in checkpoint.blocks(name, tensor.layer_shape, row):
+                digest.update(block.astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
+def data_digest(folder: Path) -> str:
+    """A digest of what prepared data is, and of the lengths of all texts of its training examples."""
+    digest = hashlib.blake2b((folder / SETTINGS_FILE).read_bytes(), digest_size=16)
+    lengths = np.load(lengths_file(folder, "train"), mmap_mode="r")
+    for first in range(0, len(lengths), 1 << 16):
+        digest.update(lengths[first : first + (1 << 16)].tobytes())
+    return digest.hexdigest()
+
+
+def open_store(folder: str | Path, *, data: Path, max_length: int, width: int, teacher: str | None) -> TeacherStore:
+    """Opens a teacher's states for a run, having checked that they are what the run asks for.
+
+    Args:
+        folder: what ``teach`` wrote.
+        data: the prepared data of the run.
+        max_length: tokens that the run cuts texts to.
+        width: the student's hidden size.
+        teacher: whose states they have to be; None takes those that are there.
+
+    Raises:
+        InputError: they are of other data, another length or another teacher, or the student is wider.
+    """
+    store = TeacherStore(folder, width)
+    settings = store.settings
+    if settings.data_digest != data_digest(data):
+        raise InputError(f"{folder} holds states of other data than {data}: make them with f2llm teach {data}")
+    if settings.max_length != max_length:
+        raise InputError(
+            f"{folder} holds states of texts cut to {settings.max_length} tokens, training cuts them to {max_length}: "
+            f"set data.max_length={settings.max_length}, or run f2llm teach with --max-length {max_length}"
+        )
+    if teacher is not None:
+        release = read_release(find_release(teacher))
+        if settings.teacher_digest != teacher_digest(release.path, release.config):
+            raise InputError(
+                f"{folder} holds states of {settings.teacher}, whose weights are not those of teacher={teacher}; "
+                "teacher=none takes the states as they are"
+            )
+    return store
