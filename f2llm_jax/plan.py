@@ -185,7 +185,6 @@ class Plan:
         collectives: of the program.
         seconds: estimates, {"compute": …, "hbm": …, "ici": …}.
         tried: every compilation on the way.
-        compile_seconds: that of this program.
     """
 
     job: Job
@@ -455,8 +454,8 @@ def _work(estimate: Estimate, counted: Program, compiled: Any) -> Work:
 def compile_program(program: AbstractProgram) -> tuple[Any, str | None]:
     """The compiled program, or the bytes it would need where the compiler refuses it; and its optimised HLO.
 
-    The text is what libtpu dumps, None if it dumps none: ``compiled.as_text()`` fails where collectives are offloaded
-    to SparseCores (v5p, v6e), as jaxlib 0.10.2 refuses their async-update instructions.
+    The text is what libtpu dumps, None if it dumps none. ``compiled.as_text()`` fails on programs for v5p and v6e,
+    whose async-update instructions jaxlib 0.10.2 refuses.
     """
     from jax.errors import JaxRuntimeError
 

@@ -103,7 +103,7 @@ def train_program(
 
     queries = recipe.data.batch_size
     batch = TrainBatch(rows(queries), rows(queries), rows(queries * negatives), _array((queries,), jnp.int32, sharding))
-    update = make_update(recipe, config, taught, optimizer, state)
+    update: Any = make_update(recipe, config, taught, optimizer, state)
 
     def lower() -> Any:
         with jax.set_mesh(mesh):
