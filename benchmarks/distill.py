@@ -111,13 +111,8 @@ the pruned model before any training {pruned_ndcg:.1f} and {pruned_accuracy:.1f}
 Of the teacher's {from_hidden} hidden channels the pruned model keeps {hidden}, {in_place} of them
 at the places where distillation compares them. Energy kept: {energy}.
 
-{reading}
-
 {minutes:.0f} minutes of training on {machine}, jax {jax}, on a machine shared with other work.
 """
-
-# What came out, in words; look at the table before believing them.
-READING = ""
 
 COMPUTE = ComputeConfig(dtype="float32", remat="none")
 
@@ -355,7 +350,6 @@ class Study:
             pruned_ndcg=named["pruned"][0],
             pruned_accuracy=named["pruned"][1],
             effects=effects(arms),
-            reading=READING,
             seeds=len(SEEDS),
             from_hidden=TEACHER.hidden_size,
             teacher=sizes(TEACHER),
