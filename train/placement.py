@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from f2llm_jax.axes import batch_parts
 from f2llm_jax.config import ModelConfig
-from f2llm_jax.embedding import Batch
+from f2llm_jax.embedding import Batch, PackedBatch
 from f2llm_jax.errors import InputError
 from f2llm_jax.model import Params, abstract_params
 from f2llm_jax.sharding import BATCH_SPEC, make_mesh, param_shardings
@@ -76,7 +76,7 @@ def abstract_state(model: ModelConfig, optimizer: optax.GradientTransformation, 
     return TrainState(step, jax.tree.map(put, shapes, shardings), opt_state)
 
 
-def on_mesh(step: Callable[[Params, Batch], Any], params: Params, batch: Batch, mesh: Mesh | None) -> Any:
+def on_mesh(step: Callable[..., Any], params: Params, batch: Batch | PackedBatch, mesh: Mesh | None) -> Any:
     """Calls a compiled function of parameters, which lie on the mesh, and rows; without a mesh, on one device."""
     if mesh is None:
         return step(params, batch)

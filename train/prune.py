@@ -39,6 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from f2llm_jax.axes import batch_parts
 from f2llm_jax.batching import Buckets, batched
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert.export import export_release
@@ -246,17 +247,20 @@ def measure(
     from tqdm import tqdm
 
     devices = 1 if mesh is None else mesh.size
+    parts = 1 if mesh is None else batch_parts(mesh)
     longest = max(map(len, sequences))
-    buckets = Buckets(_BATCH_TOKENS * devices, longest, devices)
+    buckets = Buckets(_BATCH_TOKENS * devices, longest, parts)
     step = jax.jit(functools.partial(_sums, config=padded_config(config, mesh)))
     total: Any = None
     with tqdm(total=len(sequences), desc="calibration", unit="text", disable=not show_progress) as bar:
-        for batch, rows in batched([list(sequences)], buckets, pad_id=0):
-            batch.lengths_b[len(rows) :] = 0  # rows that fill the batch are no texts
-            sums = jax.device_get(on_mesh(step, params, batch, mesh))
+        for rows in batched([list(sequences)], buckets, pad_id=0):
+            assert isinstance(rows.batch, Batch)
+            tokens_bt, lengths_b = rows.batch.tokens_bt, np.array(rows.batch.lengths_b)
+            lengths_b[len(rows.texts) :] = 0  # rows that fill the batch are no texts
+            sums = jax.device_get(on_mesh(step, params, Batch(tokens_bt, lengths_b), mesh))
             sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
             total = sums if total is None else jax.tree.map(np.add, total, sums)
-            bar.update(len(rows))
+            bar.update(len(rows.texts))
     tokens = sum(map(len, sequences))
     flat = flax.traverse_util.flatten_dict(total, sep=".")
     places = {name.rpartition(".")[0] for name in flat if name.endswith("square")}

@@ -28,6 +28,7 @@ import numpy as np
 from array_record.python import array_record_module
 from jax.sharding import Mesh
 
+from f2llm_jax.axes import batch_parts
 from f2llm_jax.batching import Buckets, batched
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert.load import load_params, open_checkpoint
@@ -226,12 +227,12 @@ class _Compute:
 
     def states(self, chunks: Iterator[list[np.ndarray]], count: int, pad_id: int, advance: Any) -> np.ndarray:
         """The states [count, dim] of the texts of all chunks, in the dtype to write."""
-        devices = 1 if self.mesh is None else self.mesh.size
-        buckets = Buckets(self.batch_tokens, self.settings.max_length, devices)
+        parts = 1 if self.mesh is None else batch_parts(self.mesh)
+        buckets = Buckets(self.batch_tokens, self.settings.max_length, parts)
         result = np.empty((count, self.settings.dim), DTYPES[self.settings.dtype])
         pending: list[tuple[list[int], jax.Array]] = []
-        for batch, rows in batched(chunks, buckets, pad_id):
-            pending.append((rows, on_mesh(self._step, self.params, batch, self.mesh)))
+        for rows in batched(chunks, buckets, pad_id):
+            pending.append((rows.texts, on_mesh(self._step, self.params, rows.batch, self.mesh)))
             while len(pending) > 2:  # the device has its next batch while a result is fetched
                 advance(_fetch(pending, result))
         while pending:
