@@ -276,7 +276,7 @@ def test_what_cannot_be_pruned_is_refused(tmp_path, monkeypatch, calibration, ti
 def test_a_mesh_is_axes_and_sizes(mesh, capsys):
     with pytest.raises(SystemExit):
         main(["prune", "r", "o", "--calibration", "f", "--hidden", "8", "--mesh", mesh])
-    assert f"must be like data=2,fsdp=4,tensor=1, not {mesh}" in capsys.readouterr().err
+    assert f"takes sizes of data, fsdp, tensor, like data=2,tensor=4, not {mesh!r}" in capsys.readouterr().err
 
 
 def test_arguments_of_the_function(tmp_path, calibration, tiny_release):

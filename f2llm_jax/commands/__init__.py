@@ -79,15 +79,15 @@ def mesh_sizes(text: str) -> dict[str, int]:
     """An argument like data=2,fsdp=4: sizes of the axes of a mesh; those not named are 1."""
     from f2llm_jax.axes import MESH_AXES
 
-    sizes = dict.fromkeys(MESH_AXES, 1)
+    sizes: dict[str, int] = {}
     for part in text.split(","):
-        axis, _, size = part.partition("=")
-        if axis.strip() not in sizes or not size.strip().isdecimal() or int(size) < 1:
+        axis, _, size = (word.strip() for word in part.partition("="))
+        if axis not in MESH_AXES or axis in sizes or not size.isdecimal() or int(size) < 1:
             raise argparse.ArgumentTypeError(
                 f"takes sizes of {', '.join(MESH_AXES)}, like data=2,tensor=4, not {text!r}"
             )
-        sizes[axis.strip()] = int(size)
-    return sizes
+        sizes[axis] = int(size)
+    return {axis: sizes.get(axis, 1) for axis in MESH_AXES}
 
 
 def add_mesh(parser: argparse.ArgumentParser) -> None:
