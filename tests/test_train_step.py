@@ -149,15 +149,9 @@ def test_the_attention_kernel_is_the_configs():
 
 
 @needs_oracle
-def test_trajectory_with_cached_gradients():
-    assert_on_trajectory(*run_steps(ComputeConfig(dtype="float32", chunk_rows=6)))
-
-
-@needs_oracle
-@pytest.mark.parametrize("chunk_rows", [0, 6])
-def test_trajectory_on_a_mesh(chunk_rows):
+def test_trajectory_on_a_mesh_with_cached_gradients():
     """Six queries over eight parts of a batch: rows are added to what does not divide."""
-    compute = ComputeConfig(dtype="float32", chunk_rows=chunk_rows)
+    compute = ComputeConfig(dtype="float32", chunk_rows=6)
     assert_on_trajectory(*run_steps(compute, make_mesh(data=2, fsdp=4)))
 
 
