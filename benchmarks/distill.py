@@ -145,14 +145,14 @@ def main() -> None:
     study = Study(args.work.resolve(), args.data, time.monotonic() + 60 * args.minutes)
     try:
         study.run_pieces()
-    except Stopped:
+    except StoppedError:
         print("to be continued")
         return
     study.write_page(args.out)
     print(args.out / "distillation.md")
 
 
-class Stopped(Exception):  # noqa: N818, it is no error
+class StoppedError(Exception):
     """The time is up; what was done is kept."""
 
 
@@ -174,7 +174,7 @@ class Study:
                 if mine:
                     self.train_student(arm)
         if not all((self.work / f"{arm.name}.json").exists() for arm in ARMS):
-            raise Stopped
+            raise StoppedError
 
     @contextlib.contextmanager
     def claimed(self, name: str, *, wait: bool = False) -> Iterator[bool]:
@@ -292,7 +292,7 @@ class Study:
                 kept.with_suffix(".new").write_bytes(pickle.dumps(work))
                 kept.with_suffix(".new").rename(kept)
                 if not done:
-                    raise Stopped
+                    raise StoppedError
         return state.params, {"minutes": (time.monotonic() - start) / 60, "log": log}
 
     def score(self, params: Params, config: ModelConfig) -> dict[str, float]:

@@ -30,7 +30,7 @@ from jax.sharding import Mesh
 
 from f2llm_jax.corpus_reader import Corpus, Reader, Unit, UnitTexts, find_files, index
 from f2llm_jax.corpus_writer import Output, known_inputs, read_plan
-from f2llm_jax.distributed import Processes
+from f2llm_jax.distributed import ALONE, Processes
 from f2llm_jax.embedding import check_dim
 from f2llm_jax.encoder import Done, Encoder, load
 from f2llm_jax.errors import F2LLMError, InputError, warn
@@ -75,7 +75,7 @@ def encode_corpus(
     patterns: Sequence[str],
     out: str | Path,
     *,
-    processes: Processes = Processes(0, 1),  # noqa: B008, it is a tuple
+    processes: Processes = ALONE,
     mesh: Mapping[str, int] | None = None,
     dtype: str = "float32",
     revision: str | None = None,

@@ -17,6 +17,9 @@ class Processes(NamedTuple):
     total: int
 
 
+ALONE = Processes(0, 1)
+
+
 def start(
     coordinator: str | None = None, count: int | None = None, number: int | None = None, *, detect: bool = False
 ) -> Processes:
@@ -49,7 +52,7 @@ def start(
         elif detect or on_cloud_tpu():
             _initialize()
         else:
-            return Processes(0, 1)
+            return ALONE
     return Processes(jax.process_index(), jax.process_count())
 
 

@@ -14,18 +14,12 @@ import numpy as np
 
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.model import count_parameters
+from f2llm_jax.planning.chips import CHIPS
 from f2llm_jax.train.batch import TrainBatch
 
-# Dense bfloat16 operations per second of a chip, by jax.Device.device_kind (Google Cloud's TPU pages).
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
+# JAX names a chip as libtpu does or by its short name.
+PEAK_FLOPS = {kind: chip.flops for chip in CHIPS.values() for kind in (chip.kind, f"TPU {chip.name}")}
+"""Dense bfloat16 operations per second of a device, by ``jax.Device.device_kind``."""
 
 # Names of the losses in the log, which are the reference's.
 LOSSES = {"hard": "loss_hard", "in_batch": "loss_in_batch", "distill": "loss_distill"}

@@ -11,20 +11,21 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from f2llm_jax.commands import needs_extra, positive
+from f2llm_jax.commands import mesh_sizes, needs_extra, positive
 from f2llm_jax.errors import InputError
 
 if TYPE_CHECKING:
     from f2llm_jax.config import ModelConfig
     from f2llm_jax.plan import Candidate, Job
-    from f2llm_jax.planning.counts import Axes
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a size (80M … 14B), a release folder, or a hub id")
     parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="the slice, for example v5e:4x4")
     parser.add_argument("--do", default="encode", choices=("encode", "train"), help="default: %(default)s")
-    parser.add_argument("--mesh", metavar="M", help="for example data=2,fsdp=8; default: the best found")
+    parser.add_argument(
+        "--mesh", type=mesh_sizes, metavar="AXIS=N,…", help="for example data=2,fsdp=8; default: the best found"
+    )
     parser.add_argument(
         "--length", type=positive, default=1024, metavar="N", help="tokens of a text; default: %(default)s"
     )
@@ -44,33 +45,17 @@ def run(args: argparse.Namespace) -> int:
 
     from f2llm_jax.plan import make_plan
     from f2llm_jax.planning.chips import parse_topology
+    from f2llm_jax.planning.counts import Axes
     from f2llm_jax.planning.report import describe, to_json
 
     # A plan needs no device; a TPU of this machine must not be taken for it.
     jax.config.update("jax_platforms", "cpu")
     topology = parse_topology(args.topology)
-    mesh = None if args.mesh is None else parse_mesh(args.mesh)
+    mesh = None if args.mesh is None else Axes(**args.mesh)
     job = _job(args)
     plan = make_plan(job, topology, mesh, on_try=_say_what_is_tried)
     print(to_json(plan) if args.json else describe(plan))
     return 0 if plan.fits else 1
-
-
-def parse_mesh(text: str) -> Axes:
-    """``data=2,fsdp=8`` as the sizes of a mesh; axes that are not named have size 1.
-
-    Raises:
-        InputError: an axis is unknown, or its size is not a whole number above 0.
-    """
-    from f2llm_jax.planning.counts import Axes
-
-    sizes = dict.fromkeys(Axes._fields, 1)
-    for part in text.split(","):
-        axis, _, size = part.partition("=")
-        if axis not in sizes or not size.isdecimal() or int(size) < 1:
-            raise InputError(f"--mesh {text}: {part!r} is not AXIS=SIZE with an axis of {', '.join(sizes)}")
-        sizes[axis] = int(size)
-    return Axes(**sizes)
 
 
 def _job(args: argparse.Namespace) -> Job:

@@ -21,15 +21,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
-from f2llm_jax.commands import add_progress, positive, show_progress
+from f2llm_jax.commands import add_progress, needs_extra, positive, show_progress
 from f2llm_jax.configs.datasets import Task
-from f2llm_jax.errors import F2LLMError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +56,10 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    prepare, totals = _load()
+    with needs_extra("train"):
+        from f2llm_jax.train.prepare import prepare
+        from f2llm_jax.train.report import totals
+
     report = prepare(
         args.raw,
         args.tokenizer,
@@ -84,15 +82,6 @@ def run(args: argparse.Namespace) -> None:
         f"{args.out}: {sums['train']} + {sums['validation']} examples, {report['documents']} distinct documents; "
         f"{sums['dropped']} rows dropped, {sums['capped']} over the cap"
     )
-
-
-def _load() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    try:
-        from f2llm_jax.train.prepare import prepare
-        from f2llm_jax.train.report import totals
-    except ModuleNotFoundError as error:
-        raise F2LLMError(f"{error.name} is not installed: pip install 'f2llm-jax[train]'") from None
-    return prepare, totals
 
 
 def _task(text: str) -> tuple[str, str]:
