@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from f2llm_jax.axes import COMPUTE_RULES, partition_spec
+from f2llm_jax.axes import COMPUTE_RULES, partition_spec, platform
 from f2llm_jax.errors import InputError
 from f2llm_jax.products import matmul_precision, product
 
@@ -68,12 +68,6 @@ def attention(
     if name in ("splash", "cudnn") and not jax.sharding.get_abstract_mesh().empty:
         compute = functools.partial(_on_shards, compute)
     return compute(q_btnh, k_bskh, v_bskh, segment_ids_bt).astype(jnp.float32)
-
-
-def platform() -> str:
-    """``cpu``, ``gpu`` or ``tpu``: that of the mesh of ``jax.set_mesh``, else JAX's default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def default_kernel(platform: str, dtype: jax.typing.DTypeLike) -> str:

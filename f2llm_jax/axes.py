@@ -125,3 +125,9 @@ def batch_parts(mesh: Mesh | AbstractMesh | None = None) -> int:
     """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def platform() -> str:
+    """``cpu``, ``gpu`` or ``tpu``: that of the mesh of ``jax.set_mesh``, else JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
