@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import os
@@ -37,8 +38,12 @@ _CHUNK_TEXTS = 2048
 # Batches in flight: one computing, one queued behind it; a result is fetched when its successors are under way.
 _IN_FLIGHT = 2
 
+# Batches that a CPU computes at the same time: where one has no work for a core, the other has. What was one thread's
+# calls XLA would compute one after the other.
+_CPU_THREADS = 2
+
 # Tokens of a full batch and device. A CPU core has its matrix units busy with few; more only spills its cache.
-BATCH_TOKENS = {"cpu": 2048, "gpu": 32768, "tpu": 32768}
+BATCH_TOKENS = {"cpu": 1024, "gpu": 32768, "tpu": 32768}
 
 _embed = jax.jit(embed, static_argnames=("config", "dim", "dtype", "kernel"))
 
@@ -245,13 +250,16 @@ class Encoder:
                 yield chunk
 
         layout, batches = self._batches(sequences(), layout, batch_tokens, max_length)
-        pending: deque[tuple[Rows, jax.Array]] = deque()
-        with tqdm(total=len(texts), unit="text", disable=not show_progress, smoothing=0) as bar:
+        pending: deque[tuple[Rows, Callable[[], np.ndarray]]] = deque()
+        with (
+            ThreadPoolExecutor(_CPU_THREADS, thread_name_prefix="compute") as pool,
+            tqdm(total=len(texts), unit="text", disable=not show_progress, smoothing=0) as bar,
+        ):
 
             def fetch() -> tuple[list[int], np.ndarray]:
                 nonlocal done
                 rows, embeddings = pending.popleft()
-                values = np.asarray(embeddings).reshape(-1, dim)[rows.slots]
+                values = embeddings().reshape(-1, dim)[rows.slots]
                 done += len(rows.texts)
                 if on_batch is not None:
                     on_batch(Done(done, tokens, truncated))
@@ -262,7 +270,7 @@ class Encoder:
                 return rows.texts, values
 
             for rows in batches:
-                pending.append((rows, self._dispatch(rows.batch, dim)))
+                pending.append((rows, self._start(rows.batch, dim, pool)))
                 tokens += rows.tokens
                 computed += rows.batch.tokens_bt.size
                 while len(pending) > _IN_FLIGHT:
@@ -281,7 +289,7 @@ class Encoder:
         """The layout, chosen by the first chunk, and the batches."""
         multiple = 1 if self.mesh is None else batch_parts(self.mesh)
         buckets = Buckets(batch_tokens, max_length, multiple)
-        packing = Packing(batch_tokens, max_length, multiple)
+        packing = Packing(batch_tokens, max_length, multiple, short_rows=self._platform == "cpu")
         first = next(sequences, [])
         sequences = itertools.chain([first], sequences)
         layout = choose_layout(layout, self._platform, first, buckets, packing)
@@ -305,8 +313,14 @@ class Encoder:
             if ahead is not None:
                 yield ahead.result()
 
+    def _start(self, batch: Batch | PackedBatch, dim: int, pool: ThreadPoolExecutor) -> Callable[[], np.ndarray]:
+        """Starts the computation of a batch; the result waits for it."""
+        if self._platform == "cpu" and self.mesh is None:
+            return pool.submit(lambda: np.asarray(self._dispatch(batch, dim))).result
+        return functools.partial(np.asarray, self._dispatch(batch, dim))
+
     def _dispatch(self, batch: Batch | PackedBatch, dim: int) -> jax.Array:
-        """Starts the computation of a batch; the result is a promise."""
+        """The embeddings of a batch, as a promise."""
         options = {
             "config": padded_config(self.config, self.mesh),
             "dim": dim,
