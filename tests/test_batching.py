@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from f2llm_jax.batching import PACKED_LENGTH, Buckets, Packing, batched, bucket_lengths, choose_layout, packed
+from f2llm_jax.batching import (
+    PACKED_LENGTH,
+    SHORT_ROW,
+    Buckets,
+    Packing,
+    batched,
+    bucket_lengths,
+    choose_layout,
+    packed,
+)
 from f2llm_jax.errors import InputError
 
 PAD = -7
@@ -121,6 +130,54 @@ def test_every_text_once_in_packed_rows(chunks, long, batch_tokens, multiple):
     assert sorted(seen) == list(range(len(flat)))
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    chunks=st.lists(st.lists(st.integers(1, 70) | st.integers(60, 500), max_size=60), max_size=5),
+    batch_tokens=st.integers(1, 3000),
+    multiple=st.sampled_from([1, 2, 8]),
+)
+def test_every_text_once_in_short_rows(chunks, batch_tokens, multiple):
+    packing = Packing(batch_tokens, 500, multiple, short_rows=True)
+    assert packing.lengths[0] == SHORT_ROW and packing.last_lengths == bucket_lengths(500)
+    numbers = iter(range(1, 10**6))
+    sequences = [[np.full(length, next(numbers), np.int32) for length in chunk] for chunk in chunks]
+    flat = [ids for chunk in sequences for ids in chunk]
+    seen = []
+    for (tokens_bt, segment_ids_bt, ends_be), texts, slots, tokens in packed(iter(sequences), packing, PAD):
+        rows, length = tokens_bt.shape
+        assert length in packing.last_lengths and rows % multiple == 0 and rows <= packing.rows(length)
+        assert ends_be.shape[1] == min(length, 64) or length > 64 and ends_be.shape[1] <= min(length, 256)
+        assert tokens == np.count_nonzero(segment_ids_bt) == sum(len(flat[text]) for text in texts)
+        ends = ends_be.ravel()
+        for text, slot in zip(texts, slots, strict=True):
+            row, end = int(slot) // ends_be.shape[1], ends[slot] + 1
+            np.testing.assert_array_equal(tokens_bt[row, end - len(flat[text]) : end], flat[text])
+        seen += texts
+    assert sorted(seen) == list(range(len(flat)))
+
+
+def test_the_last_rows_share_batches_where_that_computes_less():
+    """Few texts of like lengths are one batch; a long one among short ones is not worth their padding."""
+
+    def shapes(*lengths: int) -> list[tuple[int, ...]]:
+        packing = Packing(1024, 4096, short_rows=True)
+        batches = packed([[np.zeros(length, np.int32) for length in lengths]], packing, 0)
+        return [rows.batch.tokens_bt.shape for rows in batches]
+
+    assert shapes(3) == [(1, 8)]
+    assert shapes(130, 140, 150) == [(3, 160)]
+    assert sorted(shapes(900, 100, 90, 110)) == [(1, 960), (3, 112)]
+
+
+def test_short_rows_waste_little_of_few_real_texts(mix):
+    """What a call with some hundred texts computes on a CPU; rows of one text each would waste a third of sentences."""
+    for name, texts in {"sentences": mix[-300:], "questions": mix[:300], "paragraphs": mix[9600:9800]}.items():
+        batches = list(packed([texts], Packing(512, 40960, short_rows=True), 0))
+        wasted = 1 - sum(map(len, texts)) / sum(rows.batch.tokens_bt.size for rows in batches)
+        print(f"{name}: {wasted:.2%} wasted in {len(batches)} batches")
+        assert wasted <= 0.06
+
+
 @pytest.fixture(scope="module")
 def mix() -> list[np.ndarray]:
     """The tokens of XQuAD's questions and paragraphs, and of Tatoeba's pairs in 106 languages."""
@@ -154,7 +211,7 @@ def test_a_layout_is_chosen_by_platform_and_lengths():
     for platform in ("tpu", "gpu"):
         assert choose_layout("auto", platform, many, buckets, packing) == "packed"
         assert choose_layout("auto", platform, one, buckets, packing) == "bucketed"
-    assert choose_layout("auto", "cpu", many, buckets, packing) == "bucketed"
+    assert choose_layout("auto", "cpu", many, buckets, packing) == "packed"
     for layout in ("packed", "bucketed"):
         assert choose_layout(layout, "cpu", one, buckets, packing) == layout
     with pytest.raises(InputError, match="no layout 'dense'; there are auto, bucketed, packed"):

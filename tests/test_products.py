@@ -1,13 +1,22 @@
 """Products and their gradients: JAX's own in float32; in bfloat16 the operands are rounded and the sums are not."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from f2llm_jax.attention import blocked
 from f2llm_jax.products import product
 
-SPECS = {"mi,oi->mo": ((24, 40), (16, 40)), "bkqh,bksh->bkqs": ((2, 3, 8, 16), (2, 3, 12, 16))}
+SPECS = {
+    "mi,oi->mo": ((24, 40), (16, 40)),
+    "bti,oi->bto": ((3, 8, 40), (16, 40)),
+    "bkqh,bksh->bkqs": ((2, 3, 8, 16), (2, 3, 12, 16)),
+    "bkqs,bksh->bkqh": ((2, 3, 8, 12), (2, 3, 12, 16)),
+    "bqkh,bskh->kbsq": ((2, 8, 3, 16), (2, 12, 3, 16)),
+}
 
 
 def case(spec):
@@ -54,3 +63,23 @@ def test_gradients_have_the_dtype_of_the_operand():
     a, b, cotangent = case("mi,oi->mo")
     _, pull = jax.vjp(lambda a, b: product("mi,oi->mo", a, b, "bfloat16"), a.astype(jnp.bfloat16), b)
     assert [x.dtype for x in pull(cotangent)] == [jnp.bfloat16, jnp.float32]
+
+
+def test_compiled_for_a_cpu_attention_and_its_gradient_multiply_bfloat16():
+    """XLA's CPU compiler would multiply in float32 wherever it folded a transposition into a product."""
+
+    def attention(x_btd, q_oi, kv_oi):
+        q_btnh = product("bti,oi->bto", x_btd, q_oi, "bfloat16").reshape(2, 48, 4, 32)
+        k_btkh = product("bti,oi->bto", x_btd, kv_oi, "bfloat16").reshape(2, 48, 2, 32)
+        q_btnh, k_btkh = q_btnh.astype("bfloat16"), k_btkh.astype("bfloat16")
+        return blocked(q_btnh, k_btkh, k_btkh, None).astype(jnp.float32).sum()
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 48, 64), (128, 64), (64, 64))]
+    lines = jax.jit(jax.grad(attention, argnums=(0, 1, 2))).lower(*shapes).compile().as_text().splitlines()
+    types = {}
+    for line in lines:
+        name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
+        types[name] = rest.partition("[")[0]
+    operands = [re.search(r" dot\((.*?)\)", line)[1].split(", ") for line in lines if " dot(" in line]
+    assert len(operands) == 12  # 4 forward, 8 backward
+    assert {types[name] for pair in operands for name in pair} == {"bf16"}
