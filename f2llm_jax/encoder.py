@@ -43,7 +43,7 @@ _IN_FLIGHT = 2
 _CPU_THREADS = 2
 
 # Tokens of a full batch and device. A CPU core has its matrix units busy with few; more only spills its cache.
-BATCH_TOKENS = {"cpu": 1024, "gpu": 32768, "tpu": 32768}
+BATCH_TOKENS = {"cpu": 512, "gpu": 32768, "tpu": 32768}
 
 _embed = jax.jit(embed, static_argnames=("config", "dim", "dtype", "kernel"))
 

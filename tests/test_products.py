@@ -59,6 +59,15 @@ def test_gradients_multiply_operands_of_the_dtype():
         assert types.count("xbf16>") == 2 and types.endswith("xf32>"), line
 
 
+def test_a_transposed_gradient_compiles():
+    """A transpose merged into a product makes one that the CPU has no bfloat16 kernel for, and cannot run at all."""
+    a, b, cotangent = case("mi,oi->mo")
+    run = jax.jit(lambda a, b: jax.vjp(lambda a, b: product("mi,oi->mo", a, b, "bfloat16"), a, b)[1](cotangent))
+    found = jax.jit(lambda a, b: jax.tree.map(jnp.transpose, run(a, b)))(a, b)
+    for one, other in zip(found, run(a, b), strict=True):
+        np.testing.assert_allclose(one.T, other, rtol=1e-6, atol=1e-5)
+
+
 def test_gradients_have_the_dtype_of_the_operand():
     a, b, cotangent = case("mi,oi->mo")
     _, pull = jax.vjp(lambda a, b: product("mi,oi->mo", a, b, "bfloat16"), a.astype(jnp.bfloat16), b)
