@@ -101,6 +101,7 @@ class Encoder:
         self.dtype = dtype
         self.mesh = mesh
         self.kernel = resolve_kernel(kernel, self._platform, dtype)
+        self._compiled: set[tuple[Any, ...]] = set()  # shapes of batches
 
     @property
     def params(self) -> Params:
@@ -315,8 +316,11 @@ class Encoder:
 
     def _start(self, batch: Batch | PackedBatch, dim: int, pool: ThreadPoolExecutor) -> Callable[[], np.ndarray]:
         """Starts the computation of a batch; the result waits for it."""
-        if self._platform == "cpu" and self.mesh is None:
+        shapes = (*(x.shape for x in batch), dim)
+        if self._platform == "cpu" and self.mesh is None and shapes in self._compiled:
             return pool.submit(lambda: np.asarray(self._dispatch(batch, dim))).result
+        # Not in the pool: two of its threads would compile the same program twice.
+        self._compiled.add(shapes)
         return functools.partial(np.asarray, self._dispatch(batch, dim))
 
     def _dispatch(self, batch: Batch | PackedBatch, dim: int) -> jax.Array:

@@ -146,7 +146,7 @@ def test_every_text_once_in_short_rows(chunks, batch_tokens, multiple):
     for (tokens_bt, segment_ids_bt, ends_be), texts, slots, tokens in packed(iter(sequences), packing, PAD):
         rows, length = tokens_bt.shape
         assert length in packing.last_lengths and rows % multiple == 0 and rows <= packing.rows(length)
-        assert ends_be.shape[1] == min(length, 64) or length > 64 and ends_be.shape[1] <= min(length, 256)
+        assert ends_be.shape[1] == min(length, 64) or (length > 64 and ends_be.shape[1] <= min(length, 256))
         assert tokens == np.count_nonzero(segment_ids_bt) == sum(len(flat[text]) for text in texts)
         ends = ends_be.ravel()
         for text, slot in zip(texts, slots, strict=True):

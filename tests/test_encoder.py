@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -21,8 +22,7 @@ from releases import QUERY_PROMPT, TINY, write_release
 from sentence_transformers.util import quantize_embeddings
 
 import f2llm_jax
-from f2llm_jax import batching
-from f2llm_jax.batching import Buckets
+from f2llm_jax.batching import Buckets, Packing
 from f2llm_jax.errors import InputError
 
 SAME_COSINE = 0.999999
@@ -275,11 +275,10 @@ def test_progress_bar(tiny, capsys):
     assert "60/60" in shown and "text/s" in shown and "tokens/s" in shown and "% padding" in shown
 
 
-def test_packed_rows_give_the_same(tiny, expected, caplog, monkeypatch):
-    monkeypatch.setattr(batching, "PACKED_LENGTH", 64)
+def test_packed_rows_give_the_same(tiny, expected, caplog):
     caplog.set_level("INFO", logger="f2llm_jax.encoder")
-    same(tiny.encode(TEXTS, layout="packed"), expected)
-    tiny.encode(TEXTS)
+    same(tiny.encode(TEXTS), expected)
+    same(tiny.encode(TEXTS, layout="bucketed"), expected)
     packed, bucketed = (record.getMessage() for record in caplog.records)
     shown = re.fullmatch(r"60 texts, (\d+) tokens, rows packed, (\d+\.\d)% padding", packed)
     assert int(shown[1]) == sum(map(len, tiny.tokenizer.encode(TEXTS, 2048)[0]))
@@ -287,7 +286,7 @@ def test_packed_rows_give_the_same(tiny, expected, caplog, monkeypatch):
     assert f"60 texts, {shown[1]} tokens, rows bucketed" in bucketed
     # Texts longer than a row have rows of their own length, which others fill.
     long = [*TEXTS, "the quick brown fox " * 30]
-    same(tiny.encode(long, layout="packed"), tiny.encode(long))
+    same(tiny.encode(long, layout="packed"), tiny.encode(long, layout="bucketed"))
     assert tiny.encode([], layout="packed").shape == (0, 96)
     with pytest.raises(InputError, match="no layout 'dense'"):
         tiny.encode(TEXTS, layout="dense")
@@ -389,17 +388,19 @@ def smallest(tmp_path_factory) -> f2llm_jax.Encoder:
 def test_few_compilations_for_many_lengths(smallest):
     generator = np.random.default_rng(0)
     texts = ["Z" * int(length) for length in generator.integers(0, 120, size=10_000)]
-    buckets = Buckets(2048, 120)
-    with counted_compilations() as counted:
-        got = smallest.encode(texts, max_length=120, batch_tokens=2048)
-        # One shape for each length; and the texts that are left at the end fill a few of fewer rows.
-        assert 0 < len(counted) <= len(buckets.lengths) + 4 < len(buckets)
-        for start in (0, 3000, 9990):
-            smallest.encode(texts[start : start + 1000], max_length=120, batch_tokens=2048)
-        in_all = len(counted)
-        assert in_all <= len(buckets)
-        np.testing.assert_array_equal(smallest.encode(texts, max_length=120, batch_tokens=2048), got)
-        assert len(counted) == in_all
+    shapes = {"packed": Packing(2048, 120, short_rows=True), "bucketed": Buckets(2048, 120)}
+    for layout, known in shapes.items():
+        encode = functools.partial(smallest.encode, max_length=120, batch_tokens=2048, layout=layout)
+        with counted_compilations() as counted:
+            got = encode(texts)
+            # For each length a shape of full batches, and one for the rows that are left at the end.
+            assert 0 < len(counted) <= 2 * len(known.lengths)
+            for start in (0, 3000, 9990):
+                encode(texts[start : start + 1000])
+            in_all = len(counted)
+            assert in_all <= 4 * len(known.lengths)
+            np.testing.assert_array_equal(encode(texts), got)
+            assert len(counted) == in_all
 
 
 COUNT_CACHE_HITS = """
