@@ -189,6 +189,7 @@ class Packing:
         batch_tokens: rows · length of a full batch stays within it, unless one row per device is more.
         multiple: the number of rows is a multiple of it: devices that share a batch get equal parts.
         least_slots: a row has slots for so many texts, or as many as it has tokens.
+        steps: of the numbers of rows that last batches have, per doubling. Short rows are of many lengths: two.
     """
 
     def __init__(self, batch_tokens: int, max_length: int, multiple: int = 1, *, short_rows: bool = False):
@@ -206,15 +207,16 @@ class Packing:
         self.batch_tokens = batch_tokens
         self.multiple = multiple
         self.least_slots = SHORT_ROW if short_rows else 1
+        self.steps = 2 if short_rows else 8
 
     def rows(self, length: int) -> int:
         """The rows of a full batch."""
         return max(self.batch_tokens // length // self.multiple, 1) * self.multiple
 
     def last_rows(self, length: int, rows: int) -> int:
-        """The rows of a batch for the few that are left, in eight steps per doubling, times ``multiple``."""
+        """The rows of a batch for the few that are left, in ``steps`` per doubling, times ``multiple``."""
         parts = math.ceil(rows / self.multiple)
-        step = max(_power_of(2, parts) // 16, 1)
+        step = max(_power_of(2, parts) // (2 * self.steps), 1)
         return min(self.rows(length), self.multiple * math.ceil(parts / step) * step)
 
     def last_length(self, tokens: int) -> int:
