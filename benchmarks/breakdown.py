@@ -1,0 +1,114 @@
+"""Where the time of encoding on a CPU goes: by kind of work within a batch, and around the batches.
+
+    python benchmarks/breakdown.py --size 80M --dtype bfloat16 --texts long
+
+A batch is timed on one core, thunk by thunk, by JAX's profiler; what a thunk does is read from the compiled program. The
+release and the texts are those of encode.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+# JAX's profiler asks a libtpu that is installed to take part, which crashes where there is no TPU.
+sys.modules["libtpu"] = None  # type: ignore[assignment]
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+from encode import table
+from inputs import SIZES, TEXTS, read_texts, write_release
+from jax.profiler import ProfileData
+
+import f2llm_jax
+from f2llm_jax.batching import Packing, packed
+from f2llm_jax.encoder import BATCH_TOKENS, Encoder, _embed
+
+KINDS = {
+    "projections": r"_proj/.*dot_general|[qk]_norm/reduce_sum",
+    "attention": r"attention/(reduce|dot_general|exp|sub|add|div|bk)",
+    "copies of a layer's weights": r"dynamic.slice|bitcast_convert_type",
+    "rotary positions, transpositions": r"attention/",
+    "activation": r"mlp/(mul|down_proj|silu|jit\(silu\))",
+    "norms, residual sums, the rest": r"",
+}
+"""What the source of a thunk's instruction says that it does; the first that matches."""
+
+
+def main() -> None:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "f2llm_jax" / "benchmarks"
+    data = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="80M")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--texts", choices=TEXTS, default="long")
+    parser.add_argument("--count", type=int, default=200, help="how many texts")
+    parser.add_argument("--data", type=Path, default=data)
+    parser.add_argument("--cache", type=Path, default=cache)
+    args = parser.parse_args()
+    # One core: a thunk's time is then its own, and nothing runs beside it.
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    jax.config.update("jax_enable_compilation_cache", False)
+    release = write_release(args.cache / args.size, args.size, args.data / "qwen3-tokenizer")
+    model = f2llm_jax.load(release, dtype=args.dtype)
+    texts = read_texts(args.texts, args.count, args.data)
+
+    start = time.perf_counter()
+    ids = model.tokenizer.encode(texts, model.max_length)[0]
+    tokenising = time.perf_counter() - start
+    start = time.perf_counter()
+    packing = Packing(BATCH_TOKENS["cpu"], model.max_length, short_rows=True)
+    batches = list(packed([ids], packing, model.tokenizer.pad_id))
+    batching = time.perf_counter() - start
+    model.encode(texts)
+    start = time.perf_counter()
+    model.encode(texts)
+    total = time.perf_counter() - start
+    tokens, computed = sum(map(len, ids)), sum(rows.batch.tokens_bt.size for rows in batches)
+    print(f"{args.size}, {args.dtype}, {len(texts)} {args.texts} texts of {tokens / len(texts):.0f} tokens, one core:")
+    print(f"{total:.2f} s, of which tokenising {tokenising / total:.1%} and batching {batching / total:.1%};")
+    print(f"{1 - tokens / computed:.1%} of the computed tokens are padding, in {len(batches)} batches\n")
+
+    shapes = Counter(rows.batch.tokens_bt.shape for rows in batches)
+    shape = shapes.most_common(1)[0][0]
+    batch = next(rows.batch for rows in batches if rows.batch.tokens_bt.shape == shape)
+    milliseconds = profile(model, batch)
+    whole = sum(milliseconds.values())
+    print(f"a batch of {shape[0]} rows of {shape[1]} tokens, {whole:.1f} ms:\n")
+    print(table(("", "ms", "share"), [(kind, f"{ms:.1f}", f"{ms / whole:.0%}") for kind, ms in milliseconds.items()]))
+
+
+def profile(model: Encoder, batch: f2llm_jax.PackedBatch) -> dict[str, float]:
+    """{kind of work: milliseconds} of a batch."""
+    options = {"config": model.config, "dim": model.config.hidden_size, "dtype": jax.numpy.dtype(model.dtype)}
+    options["kernel"] = model.kernel
+    program = _embed.lower(model._weights, batch, **options).compile().as_text()
+    sources = dict(re.findall(r"%([\w.-]+) = .*?op_name=\"([^\"]*)\"", program))
+    times = 3
+    model._dispatch(batch, model.config.hidden_size).block_until_ready()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(times):
+                model._dispatch(batch, model.config.hidden_size).block_until_ready()
+        data = ProfileData.from_file(str(next(Path(folder).rglob("*.xplane.pb"))))
+    found = dict.fromkeys(KINDS, 0.0)
+    for plane in data.planes:
+        for line in plane.lines:
+            for event in line.events:
+                name = event.name
+                # A loop and a whole program are the sums of what is in them.
+                if f"%{name} = " in program and not name.startswith(("while", "call", "conditional")):
+                    source = f"{name} {sources.get(name, 'attention/transpose' if 'transpose' in name else '')}"
+                    kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, source))
+                    found[kind] += event.duration_ns / 1e6 / times
+    return found
+
+
+if __name__ == "__main__":
+    main()
