@@ -2,7 +2,7 @@
 
     python benchmarks/breakdown.py --size 80M --dtype bfloat16 --texts long
 
-A batch is timed on one core, thunk by thunk, by JAX's profiler; what a thunk does is read from the compiled program. The
+A batch is timed on one core, thunk by thunk, by JAX's profiler; the compiled program says what a thunk does. The
 release and the texts are those of encode.py.
 """
 
@@ -16,19 +16,10 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
-# JAX's profiler asks a libtpu that is installed to take part, which crashes where there is no TPU.
-sys.modules["libtpu"] = None  # type: ignore[assignment]
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-import jax
 from encode import table
 from inputs import SIZES, TEXTS, read_texts, write_release
-from jax.profiler import ProfileData
-
-import f2llm_jax
-from f2llm_jax.batching import Packing, packed
-from f2llm_jax.encoder import BATCH_TOKENS, Encoder, _embed
 
 KINDS = {
     "projections": r"_proj/.*dot_general|[qk]_norm/reduce_sum",
@@ -54,6 +45,15 @@ def main() -> None:
     args = parser.parse_args()
     # One core: a thunk's time is then its own, and nothing runs beside it.
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # JAX's profiler asks a libtpu that is installed to take part, which crashes where there is no TPU.
+    sys.modules["libtpu"] = None  # type: ignore[assignment]
+    import jax
+
+    import f2llm_jax
+    from f2llm_jax.batching import Packing, packed
+    from f2llm_jax.encoder import BATCH_TOKENS
+
     jax.config.update("jax_enable_compilation_cache", False)
     release = write_release(args.cache / args.size, args.size, args.data / "qwen3-tokenizer")
     model = f2llm_jax.load(release, dtype=args.dtype)
@@ -71,7 +71,8 @@ def main() -> None:
     model.encode(texts)
     total = time.perf_counter() - start
     tokens, computed = sum(map(len, ids)), sum(rows.batch.tokens_bt.size for rows in batches)
-    print(f"{args.size}, {args.dtype}, {len(texts)} {args.texts} texts of {tokens / len(texts):.0f} tokens, one core:")
+    kind = f"{len(texts)} {args.texts} texts of {tokens / len(texts):.0f} tokens"
+    print(f"{args.size}, {args.dtype}, {kind}, one core:")
     print(f"{total:.2f} s, of which tokenising {tokenising / total:.1%} and batching {batching / total:.1%};")
     print(f"{1 - tokens / computed:.1%} of the computed tokens are padding, in {len(batches)} batches\n")
 
@@ -84,8 +85,13 @@ def main() -> None:
     print(table(("", "ms", "share"), [(kind, f"{ms:.1f}", f"{ms / whole:.0%}") for kind, ms in milliseconds.items()]))
 
 
-def profile(model: Encoder, batch: f2llm_jax.PackedBatch) -> dict[str, float]:
-    """{kind of work: milliseconds} of a batch."""
+def profile(model: Any, batch: Any) -> dict[str, float]:
+    """{kind of work: milliseconds} of a batch of an ``Encoder``."""
+    import jax
+    from jax.profiler import ProfileData
+
+    from f2llm_jax.encoder import _embed
+
     options = {"config": model.config, "dim": model.config.hidden_size, "dtype": jax.numpy.dtype(model.dtype)}
     options["kernel"] = model.kernel
     program = _embed.lower(model._weights, batch, **options).compile().as_text()
