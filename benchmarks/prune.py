@@ -57,6 +57,7 @@ def main() -> None:
             published = {"80M": 80_084_288, "160M": 159_185_024, "330M": 334_349_184}[size]
             print(f"| {size} | {found:,} | {published:,} | {difference:.1e} | {seconds:.0f} | {peak:.1f} |", flush=True)
     finally:
+        texts.unlink(missing_ok=True)
         for path in (source, pruned):
             shutil.rmtree(path, ignore_errors=True)
 

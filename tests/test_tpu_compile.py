@@ -10,14 +10,21 @@ import functools
 import json
 import math
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from f2llm_jax.cli import main
 from f2llm_jax.configs.models import MODELS
 from f2llm_jax.errors import InputError
-from f2llm_jax.plan import Job, Plan, make_plan
+from f2llm_jax.plan import Job, Plan, compile_program, make_plan
 from f2llm_jax.planning.chips import CHIPS, parse_topology, topology_devices
 from f2llm_jax.planning.counts import Axes
+from f2llm_jax.planning.hlo import read_program, total_by_kind
+from f2llm_jax.planning.programs import AbstractProgram
+from f2llm_jax.sharding import make_mesh
 from f2llm_jax.train.config import TrainConfig, load_recipe
 
 ENCODE = {
@@ -91,14 +98,39 @@ def test_neither_the_vocabulary_nor_the_batch_is_gathered(do, size):
             assert math.prod(collective.dims) <= max(largest_weight, rows * 1024), collective
 
 
+def mlp_gradients(size: str) -> dict[str, int]:
+    """{collective: how many run} over arrays of the size of a weight of the MLP, without those that gather weights."""
+    weight = MODELS[size].hidden_size * MODELS[size].intermediate_size
+    found = [x for x in plan("train", size).collectives if math.prod(x.dims) == weight and x.kind != "all-gather"]
+    return {kind: times for kind, (times, _) in total_by_kind(found).items()}
+
+
 def test_gradients_of_the_mlp_are_scattered_to_where_their_parameters_rest():
     """An all-reduce over fsdp would bring every device the whole of a gradient of which it keeps a part."""
-    size = "0.6B"
-    weight = MODELS[size].hidden_size * MODELS[size].intermediate_size
-    collectives = plan("train", size).collectives
-    scattered = [x for x in collectives if x.kind == "reduce-scatter" and math.prod(x.dims) == weight]
-    assert sum(x.times for x in scattered) == 3 * 3 * MODELS[size].num_hidden_layers
-    assert not [x for x in collectives if x.kind == "all-reduce" and math.prod(x.dims) == weight]
+    # The 0.6B by cached gradients: a backward pass of the queries and two of the documents.
+    assert mlp_gradients("0.6B") == {"reduce-scatter": 3 * 3 * MODELS["0.6B"].num_hidden_layers}
+
+
+def test_over_all_of_a_4x4_slice_gradients_of_the_mlp_are_summed_by_all_reduce():
+    """No sharding asks for that; see ``axes.gather``. They are summed once, and nothing else of their size travels."""
+    assert mlp_gradients("8B") == {"all-reduce": 3 * 2 * MODELS["8B"].num_hidden_layers}
+
+
+@pytest.mark.parametrize(("fsdp", "kind"), [(8, "reduce-scatter"), (16, "all-reduce")])
+def test_the_compiler_sums_by_all_reduce_over_all_of_a_4x4_slice_whatever_is_asked(fsdp, kind):
+    """Even a reduce-scatter by name is compiled as an all-reduce and a slice, where that sums along both axes at once.
+
+    When libtpu no longer does so, this says it: then ``axes.gather`` gives a reduce-scatter there too.
+    """
+    mesh = make_mesh(16 // fsdp, fsdp, devices=topology_devices(parse_topology("v6e:4x4")))
+
+    def scatter(x):
+        return jax.lax.psum_scatter(x, "fsdp", scatter_dimension=1, tiled=True)
+
+    scatter_all = jax.jit(jax.shard_map(scatter, mesh=mesh, in_specs=P(), out_specs=P(None, "fsdp"), check_vma=False))
+    x = jax.ShapeDtypeStruct((1024, 2048), jnp.float32, sharding=NamedSharding(mesh, P()))
+    _, text = compile_program(AbstractProgram(lambda: scatter_all.lower(x), {}))
+    assert [(x.kind, x.dims) for x in read_program(text).collectives] == [(kind, (1024, 2048))]
 
 
 def test_what_does_not_fit_is_said_with_the_bytes_it_lacks(capsys):
