@@ -1,5 +1,7 @@
 """Products and their gradients: JAX's own in float32; in bfloat16 the operands are rounded and the sums are not."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,11 @@ import pytest
 
 from f2llm_jax.products import product
 
-SPECS = {"mi,oi->mo": ((24, 40), (16, 40)), "bkqh,bksh->bkqs": ((2, 3, 8, 16), (2, 3, 12, 16))}
+SPECS = {
+    "mi,oi->mo": ((24, 40), (16, 40)),
+    "bkqh,bksh->bkqs": ((2, 3, 8, 16), (2, 3, 12, 16)),
+    "bkqs,bksh->bkqh": ((2, 3, 8, 12), (2, 3, 12, 16)),
+}
 
 
 def case(spec):
@@ -48,6 +54,29 @@ def test_gradients_multiply_operands_of_the_dtype():
     for line in dots:
         types = line.rpartition(" : ")[2]
         assert types.count("xbf16>") == 2 and types.endswith("xf32>"), line
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_cpus_multiply_in_bfloat16(spec):
+    """XLA's CPU compiler turns the operands of products it has no bfloat16 kernel for to float32."""
+    a, b, cotangent = case(spec)
+    run = jax.jit(lambda a, b: jax.vjp(lambda a, b: product(spec, a, b, "bfloat16"), a, b)[1](cotangent))
+    text = run.lower(a, b).compile().as_text()
+    dots = re.findall(r" dot\(%([\w.-]+), %([\w.-]+)\)", text)
+    types = dict(re.findall(r"%([\w.-]+) = (\w+)\[", text))
+    assert len(dots) == 2
+    assert {types[operand] for operands in dots for operand in operands} == {"bf16"}
+
+
+def test_a_transposed_gradient_compiles():
+    """A transpose merged into a product makes one that the CPU has no bfloat16 kernel for, and cannot run at all."""
+    a, b, cotangent = case("mi,oi->mo")
+    _, pull = jax.vjp(lambda a, b: product("mi,oi->mo", a, b, "bfloat16"), a, b)
+    expected = pull(cotangent)
+    run = jax.jit(lambda a, b: jax.vjp(lambda a, b: product("mi,oi->mo", a, b, "bfloat16"), a, b)[1](cotangent))
+    found = jax.jit(lambda a, b: jax.tree.map(jnp.transpose, run(a, b)))(a, b)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one.T, other, rtol=1e-6, atol=1e-5)
 
 
 def test_gradients_have_the_dtype_of_the_operand():
