@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import fmean
 
 import jax
+import pyarrow
 from pyarrow import parquet
 
 import f2llm_jax
@@ -102,10 +103,8 @@ def train_one(start: Path, data: Path, work: Path, folder: Path, mrl_dims: tuple
         return trained
     if not prepared.exists():
         # Without instructions, as in stage 1: to random weights, texts that begin alike are all the same.
-        include = ("xquad_*", "tatoeba_*")
-        prepare(
-            data / "train_raw", start, prepared, stage=1, include=include, max_length=MAX_LENGTH, show_progress=True
-        )
+        raw = write_raw(data / "train_raw", work / "raw")
+        prepare(raw, start, prepared, stage=1, max_length=MAX_LENGTH, show_progress=True)
     config = TrainConfig(
         model=str(start),
         epochs=epochs,
@@ -123,6 +122,26 @@ def train_one(start: Path, data: Path, work: Path, folder: Path, mrl_dims: tuple
         seconds = time.perf_counter() - begun
         (folder / "figures.json").write_text(json.dumps({"steps": loader.steps, "seconds": seconds}))
     return trained
+
+
+def write_raw(files: Path, folder: Path) -> Path:
+    """The training files with one negative for each query: the first of its 24 that is some other query's passage.
+
+    The others may be the held-back paragraphs and sentences, which a model would learn are never the answer.
+    """
+    folder.mkdir(exist_ok=True)
+    for file in [*files.glob("xquad_*.parquet"), *files.glob("tatoeba_*.parquet")]:
+        rows = parquet.read_table(file).to_pylist()
+        passages = {row["passage"] for row in rows}
+        kept = [{**row, "negative_1": other} for row in rows if (other := trained_negative(row, passages))]
+        columns = ("query", "passage", "negative_1")
+        parquet.write_table(pyarrow.Table.from_pylist(kept).select(columns), folder / file.name)
+    return folder
+
+
+def trained_negative(row: dict[str, str], passages: set[str]) -> str | None:
+    negatives = (text for name, text in row.items() if name.startswith("negative_"))
+    return next((text for text in negatives if text in passages and text != row["passage"]), None)
 
 
 def measured(release: Path, data: Path, file: Path) -> dict[str, dict[str, float]]:

@@ -42,7 +42,7 @@ from f2llm_jax.train.prepare import prepare
 from f2llm_jax.train.step import ComputeConfig, LossConfig, TrainState, train_step
 
 # Queries of a batch; each has a passage and 7 negatives.
-WORK = {"paragraphs": ("xquad_en", 4), "sentences": ("tatoeba_deu", 32)}
+WORK = {"paragraphs": ("xquad_en", 2), "sentences": ("tatoeba_deu", 16)}
 OPTIMIZER = OptimizerConfig(learning_rate=4e-5)
 TOTAL_STEPS = 1000
 
