@@ -1,5 +1,6 @@
 """Products and their gradients: JAX's own in float32; in bfloat16 the operands are rounded and the sums are not."""
 
+import contextlib
 import re
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from f2llm_jax.products import product
+from f2llm_jax.sharding import make_mesh
 
 SPECS = {
     "mi,oi->mo": ((24, 40), (16, 40)),
@@ -57,11 +59,13 @@ def test_gradients_multiply_operands_of_the_dtype():
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_cpus_multiply_in_bfloat16(spec):
+@pytest.mark.parametrize("on_mesh", [False, True])
+def test_cpus_multiply_in_bfloat16(spec, on_mesh):
     """XLA's CPU compiler turns the operands of products it has no bfloat16 kernel for to float32."""
     a, b, cotangent = case(spec)
     run = jax.jit(lambda a, b: jax.vjp(lambda a, b: product(spec, a, b, "bfloat16"), a, b)[1](cotangent))
-    text = run.lower(a, b).compile().as_text()
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])) if on_mesh else contextlib.nullcontext():
+        text = run.lower(a, b).compile().as_text()
     dots = re.findall(r" dot\(%([\w.-]+), %([\w.-]+)\)", text)
     types = dict(re.findall(r"%([\w.-]+) = (\w+)\[", text))
     assert len(dots) == 2
