@@ -52,6 +52,7 @@ Step = Callable[[TrainBatch], float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--batches", nargs="+", choices=WORK, default=list(WORK), help="which; default: both")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each; default: %(default)s")
     parser.add_argument("--remat", default="dots", help="our rematerialisation policy; default: %(default)s")
     args = parser.parse_args()
@@ -63,7 +64,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         release = write_release(Path(folder, "release"), "80M", args.data / "qwen3-tokenizer")
-        for kind, (dataset, size) in WORK.items():
+        for kind in args.batches:
+            dataset, size = WORK[kind]
             prepared = Path(folder, kind)
             prepare(args.data / "train_raw", release, prepared, include=(dataset,), max_length=256)
             batches = [own_length(TrainBatches(TrainingData(prepared), batch_size=size)[0].batch)] * (args.rounds + 1)
