@@ -9,8 +9,9 @@ pooled at the EOS. In float32 both are that throughout. In bfloat16, PyTorch tra
 does; ours are float32 with bfloat16 products.
 
 Steps alternate; the ratio is the median of the ratios of neighbours, so that what slows the machine for a while slows
-both. What takes a core away slows PyTorch's step more than ours, since its threads spin while they wait for one another:
-on a machine that was not idle, two runs of the same row gave 0.70 and 3.59. Needs the ``train`` and ``test`` extras.
+both. Not equally, though: where something else takes a core, PyTorch's step takes several times the processor time, and
+ours does not. On a machine that was not idle, two runs of the same row gave 0.70 and 3.59. Needs the ``train`` and
+``test`` extras.
 """
 
 from __future__ import annotations
