@@ -1,5 +1,6 @@
 """Products and their gradients: JAX's own in float32; in bfloat16 the operands are rounded and the sums are not."""
 
+import contextlib
 import re
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from f2llm_jax.attention import blocked
 from f2llm_jax.products import product
+from f2llm_jax.sharding import make_mesh
 
 SPECS = {
     "mi,oi->mo": ((24, 40), (16, 40)),
@@ -59,12 +61,28 @@ def test_gradients_multiply_operands_of_the_dtype():
         assert types.count("xbf16>") == 2 and types.endswith("xf32>"), line
 
 
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("on_mesh", [False, True])
+def test_cpus_multiply_in_bfloat16(spec, on_mesh):
+    """XLA's CPU compiler turns the operands of products it has no bfloat16 kernel for to float32."""
+    a, b, cotangent = case(spec)
+    run = jax.jit(lambda a, b: jax.vjp(lambda a, b: product(spec, a, b, "bfloat16"), a, b)[1](cotangent))
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])) if on_mesh else contextlib.nullcontext():
+        text = run.lower(a, b).compile().as_text()
+    dots = re.findall(r" dot\(%([\w.-]+), %([\w.-]+)\)", text)
+    types = dict(re.findall(r"%([\w.-]+) = (\w+)\[", text))
+    assert len(dots) == 2
+    assert {types[operand] for operands in dots for operand in operands} == {"bf16"}
+
+
 def test_a_transposed_gradient_compiles():
     """A transpose merged into a product makes one that the CPU has no bfloat16 kernel for, and cannot run at all."""
     a, b, cotangent = case("mi,oi->mo")
+    _, pull = jax.vjp(lambda a, b: product("mi,oi->mo", a, b, "bfloat16"), a, b)
+    expected = pull(cotangent)
     run = jax.jit(lambda a, b: jax.vjp(lambda a, b: product("mi,oi->mo", a, b, "bfloat16"), a, b)[1](cotangent))
     found = jax.jit(lambda a, b: jax.tree.map(jnp.transpose, run(a, b)))(a, b)
-    for one, other in zip(found, run(a, b), strict=True):
+    for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one.T, other, rtol=1e-6, atol=1e-5)
 
 
