@@ -188,8 +188,10 @@ class Packing:
         last_lengths: those of the last batches, whose rows are cut where their texts end.
         batch_tokens: rows · length of a full batch stays within it, unless one row per device is more.
         multiple: the number of rows is a multiple of it: devices that share a batch get equal parts.
+        short_rows: as above.
         least_slots: a row has slots for so many texts, or as many as it has tokens.
         steps: of the numbers of rows that last batches have, per doubling. Short rows are of many lengths: two.
+        sizes: those numbers, for the shortest rows.
     """
 
     def __init__(self, batch_tokens: int, max_length: int, multiple: int = 1, *, short_rows: bool = False):
@@ -206,8 +208,11 @@ class Packing:
             self.lengths = self.last_lengths = tuple(lengths)
         self.batch_tokens = batch_tokens
         self.multiple = multiple
+        self.short_rows = short_rows
         self.least_slots = SHORT_ROW if short_rows else 1
         self.steps = 2 if short_rows else 8
+        most = self.rows(self.last_lengths[0])
+        self.sizes = tuple(sorted({self.last_rows(self.last_lengths[0], rows) for rows in range(1, most + 1)}))
 
     def rows(self, length: int) -> int:
         """The rows of a full batch."""
@@ -248,15 +253,14 @@ def packed(sequences: Iterable[list[np.ndarray]], packing: Packing, pad_id: int)
     """Batches of rows that hold many texts each.
 
     The texts of a chunk, longest first, go where the least room is left that they fit in (best fit decreasing). Rows
-    stay open from chunk to chunk: of every length as many as a batch has, the emptiest, wait for texts that fill them.
+    stay open from chunk to chunk: of every length the emptiest, less than two batches of them, wait for texts that fill
+    them. Of short rows, what is left at the end is put together so that least is computed: rows of unlike lengths share
+    a batch where the padding costs less than a batch of their own.
 
     Args:
         sequences: the texts in chunks, each a list of int32 token arrays.
         packing: the shapes.
         pad_id: fills what is left of rows.
-
-    What is left at the end is put together so that least is computed: rows of unlike lengths share a batch where
-    the padding costs less than a batch of their own.
 
     Yields:
         Every text once, under its number in order of ``sequences``. A program is compiled for each number of rows,
@@ -282,18 +286,32 @@ def packed(sequences: Iterable[list[np.ndarray]], packing: Packing, pad_id: int)
 
 
 def _last_batches(rows: list[_PackedRow], packing: Packing) -> Iterator[tuple[list[_PackedRow], Bucket]]:
-    """The rows in batches of least cost, among all that take rows from the fullest down."""
+    """The rows that are left, in batches.
+
+    Long rows are taken length by length. Of short ones, which are of many lengths, the batches together cost least of
+    those that take rows from the fullest down, each as many as it has room for.
+    """
+    if not packing.short_rows:
+        for length, alike in itertools.groupby(sorted(rows, key=lambda row: row.length), key=lambda row: row.length):
+            left = list(alike)
+            while left:
+                bucket = Bucket(packing.last_rows(length, len(left)), length)
+                yield left[: bucket.rows], bucket
+                del left[: bucket.rows]
+        return
     rows = sorted(rows, key=lambda row: -row.tokens)
+    lengths = [packing.last_length(row.tokens) for row in rows]
     costs = [0]  # of the first n rows
     batches: list[tuple[int, Bucket]] = []  # the last batch of these: its first row, its shape
     for end in range(1, len(rows) + 1):
         choices = []
-        for first in range(end - 1, -1, -1):
-            length = packing.last_length(rows[first].tokens)
-            if end - first > packing.rows(length):
+        for size in packing.sizes:
+            first = max(end - size, 0)
+            bucket = Bucket(packing.last_rows(lengths[first], end - first), lengths[first])
+            if end - first <= bucket.rows:
+                choices.append((costs[first] + _BATCH_COST + bucket.rows * bucket.length, first, bucket))
+            if first == 0:
                 break
-            bucket = Bucket(packing.last_rows(length, end - first), length)
-            choices.append((costs[first] + _BATCH_COST + bucket.rows * length, first, bucket))
         cost, first, bucket = min(choices)
         costs.append(cost)
         batches.append((first, bucket))

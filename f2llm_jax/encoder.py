@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 # Texts tokenised at a time: the unit in which tokenising runs ahead of computing.
 _CHUNK_TEXTS = 2048
 
-# Batches in flight: one computing, one queued behind it; a result is fetched when its successors are under way.
+# Batches that are under way when the result of the one before them is fetched: on accelerators one computes and one is
+# queued behind it, on CPUs both compute.
 _IN_FLIGHT = 2
 
 # Batches that a CPU computes at the same time: where one has no work for a core, the other has. What was one thread's
@@ -101,7 +102,6 @@ class Encoder:
         self.dtype = dtype
         self.mesh = mesh
         self.kernel = resolve_kernel(kernel, self._platform, dtype)
-        self._compiled: set[tuple[Any, ...]] = set()  # shapes of batches
 
     @property
     def params(self) -> Params:
@@ -123,6 +123,7 @@ class Encoder:
             max_length=self.max_length,
             dtype=self.dtype,
             mesh=mesh,
+            kernel=self.kernel,
         )
 
     def __repr__(self) -> str:
@@ -315,12 +316,12 @@ class Encoder:
                 yield ahead.result()
 
     def _start(self, batch: Batch | PackedBatch, dim: int, pool: ThreadPoolExecutor) -> Callable[[], np.ndarray]:
-        """Starts the computation of a batch; the result waits for it."""
-        shapes = (*(x.shape for x in batch), dim)
-        if self._platform == "cpu" and self.mesh is None and shapes in self._compiled:
+        """Starts the computation of a batch; the result waits for it.
+
+        On CPUs in a thread of the pool, where settings that JAX keeps by thread are the default ones.
+        """
+        if self._platform == "cpu" and self.mesh is None:
             return pool.submit(lambda: np.asarray(self._dispatch(batch, dim))).result
-        # Not in the pool: two of its threads would compile the same program twice.
-        self._compiled.add(shapes)
         return functools.partial(np.asarray, self._dispatch(batch, dim))
 
     def _dispatch(self, batch: Batch | PackedBatch, dim: int) -> jax.Array:

@@ -169,6 +169,14 @@ def test_the_last_rows_share_batches_where_that_computes_less():
     assert sorted(shapes(900, 100, 90, 110)) == [(1, 960), (3, 112)]
 
 
+def test_many_long_rows_that_are_left_are_soon_put_together():
+    """Of a large mesh thousands are left; and one batch has them where it can, at the price of a padded row."""
+    for left, rows in ((17, [18]), (31, [32]), (4095, [2048, 2048])):
+        packing = Packing(max(32, rows[0]) * 1024, 1024)
+        batches = packed([[np.zeros(1000, np.int32)] * left], packing, 0)
+        assert [batch.batch.tokens_bt.shape[0] for batch in batches] == rows
+
+
 def test_short_rows_waste_little_of_few_real_texts(mix):
     """What a call with some hundred texts computes on a CPU; rows of one text each would waste a third of sentences."""
     for name, texts in {"sentences": mix[-300:], "questions": mix[:300], "paragraphs": mix[9600:9800]}.items():

@@ -275,6 +275,13 @@ def test_progress_bar(tiny, capsys):
     assert "60/60" in shown and "text/s" in shown and "tokens/s" in shown and "% padding" in shown
 
 
+def test_a_copy_on_another_device_keeps_the_kernel(tiny, tiny_release):
+    model = f2llm_jax.load(tiny_release, kernel="reference")
+    copy = model.copy_to(jax.devices()[1:2])
+    assert copy.kernel == "reference"
+    same(copy.encode(TEXTS), model.encode(TEXTS))
+
+
 def test_packed_rows_give_the_same(tiny, expected, caplog):
     caplog.set_level("INFO", logger="f2llm_jax.encoder")
     same(tiny.encode(TEXTS), expected)
