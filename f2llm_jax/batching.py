@@ -315,11 +315,14 @@ def _last_batches(rows: list[_PackedRow], packing: Packing) -> Iterator[tuple[li
         cost, first, bucket = min(choices)
         costs.append(cost)
         batches.append((first, bucket))
+    chosen = []
     end = len(rows)
     while end:
         first, bucket = batches[end - 1]
-        yield rows[first:end], bucket
+        chosen.append((rows[first:end], bucket))
         end = first
+    # The longest first: what is computed beside them at the end is then as short as can be.
+    yield from reversed(chosen)
 
 
 def _place(item: tuple[int, np.ndarray], waiting: dict[int, list[_PackedRow]], open_rows: list[_PackedRow]) -> None:
