@@ -45,7 +45,7 @@ _normal = nn.initializers.normal(stddev=0.02)
 
 
 class Projection(nn.Module):
-    """y = W x: one tensor [*outputs, *inputs], applied to what follows batch and length.
+    """y = W x: one tensor [*outputs, *inputs], applied to the last axes of its argument.
 
     Attributes:
         outputs, inputs: sizes of the axes it makes and takes, for example (heads, head_dim) and (hidden,).
@@ -63,11 +63,11 @@ class Projection(nn.Module):
         shape = (*self.outputs, *self.inputs)
         weight = self.param("weight", nn.with_logical_partitioning(_normal, self.axes), shape, jnp.float32)
         weight = gather(from_bits(weight), self.axes)
-        batch = x.shape[:2]
-        # As a plain matrix: with several output axes, XLA's CPU compiler first copies the weights into another order.
-        x_bti = x.reshape(*batch, math.prod(self.inputs))
+        batch = x.shape[: x.ndim - len(self.inputs)]
+        # As plain matrices: with several output axes, XLA's CPU compiler first copies the weights into another order.
+        x_mi = x.reshape(math.prod(batch), math.prod(self.inputs))
         weight_oi = weight.reshape(math.prod(self.outputs), math.prod(self.inputs))
-        y = product("bti,oi->bto", x_bti, weight_oi, self.dtype)
+        y = product("mi,oi->mo", x_mi, weight_oi, self.dtype)
         return y.reshape(*batch, *self.outputs)
 
 

@@ -26,7 +26,7 @@ def product(spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike) 
     """An einsum of two arrays that enter it in ``dtype``; float32.
 
     Args:
-        spec: such as ``bti,oi->bto``: every letter is in two of the three terms or in all of them, once in each; each
+        spec: such as ``mi,oi->mo``: every letter is in two of the three terms or in all of them, once in each; each
             operand has a letter of its own, and at least one is summed over.
         a, b: of any float dtype, which their gradients have too.
         dtype: that of the operands, here and in the gradient.

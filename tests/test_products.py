@@ -95,13 +95,13 @@ def test_gradients_have_the_dtype_of_the_operand():
 def test_compiled_for_a_cpu_attention_and_its_gradient_multiply_bfloat16():
     """XLA's CPU compiler would multiply in float32 wherever it folded a transposition into a product."""
 
-    def attention(x_btd, q_oi, kv_oi):
-        q_btnh = product("bti,oi->bto", x_btd, q_oi, "bfloat16").reshape(2, 48, 4, 32)
-        k_btkh = product("bti,oi->bto", x_btd, kv_oi, "bfloat16").reshape(2, 48, 2, 32)
+    def attention(x_md, q_oi, kv_oi):
+        q_btnh = product("mi,oi->mo", x_md, q_oi, "bfloat16").reshape(2, 48, 4, 32)
+        k_btkh = product("mi,oi->mo", x_md, kv_oi, "bfloat16").reshape(2, 48, 2, 32)
         q_btnh, k_btkh = q_btnh.astype("bfloat16"), k_btkh.astype("bfloat16")
         return blocked(q_btnh, k_btkh, k_btkh, None).astype(jnp.float32).sum()
 
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 48, 64), (128, 64), (64, 64))]
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((96, 64), (128, 64), (64, 64))]
     lines = jax.jit(jax.grad(attention, argnums=(0, 1, 2))).lower(*shapes).compile().as_text().splitlines()
     types = {}
     for line in lines:
