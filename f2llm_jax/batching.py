@@ -189,9 +189,6 @@ class Packing:
         batch_tokens: rows · length of a full batch stays within it, unless one row per device is more.
         multiple: the number of rows is a multiple of it: devices that share a batch get equal parts.
         short_rows: as above.
-        least_slots: a row has slots for so many texts, or as many as it has tokens.
-        steps: of the numbers of rows that last batches have, per doubling. Short rows are of many lengths: two.
-        sizes: those numbers, for the shortest rows.
     """
 
     def __init__(self, batch_tokens: int, max_length: int, multiple: int = 1, *, short_rows: bool = False):
@@ -209,19 +206,18 @@ class Packing:
         self.batch_tokens = batch_tokens
         self.multiple = multiple
         self.short_rows = short_rows
-        self.least_slots = SHORT_ROW if short_rows else 1
-        self.steps = 2 if short_rows else 8
-        most = self.rows(self.last_lengths[0])
-        self.sizes = tuple(sorted({self.last_rows(self.last_lengths[0], rows) for rows in range(1, most + 1)}))
 
     def rows(self, length: int) -> int:
         """The rows of a full batch."""
         return max(self.batch_tokens // length // self.multiple, 1) * self.multiple
 
     def last_rows(self, length: int, rows: int) -> int:
-        """The rows of a batch for the few that are left, in ``steps`` per doubling, times ``multiple``."""
+        """The rows of a batch for the few that are left, in eight steps per doubling, times ``multiple``.
+
+        Of short rows, which are of many lengths, in two: a program is compiled for each number met.
+        """
         parts = math.ceil(rows / self.multiple)
-        step = max(_power_of(2, parts) // (2 * self.steps), 1)
+        step = max(_power_of(2, parts) // (4 if self.short_rows else 16), 1)
         return min(self.rows(length), self.multiple * math.ceil(parts / step) * step)
 
     def last_length(self, tokens: int) -> int:
@@ -229,8 +225,8 @@ class Packing:
         return self.last_lengths[bisect.bisect_left(self.last_lengths, tokens)]
 
     def slots(self, length: int, texts: int) -> int:
-        """The slots for texts of a row: a power of four where ``least_slots`` do not do."""
-        return min(max(_power_of(4, texts), self.least_slots), length)
+        """The slots for texts of a row: a power of four; of short rows 64 at least, which hardly any row exceeds."""
+        return min(_power_of(4, max(texts, 64) if self.short_rows else texts), length)
 
 
 class _PackedRow:
@@ -281,31 +277,38 @@ def packed(sequences: Iterable[list[np.ndarray]], packing: Packing, pad_id: int)
                 yield _pack(rows[:batch], Bucket(batch, length), packing, pad_id)
                 del rows[:batch]
         open_rows = sorted((row for row in itertools.chain(*waiting.values()) if row.free), key=lambda row: row.free)
-    for rows, bucket in _last_batches(list(itertools.chain(*waiting.values())), packing):
+    last_batches = _cheapest_batches if packing.short_rows else _batches_by_length
+    for rows, bucket in last_batches(waiting, packing):
         yield _pack(rows, bucket, packing, pad_id)
 
 
-def _last_batches(rows: list[_PackedRow], packing: Packing) -> Iterator[tuple[list[_PackedRow], Bucket]]:
-    """The rows that are left, in batches.
+def _batches_by_length(
+    waiting: dict[int, list[_PackedRow]], packing: Packing
+) -> Iterator[tuple[list[_PackedRow], Bucket]]:
+    """The rows that are left, {length: rows}, in batches of one length each."""
+    for length, rows in waiting.items():
+        while rows:
+            bucket = Bucket(packing.last_rows(length, len(rows)), length)
+            yield rows[: bucket.rows], bucket
+            del rows[: bucket.rows]
 
-    Long rows are taken length by length. Of short ones, which are of many lengths, the batches together cost least of
-    those that take rows from the fullest down, each as many as it has room for.
+
+def _cheapest_batches(
+    waiting: dict[int, list[_PackedRow]], packing: Packing
+) -> Iterator[tuple[list[_PackedRow], Bucket]]:
+    """The rows that are left, cut where their texts end, in the batches that together cost least.
+
+    Of those, that is, that take rows from the fullest down, each as many as it has room for.
     """
-    if not packing.short_rows:
-        for length, alike in itertools.groupby(sorted(rows, key=lambda row: row.length), key=lambda row: row.length):
-            left = list(alike)
-            while left:
-                bucket = Bucket(packing.last_rows(length, len(left)), length)
-                yield left[: bucket.rows], bucket
-                del left[: bucket.rows]
-        return
-    rows = sorted(rows, key=lambda row: -row.tokens)
+    rows = sorted(itertools.chain(*waiting.values()), key=lambda row: -row.tokens)
     lengths = [packing.last_length(row.tokens) for row in rows]
+    shortest = packing.last_lengths[0]
+    sizes = sorted({packing.last_rows(shortest, n) for n in range(1, min(packing.rows(shortest), len(rows)) + 1)})
     costs = [0]  # of the first n rows
     batches: list[tuple[int, Bucket]] = []  # the last batch of these: its first row, its shape
     for end in range(1, len(rows) + 1):
         choices = []
-        for size in packing.sizes:
+        for size in sizes:
             first = max(end - size, 0)
             bucket = Bucket(packing.last_rows(lengths[first], end - first), lengths[first])
             if end - first <= bucket.rows:

@@ -34,7 +34,7 @@ from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert.load import load_params, open_checkpoint
 from f2llm_jax.convert.table import tensor_table
 from f2llm_jax.embedding import eos_states
-from f2llm_jax.encoder import use_compilation_cache
+from f2llm_jax.encoder import BATCH_TOKENS, use_compilation_cache
 from f2llm_jax.errors import InputError
 from f2llm_jax.model import Params
 from f2llm_jax.release import find_release, read_release
@@ -54,8 +54,6 @@ DTYPES = {"float32": np.dtype("<f4"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 # Texts of a file: what a kill loses at most. Their states are in memory until it is written.
 _FILE_TEXTS = 1 << 14
 _READ_TEXTS = 2048
-_BATCH_TOKENS = 32768  # computed at a time, of every device; a CPU takes fewer
-_BATCH_TOKENS_CPU = 2048
 
 # A random access finds its record without reading others; states do not compress.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -196,7 +194,7 @@ def teach(
         params = load_params(open_checkpoint(release.path), release.config, dtype=dtype, mesh=mesh)
         devices = 1 if mesh is None else mesh.size
         if batch_tokens is None:
-            batch_tokens = (_BATCH_TOKENS_CPU if jax.default_backend() == "cpu" else _BATCH_TOKENS) * devices
+            batch_tokens = BATCH_TOKENS[jax.default_backend()] * devices
         compute = _Compute(params, padded_config(release.config, mesh), settings, mesh, batch_tokens)
         _write_files(workplace.folder / "units", data, compute, prepared, show_progress=show_progress)
         workplace.result.mkdir(exist_ok=True)
