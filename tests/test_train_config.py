@@ -93,6 +93,7 @@ def test_values_are_parsed_by_type(setting, key, value):
         ("batchsize=1", "nearest: data.batch_size"),
         ("optim=1", "optim is a group of optim.learning_rate"),
         ("epochs=1.5", "epochs takes a int, not '1.5'"),
+        ("loss.mrl_dims=(8,16)", r"values separated by commas, such as 8,16, not '\(8,16\)'"),
         ("loss.mask_duplicates=1", "true or false, not '1'"),
         ("epochs", "KEY=VALUE, not 'epochs'"),
     ],

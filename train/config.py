@@ -162,6 +162,8 @@ def parse(text: str, kind: Any, key: str) -> Any:
         (inner,) = (member for member in members if member is not types.NoneType)
         return None if text.lower() == "none" else parse(text, inner, key)
     if typing.get_origin(kind) is tuple:
+        if text.strip()[:1] in ("(", "["):
+            raise InputError(f"{key} takes values separated by commas, such as 8,16, not {text!r}")
         return tuple(parse(part.strip(), members[0], key) for part in text.split(",") if part.strip())
     if kind is bool:
         if text.lower() not in ("true", "false"):
