@@ -2,15 +2,18 @@
 
     python benchmarks/plan.py plans.jsonl
 
-compiles each program for each slice (an hour of a CPU core), appends what it finds to plans.jsonl, goes on from there
-when it is started again, and prints the tables. --seconds stops a run after so many.
+compiles each program for each slice (an hour of a CPU core), each in a process of its own (the compiler keeps what it
+has taken), appends what it finds to plans.jsonl, goes on from there when it is started again, and prints the tables.
+--seconds stops a run after so many.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +36,17 @@ def main() -> None:
         "--seconds", type=float, default=float("inf"), help="begin no compilation after so many seconds"
     )
     args = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")
     done = read(args.results)
     rows = [(do, size, topology) for do in ("encode", "train") for topology in TOPOLOGIES for size in MODELS]
     start = time.monotonic()
-    for do, size, topology in tqdm([row for row in rows if row not in done], unit="plan"):
-        if time.monotonic() - start > args.seconds:
-            break
-        began = time.monotonic()
-        plan = to_dict(make_plan(make_job(do, size), parse_topology(topology)))
-        done[do, size, topology] = plan
-        with args.results.open("a") as stream:
-            record = {"size": size, "seconds": round(time.monotonic() - began, 1), **plan}
-            stream.write(json.dumps(record) + "\n")
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as compiler:
+        for row in tqdm([row for row in rows if row not in done], unit="plan"):
+            if time.monotonic() - start > args.seconds:
+                break
+            done[row] = compiler.submit(compile_plan, *row).result()
+            with args.results.open("a") as stream:
+                stream.write(json.dumps(done[row]) + "\n")
     for do in ("encode", "train"):
         print(f"\n{do}:\n")
         print("| | " + " | ".join(TOPOLOGIES) + " |\n|" + "---|" * (len(TOPOLOGIES) + 1))
@@ -55,6 +56,13 @@ def main() -> None:
     print(f"\nmatrix products in the programs over those of the sizes: {min(ratios):.4f} to {max(ratios):.4f}")
     if left := len(rows) - len(done):
         print(f"{left} of {len(rows)} plans are still to be made: run this again")
+
+
+def compile_plan(do: str, size: str, topology: str) -> dict[str, Any]:
+    jax.config.update("jax_platforms", "cpu")
+    began = time.monotonic()
+    plan = to_dict(make_plan(make_job(do, size), parse_topology(topology)))
+    return {"size": size, "seconds": round(time.monotonic() - began, 1), **plan}
 
 
 def read(file: Path) -> dict[tuple[str, str, str], Any]:
