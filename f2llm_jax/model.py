@@ -8,7 +8,8 @@ then a reshape that moves no byte, a mesh splits the outputs of a projection as 
 units of TPUs and the CPU kernels measured multiply either orientation at the same rate.
 
 Arithmetic: matrix products take operands in ``dtype`` and sum in float32. Everything between them (residual stream,
-norms, rotary angles, softmax, activation) is float32, so bfloat16 rounds only what enters a product.
+norms, rotary angles, softmax, activation) is float32, so bfloat16 rounds only what enters a product; on GPUs also what
+leaves one on its way to the next.
 
 Dimensions: b batch, t position, d hidden, n query heads, k key/value heads, h head_dim, f intermediate, l layers,
 v vocabulary.
@@ -51,12 +52,14 @@ class Projection(nn.Module):
         outputs, inputs: sizes of the axes it makes and takes, for example (heads, head_dim) and (hidden,).
         axes: their logical names, outputs first.
         dtype: of the operands.
+        may_round: see ``product``; not where the result joins the residual stream.
     """
 
     outputs: tuple[int, ...]
     inputs: tuple[int, ...]
     axes: tuple[str, ...]
     dtype: Any
+    may_round: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -67,7 +70,7 @@ class Projection(nn.Module):
         # As plain matrices: with several output axes, XLA's CPU compiler first copies the weights into another order.
         x_mi = x.reshape(math.prod(batch), math.prod(self.inputs))
         weight_oi = weight.reshape(math.prod(self.outputs), math.prod(self.inputs))
-        y = product("mi,oi->mo", x_mi, weight_oi, self.dtype)
+        y = product("mi,oi->mo", x_mi, weight_oi, self.dtype, self.may_round)
         return y.reshape(*batch, *self.outputs)
 
 
@@ -111,7 +114,8 @@ class Attention(nn.Module):
             segment_ids_bt,
             kernel=self.kernel,
         )
-        return Projection((d,), (n, h), ("embed", "heads", "head_dim"), self.dtype, name="o_proj")(out_btnh)
+        o_proj = Projection((d,), (n, h), ("embed", "heads", "head_dim"), self.dtype, may_round=False, name="o_proj")
+        return o_proj(out_btnh)
 
 
 class MLP(nn.Module):
@@ -123,8 +127,8 @@ class MLP(nn.Module):
         d, f = self.config.hidden_size, self.config.intermediate_size
         gate_btf = Projection((f,), (d,), ("mlp", "embed"), self.dtype, name="gate_proj")(x_btd)
         up_btf = Projection((f,), (d,), ("mlp", "embed"), self.dtype, name="up_proj")(x_btd)
-        down_proj = Projection((d,), (f,), ("embed", "mlp"), self.dtype, name="down_proj")
-        return down_proj(nn.silu(gate_btf) * up_btf)
+        down_proj = Projection((d,), (f,), ("embed", "mlp"), self.dtype, may_round=False, name="down_proj")
+        return down_proj(nn.silu(gate_btf.astype(jnp.float32)) * up_btf)
 
 
 class Block(nn.Module):
