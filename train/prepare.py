@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from f2llm_jax.configs.datasets import STAGE_2_CAP, Task, expand, matches, task_of
+from f2llm_jax.convert.staging import Workplace, output_path
 from f2llm_jax.errors import InputError
 from f2llm_jax.release import find_release
 from f2llm_jax.tokens import Tokenizer
@@ -45,7 +46,7 @@ from f2llm_jax.train.records import (
     lengths_file,
 )
 from f2llm_jax.train.report import TokenCounts, write_report
-from f2llm_jax.train.units import Worker, Workplace, new_folder, run_units
+from f2llm_jax.train.units import Worker, new_folder, run_units
 
 # A unit of tokenising. It makes a shard of documents: some GB, if all of 25 documents per row are new.
 PIECE_ROWS = 100_000
@@ -106,7 +107,7 @@ def prepare(
         raise InputError(f"stage must be 1 or 2, not {stage}")
     if not 1 <= max_length <= np.iinfo(np.uint16).max:
         raise InputError(f"max_length must be within 1..{np.iinfo(np.uint16).max}, not {max_length}")
-    out = Path(os.path.abspath(Path(out).expanduser()))
+    out = output_path(out)
     include, exclude = expand(include), expand(exclude)
     found = find_datasets(Path(raw).expanduser())
     datasets = [d for d in found if matches(d.name, include) and not matches(d.name, exclude)]
@@ -129,7 +130,7 @@ def prepare(
     workplace = Workplace(out, plan, marker=SETTINGS_FILE, force=force)
     with closing(workplace):
         work = _Work(
-            folder=workplace.folder,
+            folder=workplace.home,
             datasets=datasets,
             tasks=by_dataset,
             excluded=[d.name for d in found if d not in datasets],
@@ -156,7 +157,7 @@ def prepare(
         except InputError:  # about the raw data: once that is mended, this is no work to go on with
             workplace.discard()
             raise
-        report = work.assemble(pieces, workplace.result)
+        report = work.assemble(pieces, workplace.folder)
         workplace.commit()
     return report
 
@@ -275,7 +276,6 @@ class _Work:
 
     def assemble(self, pieces: list[Piece], result: Path) -> dict[str, Any]:
         """Puts the pieces together in ``result``, and returns the report."""
-        result.mkdir(exist_ok=True)
         datasets = self._datasets(pieces)
         splits: dict[Split, list[Shard]] = {split: shards for split in SPLITS if (shards := _shards(pieces, split))}
         documents = _shards(pieces, "documents")
