@@ -92,16 +92,15 @@ def profile(model: Any, batch: Any) -> dict[str, float]:
 
     from f2llm_jax.encoder import _embed
 
-    options = {"config": model.config, "dim": model.config.hidden_size, "dtype": jax.numpy.dtype(model.dtype)}
-    options["kernel"] = model.kernel
-    program = _embed.lower(model._weights, batch, **options).compile().as_text()
+    dim = model.config.hidden_size
+    program = _embed.lower(model._weights, batch, **model._options(dim)).compile().as_text()
     sources = dict(re.findall(r"%([\w.-]+) = .*?op_name=\"([^\"]*)\"", program))
     times = 3
-    model._dispatch(batch, model.config.hidden_size).block_until_ready()
+    model._dispatch(batch, dim).block_until_ready()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(times):
-                model._dispatch(batch, model.config.hidden_size).block_until_ready()
+                model._dispatch(batch, dim).block_until_ready()
         data = ProfileData.from_file(str(next(Path(folder).rglob("*.xplane.pb"))))
     found = dict.fromkeys(KINDS, 0.0)
     for plane in data.planes:

@@ -324,14 +324,14 @@ class Encoder:
             return pool.submit(lambda: np.asarray(self._dispatch(batch, dim))).result
         return functools.partial(np.asarray, self._dispatch(batch, dim))
 
+    def _options(self, dim: int) -> dict[str, Any]:
+        """The static arguments of ``_embed``."""
+        config = padded_config(self.config, self.mesh)
+        return {"config": config, "dim": dim, "dtype": jnp.dtype(self.dtype), "kernel": self.kernel}
+
     def _dispatch(self, batch: Batch | PackedBatch, dim: int) -> jax.Array:
         """The embeddings of a batch, as a promise."""
-        options = {
-            "config": padded_config(self.config, self.mesh),
-            "dim": dim,
-            "dtype": jnp.dtype(self.dtype),
-            "kernel": self.kernel,
-        }
+        options = self._options(dim)
         if self.mesh is None:
             return _embed(self._weights, batch, **options)
         with jax.set_mesh(self.mesh):

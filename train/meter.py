@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from f2llm_jax.config import ModelConfig
-from f2llm_jax.model import count_parameters
 from f2llm_jax.planning.chips import CHIPS
+from f2llm_jax.planning.counts import ragged_flops
 from f2llm_jax.train.batch import TrainBatch
 
 # JAX names a chip as libtpu does or by its short name.
@@ -51,9 +51,7 @@ class Work(NamedTuple):
 
     def forward_flops(self, config: ModelConfig) -> float:
         """Operations of a forward pass over the tokens: matrix products, and attention below the diagonal."""
-        weights = count_parameters(config) - config.vocab_size * config.hidden_size
-        attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim
-        return 2.0 * weights * self.tokens + 2.0 * attention * self.squares
+        return ragged_flops(config, self.tokens, self.squares).total
 
 
 class Step(NamedTuple):

@@ -95,12 +95,17 @@ def parameters(config: ModelConfig) -> int:
 
 def forward_flops(config: ModelConfig, texts: int, length: int) -> Flops:
     """Of the forward pass of ``texts`` texts of ``length`` tokens, on all devices together."""
+    return ragged_flops(config, texts * length, texts * length**2)
+
+
+def ragged_flops(config: ModelConfig, tokens: int, squares: int) -> Flops:
+    """Of the forward pass of texts that have so many tokens in all, and this sum of squared lengths."""
     heads = config.num_attention_heads * config.head_dim
     layers = config.num_hidden_layers
     return Flops(
-        projections=2.0 * layer_weights(config) * layers * texts * length,
+        projections=2.0 * layer_weights(config) * layers * tokens,
         # q · k and weights · v, for each of the length · (length + 1) / 2 pairs that a causal mask leaves.
-        attention=2.0 * heads * layers * texts * length * (length + 1),
+        attention=2.0 * heads * layers * (squares + tokens),
     )
 
 
