@@ -23,7 +23,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from f2llm_jax.attention import attention
 from f2llm_jax.axes import batch_parts, constrain, gather
@@ -65,7 +64,7 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (*self.outputs, *self.inputs)
         weight = self.param("weight", nn.with_logical_partitioning(_normal, self.axes), shape, jnp.float32)
-        weight = gather(from_bits(weight), self.axes)
+        weight = gather(weight, self.axes)
         batch = x.shape[: x.ndim - len(self.inputs)]
         # As plain matrices: with several output axes, XLA's CPU compiler first copies the weights into another order.
         x_mi = x.reshape(math.prod(batch), math.prod(self.inputs))
@@ -238,26 +237,6 @@ def rotate(x_btnh: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
     cos, sin = rotary
     x_btn2h = x_btnh.reshape(*x_btnh.shape[:-1], 2, -1)
     return (x_btn2h * cos + jnp.flip(x_btn2h, axis=-2) * sin).reshape(x_btnh.shape)
-
-
-def to_bits(params: Params) -> Params:
-    """The stacked bfloat16 weights as uint16 arrays of the same bits, sharing their memory: for CPUs.
-
-    XLA's CPU compiler slices no bfloat16 array: it would turn the whole stack to float32 before the loop over layers,
-    and each layer back, at every call: 60 ms of the 80M's 64 ms for a text of 16 tokens.
-    """
-
-    def bits(x: jax.Array) -> jax.Array:
-        if x.dtype != jnp.bfloat16 or x.ndim < 3:
-            return x
-        return jax.device_put(np.asarray(x).view(np.uint16), x.sharding)
-
-    return {**params, "layers": jax.tree.map(bits, params["layers"])}
-
-
-def from_bits(weight: jax.Array) -> jax.Array:
-    """Undoes ``to_bits`` for one weight, within a program; leaves others as they are."""
-    return jax.lax.bitcast_convert_type(weight, jnp.bfloat16) if weight.dtype == jnp.uint16 else weight
 
 
 def abstract_params(config: ModelConfig) -> Params:
