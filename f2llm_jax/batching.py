@@ -223,8 +223,13 @@ class Packing:
         return self.last_lengths[bisect.bisect_left(self.last_lengths, tokens)]
 
     def slots(self, length: int, texts: int) -> int:
-        """The slots for texts of a row: a power of four; of short rows 64 at least, which hardly any row exceeds."""
-        return min(_power_of(4, max(texts, 64) if self.short_rows else texts), length)
+        """The slots for texts of a row; hardly any short row exceeds the least number."""
+        return row_slots(length, texts, short=self.short_rows)
+
+
+def row_slots(length: int, texts: int, *, short: bool) -> int:
+    """The slots of a row for at most so many texts: a power of four; of short rows 64 at least."""
+    return min(_power_of(4, max(texts, 64) if short else texts), length)
 
 
 def round_rows(rows: int, multiple: int, *, steps: int) -> int:
@@ -367,7 +372,11 @@ def _place(text: int, tokens: int, waiting: dict[int, list[PackedRow]], open_row
 
 
 def fill_packed(
-    rows: list[PackedRow], bucket: Bucket, slots_per_row: int, texts: Mapping[int, np.ndarray], pad_id: int
+    rows: list[PackedRow],
+    bucket: Bucket,
+    slots_per_row: int,
+    texts: Mapping[int, np.ndarray] | Sequence[np.ndarray],
+    pad_id: int,
 ) -> Rows:
     """The batch of these rows.
 
@@ -394,6 +403,14 @@ def fill_packed(
             start = end
     tokens = int(np.count_nonzero(segment_ids_bt))
     return Rows(PackedBatch(tokens_bt, segment_ids_bt, ends_be), numbers, np.array(slots), tokens)
+
+
+def text_lengths(batch: PackedBatch) -> np.ndarray:
+    """The tokens of every text, int64 [texts], row by row."""
+    segment_ids_bt = np.asarray(batch.segment_ids_bt, np.int64)
+    row_b1 = np.arange(len(segment_ids_bt))[:, None]
+    texts_bt = row_b1 * (segment_ids_bt.shape[1] + 1) + segment_ids_bt
+    return np.unique(texts_bt[segment_ids_bt > 0], return_counts=True)[1]
 
 
 def _power_of(base: int, at_least: int) -> int:
