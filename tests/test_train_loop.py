@@ -237,7 +237,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path, monkeypatch,
     def broken(loader: DataLoader):
         item = original(loader)
         if loader.get_state()["step"] == 5:
-            item.batch.passage.lengths_b[:] = 99  # the state of a token that is not there
+            item.batch.rows.ends_be[:] = 99  # the state of a token that is not there
         return item
 
     monkeypatch.setattr(DataLoader, "__next__", broken)
@@ -281,13 +281,21 @@ def test_a_run_goes_on_with_two_processes(command, whole, tmp_path):
 # --- other ways to train
 
 
-def test_bfloat16_with_a_teacher_and_cached_gradients(command, tmp_path):
+def test_rows_of_one_text_train_as_packed_ones(command, whole, tmp_path):
+    """Both layouts take the same texts to the same losses and gradients."""
+    assert main(["train", *command(tmp_path, **{"data.layout": "bucketed", "every.validation": 0})]) == 0
+    assert_close(tmp_path, whole)
+
+
+@pytest.mark.parametrize("layout", ["bucketed", "packed"])
+def test_bfloat16_with_a_teacher_and_cached_gradients(command, tmp_path, layout):
     teacher = write_release(tmp_path / "teacher", seed=1)
     settings = {
         "teacher": teacher,
         "params_dtype": "bfloat16",
         "compute.dtype": "bfloat16",
         "compute.chunk_rows": 8,
+        "data.layout": layout,
         "max_steps": 1,
         "every.validation": 0,
     }

@@ -270,10 +270,10 @@ def _write_files(home: Path, data: Path, compute: _Compute, prepared: Settings, 
 def _chunks(source: Records, numbers: range, field: str, max_length: int, eos_id: int) -> Iterator[list[np.ndarray]]:
     for first in range(0, len(numbers), _READ_TEXTS):
         records = source.read(numbers[first : first + _READ_TEXTS])
-        yield [_cut(record[field], max_length, eos_id) for record in records]
+        yield [cut(record[field], max_length, eos_id) for record in records]
 
 
-def _cut(tokens: np.ndarray, max_length: int, eos_id: int) -> np.ndarray:
+def cut(tokens: np.ndarray, max_length: int, eos_id: int) -> np.ndarray:
     """As training cuts a text: the first tokens, and the EOS."""
     return tokens if len(tokens) <= max_length else np.append(tokens[: max_length - 1], np.int32(eos_id))
 
