@@ -486,9 +486,8 @@ def first_table(rows: list[dict[str, Any]]) -> str:
     return table(("model", "dtype", "sentence-transformers", "f2llm", "time / torch"), lines)
 
 
-def machine(device: str) -> str:
+def machine(device: str, *packages: str) -> str:
     """Processor and cores, or the card, and the versions of what is compared."""
-    packages = ["jax", "torch", "sentence-transformers", "transformers"]
     if device == "gpu":
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         name = "one " + subprocess.check_output(query, text=True).splitlines()[0]
@@ -497,7 +496,6 @@ def machine(device: str) -> str:
         flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
         units = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
         name = f"{THREADS} cores of {model} ({', '.join(units)})"
-        packages += ["onnxruntime", "openvino"]
     return f"{name}; {', '.join(f'{package} {metadata.version(package)}' for package in packages)}"
 
 
@@ -547,7 +545,9 @@ def main() -> None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")
 
-    print(machine(device), flush=True)
+    peers = ["onnxruntime", "openvino"] if device == "cpu" else []
+    compared = machine(device, "jax", "torch", "sentence-transformers", "transformers", *peers)
+    print(compared, flush=True)
     rows: list[dict[str, Any]] = []
     for size in arguments.sizes or ([] if arguments.first else _SIZES[device]):
         measured = compare(
@@ -569,7 +569,7 @@ def main() -> None:
     if first:
         print("\n" + first_table(first))
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine(device), "rows": rows, "first": first}, indent=2))
+        arguments.json.write_text(json.dumps({"machine": compared, "rows": rows, "first": first}, indent=2))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from f2llm_jax.attention import resolve_kernel
 from f2llm_jax.axes import batch_parts
-from f2llm_jax.batching import Buckets, Packing, Rows, batched, choose_layout, packed
+from f2llm_jax.batching import Buckets, Packing, Rows, batched, choose_layout, packed, packed_length
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert.load import load_params, open_checkpoint
 from f2llm_jax.embedding import Batch, PackedBatch, check_dim, embed
@@ -293,7 +293,13 @@ class Encoder:
         """The layout, chosen by the first chunk, and the batches."""
         multiple = 1 if self.mesh is None else batch_parts(self.mesh)
         buckets = Buckets(batch_tokens, max_length, multiple)
-        packing = Packing(batch_tokens, max_length, multiple, short_rows=self._platform == "cpu")
+        packing = Packing(
+            batch_tokens,
+            max_length,
+            multiple,
+            row_length=packed_length(self._platform),
+            short_rows=self._platform == "cpu",
+        )
         first = next(sequences, [])
         sequences = itertools.chain([first], sequences)
         layout = choose_layout(layout, self._platform, first, buckets, packing)

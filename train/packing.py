@@ -52,20 +52,21 @@ class TrainPacking:
         max_length: of a text.
         multiple: the rows of a batch are a multiple of it: devices that share a batch get equal parts.
         chunk_rows: rows computed at a time; more rows than these are a multiple of it. 0 for all at once.
-        short_rows: rows of 64, 128, 192, 256, 384, … tokens, for CPUs: each batch in those that cost least. Else rows
-            are of ``PACKED_LENGTH``, or for longer texts of a power of two times that.
+        row_length: rows are of so many tokens, or for longer texts of a power of two times that.
+        short_rows: rows of 64, 128, 192, 256, 384, … tokens instead, for CPUs: each batch in those that cost least.
     """
 
     max_length: int
     multiple: int = 1
     chunk_rows: int = 0
+    row_length: int = PACKED_LENGTH
     short_rows: bool = False
 
     @property
     def lengths(self) -> list[int]:
         """The row lengths, ascending; the last holds any text."""
-        powers = [SHORT_ROW if self.short_rows else PACKED_LENGTH]
-        while powers[-1] < max(self.max_length, PACKED_LENGTH):
+        powers = [SHORT_ROW if self.short_rows else self.row_length]
+        while powers[-1] < max(self.max_length, self.row_length):
             powers.append(2 * powers[-1])
         between = [3 * length // 2 for length in powers[1:-1]] if self.short_rows else []
         return sorted(powers + between)

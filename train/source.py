@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from f2llm_jax.axes import batch_parts
+from f2llm_jax.batching import packed_length
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.release import find_release
 from f2llm_jax.train.config import TrainConfig
@@ -54,9 +55,11 @@ def open_loader(config: TrainConfig) -> DataLoader:
 
 def make_packing(config: TrainConfig, max_length: int, mesh: Mesh) -> TrainPacking:
     """The shapes of a run's packed batches, of texts of up to ``max_length`` tokens."""
+    platform = mesh.devices.flat[0].platform
     return TrainPacking(
         max_length,
         multiple=batch_parts(mesh),
         chunk_rows=config.compute.chunk_rows,
-        short_rows=mesh.devices.flat[0].platform == "cpu",
+        row_length=packed_length(platform),
+        short_rows=platform == "cpu",
     )
