@@ -18,9 +18,10 @@ from releases import SHARED, TINY
 
 from f2llm_jax.attention import KERNELS
 from f2llm_jax.batching import text_lengths
-from f2llm_jax.embedding import Batch, eos_states
+from f2llm_jax.embedding import Batch, PackedBatch, eos_states
 from f2llm_jax.model import init_params
 from f2llm_jax.sharding import make_mesh, param_shardings
+from f2llm_jax.train import placement
 from f2llm_jax.train.batch import PackedTrainBatch, TeacherStates, TrainBatch
 from f2llm_jax.train.data import Share, TrainBatches, TrainingData, ValidationBatches
 from f2llm_jax.train.meter import Work
@@ -182,13 +183,30 @@ def test_all_processes_fill_the_same_shape(shares, multiple, chunk_rows, short_r
             assert len(row.texts) <= plan.slots
 
 
+def test_slots_count_through_the_rows_of_all_processes(monkeypatch):
+    """Also where the rows of a process lie apart."""
+
+    class Sharding:
+        def addressable_devices_indices_map(self, shape):
+            assert shape == (8,)
+            return {"a": (slice(6, 8),), "b": (slice(2, 4),)}
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    rows = PackedBatch(np.zeros((4, 64)), np.zeros((4, 64)), np.zeros((4, 3)))
+    batch = PackedTrainBatch(rows, np.array([0, 7]), np.array([4, 11]), None, np.arange(2))
+    moved = placement._with_global_slots(batch, Sharding())
+    # Rows 0, 1, 2, 3 of the process are 2, 3, 6, 7 of the batch.
+    assert moved.query_slots_b.tolist() == [6, 19] and moved.passage_slots_b.tolist() == [10, 23]
+    assert moved.negative_slots_m is None
+
+
 def test_rows_are_as_long_as_pays():
-    """On CPUs short texts share short rows; paragraphs, of which few fit in a row, share long ones."""
+    """On CPUs short texts share short rows, and longer texts rows that they fill."""
     rng = np.random.default_rng(0)
     cpu = TrainPacking(1024, short_rows=True)
     assert cpu.lengths == [64, 128, 192, 256, 384, 512, 768, 1024]
     assert cpu.plan([rng.integers(8, 24, 144)]).length == 64
-    assert cpu.plan([rng.integers(140, 180, 64)]).length > 256
+    assert cpu.plan([rng.integers(140, 180, 64)]).length == 192 and cpu.plan([rng.integers(100, 300, 64)]).length == 384
     accelerator = TrainPacking(1024)
     assert accelerator.lengths == [1024] and TrainPacking(3000).lengths == [1024, 2048, 4096]
     assert TrainPacking(3000).plan([np.array([5, 1100])])[:3] == (1, 2048, 4)

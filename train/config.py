@@ -31,7 +31,8 @@ class DataConfig:
         max_length: longer texts are cut to this many tokens, EOS included.
         workers: processes that read; 0 reads in the training process.
         layout: ``packed``: the texts of a batch share rows, as many in one as there is room for; ``bucketed``: a row
-            for each text, as long as the longest; ``auto`` for packed.
+            for each text, as long as the longest; ``auto`` for packed. Where a batch makes fewer packed rows than the
+            mesh cuts it into parts, rows of one text may be the cheaper ones.
     """
 
     path: str = "data"
