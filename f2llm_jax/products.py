@@ -31,10 +31,11 @@ def product(spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike) 
         a, b: of any float dtype, which their gradients have too.
         dtype: that of the operands, here and in the gradient.
     """
-    return _einsum(spec, a, b, dtype)
+    return einsum(spec, a, b, dtype)
 
 
-def _einsum(spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+def einsum(spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """``product``, without its gradient."""
     a, b = a.astype(dtype), b.astype(dtype)
     if _as_matrices(dtype):
         return _matrices(spec, a, b)
@@ -92,7 +93,7 @@ def _forward(
     # Not ``product``: a policy of ``jax.checkpoint`` sees a product, but not one within a function of its own gradient.
     # Of the arrays themselves only the dtypes are wanted.
     like = (jnp.empty(0, a.dtype), jnp.empty(0, b.dtype))
-    return _einsum(spec, a, b, dtype), (a.astype(dtype), b.astype(dtype), *like)
+    return einsum(spec, a, b, dtype), (a.astype(dtype), b.astype(dtype), *like)
 
 
 def _backward(
@@ -116,9 +117,27 @@ def _gradient(spec: str, cotangent: jax.Array, other: jax.Array, dtype: jax.typi
     first = next(letter for letter in out if (letter in of_a) != (letter in of_b))
     if first in of_b:
         cotangent, other, of_a, of_b = other, cotangent, of_b, of_a
-    gradient = _einsum(f"{of_a},{of_b}->{out}", cotangent, other, dtype)
+    if not _as_matrices(dtype):
+        return einsum(f"{of_a},{of_b}->{out}", cotangent, other, dtype)
     # A transposition of the gradient would be folded into the product, for which there would then be no kernel at all.
-    return _row_major(gradient) if _as_matrices(dtype) else gradient
+    if (
+        len(of_a) == len(of_b) == 2
+        and of_a[1] == first
+        and other.size + other.shape[1] * cotangent.shape[1] < cotangent.size
+    ):
+        # Of the first operand, summed over its rows, the transpose is needed; here the other way round moves less.
+        return _row_major(_row_major(einsum(f"{of_b},{of_a}->{out[::-1]}", other, cotangent, dtype)).T)
+    return _row_major(einsum(f"{of_a},{of_b}->{out}", cotangent, other, dtype))
 
 
 product.defvjp(_forward, _backward)
+
+
+def to_bits(x: jax.Array) -> jax.Array:
+    """A bfloat16 array as uint16 of the same bits, others as they are; see ``model.to_bits``."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def from_bits(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Undoes ``to_bits``."""
+    return jax.lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
