@@ -24,7 +24,6 @@ from inputs import SIZES, TEXTS, read_texts, write_release
 KINDS = {
     "projections": r"_proj/.*dot_general|[qk]_norm/reduce_sum",
     "attention": r"attention/(reduce|dot_general|exp|sub|add|div|bk)",
-    "copies of a layer's weights": r"dynamic.slice|bitcast_convert_type",
     "rotary positions, transpositions": r"attention/",
     "activation": r"mlp/(mul|down_proj|silu|jit\(silu\))",
     "norms, residual sums, the rest": r"",
@@ -90,29 +89,26 @@ def profile(model: Any, batch: Any) -> dict[str, float]:
     import jax
     from jax.profiler import ProfileData
 
-    from f2llm_jax.encoder import _embed
-
-    options = {"config": model.config, "dim": model.config.hidden_size, "dtype": jax.numpy.dtype(model.dtype)}
-    options["kernel"] = model.kernel
-    program = _embed.lower(model._weights, batch, **options).compile().as_text()
+    compute, dim = model._layerwise, model.config.hidden_size
+    program = compute.layer_program(batch)
     sources = dict(re.findall(r"%([\w.-]+) = .*?op_name=\"([^\"]*)\"", program))
     times = 3
-    model._dispatch(batch, model.config.hidden_size).block_until_ready()
+    compute(batch, dim).block_until_ready()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(times):
-                model._dispatch(batch, model.config.hidden_size).block_until_ready()
+                compute(batch, dim).block_until_ready()
         data = ProfileData.from_file(str(next(Path(folder).rglob("*.xplane.pb"))))
     found = dict.fromkeys(KINDS, 0.0)
-    for plane in data.planes:
-        for line in plane.lines:
-            for event in line.events:
-                name = event.name
-                # A loop and a whole program are the sums of what is in them.
-                if f"%{name} = " in program and not name.startswith(("while", "call", "conditional")):
-                    source = f"{name} {sources.get(name, 'attention/transpose' if 'transpose' in name else '')}"
-                    kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, source))
-                    found[kind] += event.duration_ns / 1e6 / times
+    for event in (event for plane in data.planes for line in plane.lines for event in line.events):
+        name, module = event.name, dict(event.stats).get("hlo_module")
+        # A call is the sum of what is in it.
+        if module is None or name.startswith("call"):
+            continue
+        in_layer = f"%{name} = " in program and module in program
+        source = f"{name} {sources.get(name, 'attention/transpose' if 'transpose' in name else '')}" if in_layer else ""
+        kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, source))
+        found[kind] += event.duration_ns / 1e6 / times
     return found
 
 

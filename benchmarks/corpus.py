@@ -21,10 +21,11 @@ from pathlib import Path
 
 import jax
 import pyarrow
-from inputs import model_config, read_texts, write_around
+from inputs import read_texts, write_around
 from pyarrow import parquet
 
 import f2llm_jax
+from f2llm_jax.configs.models import MODELS
 
 FILES = 8
 
@@ -73,7 +74,7 @@ def write_model(folder: Path, tokenizer: Path) -> Path:
     from f2llm_jax.convert.export import export_release
 
     config = dataclasses.replace(
-        model_config("80M"), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        MODELS["80M"], hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, head_dim=32, max_position_embeddings=512,
     )  # fmt: skip
     like = folder.with_name("settings")

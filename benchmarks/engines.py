@@ -20,12 +20,14 @@ import numpy as np
 from f2llm_jax.config import ModelConfig
 
 THREADS = len(os.sched_getaffinity(0))
+DEVICES = ("cpu", "gpu")
 
 # A setting is what is tuned for a kind of texts: {name: value}, handed to ``encode``. A ladder lists them from small
-# batches to large ones.
+# batches to large ones; there are some for each device that the engine is compared on.
 Setting = dict[str, Any]
+Ladders = dict[str, list[list[Setting]]]
 
-_BATCH_ROWS = (4, 8, 16, 32, 64, 128)
+_BATCH_ROWS = {"cpu": (4, 8, 16, 32, 64, 128), "gpu": (64, 256, 1024)}
 _BATCH_TOKENS = (256, 512, 1024, 2048, 4096)
 
 
@@ -33,45 +35,64 @@ class Torch:
     """sentence-transformers on PyTorch, attention by ``scaled_dot_product_attention``; it sorts texts by itself."""
 
     usual: ClassVar[Setting] = {"batch_size": 32}
-    ladders: ClassVar[list[list[Setting]]] = [[{"batch_size": rows} for rows in _BATCH_ROWS]]
+    ladders: ClassVar[Ladders] = {
+        device: [[{"batch_size": rows} for rows in ladder]] for device, ladder in _BATCH_ROWS.items()
+    }
 
-    def __init__(self, release: Path, dtype: str):
+    def __init__(self, release: Path, dtype: str, device: str):
         import torch
         from sentence_transformers import SentenceTransformer
 
         torch.set_num_threads(THREADS)
         options = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
-        self.model = SentenceTransformer(str(release), device="cpu", model_kwargs=options)
+        where = {"cpu": "cpu", "gpu": "cuda"}[device]
+        self.model = SentenceTransformer(str(release), device=where, model_kwargs=options)
 
     def encode(self, texts: list[str], batch_size: int) -> np.ndarray:
         return self.model.encode(texts, batch_size=batch_size, show_progress_bar=False)
+
+    def peak_bytes(self) -> int:
+        """Of the card's memory."""
+        import torch
+
+        return torch.cuda.max_memory_reserved()
 
 
 class F2LLM:
     """f2llm_jax as a user calls it; it has nothing to tune."""
 
     usual: ClassVar[Setting] = {}
-    ladders: ClassVar[list[list[Setting]]] = []
+    ladders: ClassVar[Ladders] = {device: [] for device in DEVICES}
 
-    def __init__(self, release: Path, dtype: str):
+    def __init__(self, release: Path, dtype: str, device: str):
+        import jax
+
         import f2llm_jax
 
+        if jax.default_backend() != device:
+            raise SystemExit(f"JAX sees no {device}, but {jax.devices()}")
         self.model = f2llm_jax.load(release, dtype=dtype)
 
     def encode(self, texts: list[str]) -> np.ndarray:
         return self.model.encode(texts)
+
+    def peak_bytes(self) -> int:
+        """Of the card's memory."""
+        import jax
+
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
 
 
 class OnnxRuntime:
     """ONNX Runtime, float32."""
 
     usual: ClassVar[Setting] = {"batch_tokens": 512}
-    ladders: ClassVar[list[list[Setting]]] = [[{"batch_tokens": tokens} for tokens in _BATCH_TOKENS]]
+    ladders: ClassVar[Ladders] = {"cpu": [[{"batch_tokens": tokens} for tokens in _BATCH_TOKENS]]}
 
-    def __init__(self, release: Path, dtype: str):
+    def __init__(self, release: Path, dtype: str, device: str):
         import onnxruntime
 
-        assert dtype == "float32"
+        assert (dtype, device) == ("float32", "cpu")
         self.tokenizer = _tokenizer(release)
         self.hidden_size = ModelConfig.from_release(release).hidden_size
         options = onnxruntime.SessionOptions()
@@ -89,11 +110,14 @@ class OpenVino:
     """OpenVINO, float32 or bfloat16; its hint decides between all cores for a batch, and a batch for each core."""
 
     usual: ClassVar[Setting] = {"hint": "LATENCY", "batch_tokens": 512}
-    ladders: ClassVar[list[list[Setting]]] = [
-        [{"hint": hint, "batch_tokens": tokens} for tokens in _BATCH_TOKENS] for hint in ("LATENCY", "THROUGHPUT")
-    ]
+    ladders: ClassVar[Ladders] = {
+        "cpu": [
+            [{"hint": hint, "batch_tokens": tokens} for tokens in _BATCH_TOKENS] for hint in ("LATENCY", "THROUGHPUT")
+        ]
+    }
 
-    def __init__(self, release: Path, dtype: str):
+    def __init__(self, release: Path, dtype: str, device: str):
+        assert device == "cpu"
         self.tokenizer = _tokenizer(release)
         self.hidden_size = ModelConfig.from_release(release).hidden_size
         self.graph = release / EXPORT
@@ -226,18 +250,26 @@ def export(release: Path) -> None:
 
 
 class Ceiling:
-    """The rate of this machine's matrix products in JAX at a model's own shapes: what no engine on JAX can exceed.
+    """The rate of this machine's matrix products in JAX: what no engine on JAX can exceed.
 
-    A layer's weights are taken apart and joined (query, key and value; gate and up), in both orientations, with several
-    numbers of rows, and the fastest of all that counts.
+    On a CPU at a model's own shapes. A layer's weights are taken apart and joined (query, key and value; gate and up),
+    in both orientations, with several numbers of rows, and the fastest of all that counts. On a GPU that of one large
+    product of bfloat16, which is what the card is sold by.
     """
 
     ROWS = (512, 1024, 2048)
+    SQUARE = 8192
 
-    def __init__(self, release: Path, dtype: str):
+    def __init__(self, release: Path, dtype: str, device: str):
         from f2llm_jax.encoder import use_compilation_cache
 
         use_compilation_cache()
+        if device == "gpu":
+            shape = (self.SQUARE, self.SQUARE)
+            self.parts = (((shape,),),)
+            self.dtypes = ("bfloat16",)
+            self.fastest = {(shape, "bfloat16"): _Product(self.SQUARE, shape, "bfloat16", False, out="bfloat16")}
+            return
         c = ModelConfig.from_release(release)
         d, f = c.hidden_size, c.intermediate_size
         q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -273,9 +305,9 @@ class Ceiling:
 
 
 class _Product:
-    """y = x W in JAX: operands in ``dtype``, result in float32."""
+    """y = x W in JAX: operands in ``dtype``, result in ``out``."""
 
-    def __init__(self, rows: int, shape: tuple[int, int], dtype: str, transposed: bool):
+    def __init__(self, rows: int, shape: tuple[int, int], dtype: str, transposed: bool, out: str = "float32"):
         import jax
         import jax.numpy as jnp
 
@@ -290,7 +322,7 @@ class _Product:
                 jnp.einsum,
                 "mi,oi->mo" if transposed else "mi,io->mo",
                 precision=jax.lax.Precision.HIGHEST if dtype == "float32" else None,
-                preferred_element_type=jnp.float32,
+                preferred_element_type=out,
             )
         )
         self.multiply(self.x, self.w).block_until_ready()
@@ -322,13 +354,14 @@ ENGINES = {
 }
 
 
-def serve(connection: Any, name: str, release: Path) -> None:
+def serve(connection: Any, name: str, release: Path, device: str) -> None:
     """A worker process: loads an engine, then answers ``Worker`` of encode.py until it is told None.
 
     A request is (method, texts, setting): ``encode`` returns its result, ``time`` the wall and the processor seconds
-    (of all threads) that it took and its result, ``peak`` the largest resident memory of the process so far in bytes.
+    (of all threads) that it took and its result, ``peak`` the most memory so far in bytes: resident memory of the
+    process, or memory of the card.
     """
-    engine = ENGINES[name].kind(release, ENGINES[name].dtype)
+    engine = ENGINES[name].kind(release, ENGINES[name].dtype, device)
     for method, texts, setting in iter(functools.partial(_receive, connection), None):
         arguments = () if texts is None else (texts,)
         if method == "encode":
@@ -338,7 +371,7 @@ def serve(connection: Any, name: str, release: Path) -> None:
             result = engine.encode(*arguments, **setting)
             connection.send((time.perf_counter() - start, time.process_time() - cpu_start, result))
         else:
-            connection.send(_peak_bytes())
+            connection.send(engine.peak_bytes() if device == "gpu" else _peak_bytes())
 
 
 def _receive(connection: Any) -> Any:

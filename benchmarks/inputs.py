@@ -9,27 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from f2llm_jax.config import ModelConfig
+from f2llm_jax.configs.models import MODELS
 
-# hidden_size, intermediate_size, num_hidden_layers (paper arXiv:2603.19223, Table 1).
-_SIZES = {"80M": (320, 2048, 8), "330M": (896, 2560, 16), "0.6B": (1024, 3072, 28)}
-SIZES = tuple(_SIZES)
+SIZES = tuple(MODELS)
 
 QUERY_PROMPT = "Instruct: Given a question, retrieve passages that can help answer the question.\nQuery: "
-
-
-def model_config(size: str) -> ModelConfig:
-    """The sizes of a released model."""
-    hidden, intermediate, layers = _SIZES[size]
-    return ModelConfig(
-        vocab_size=151936,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        rope_theta=1e6,
-    )
 
 
 def write_release(folder: Path, size: str, tokenizer: Path) -> Path:
@@ -42,9 +26,10 @@ def write_release(folder: Path, size: str, tokenizer: Path) -> Path:
     import torch
     import transformers
 
-    config = model_config(size)
+    config = MODELS[size]
     torch.manual_seed(0)
-    model = transformers.Qwen3Model(transformers.Qwen3Config(**config.to_hf()))
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = transformers.Qwen3Model(transformers.Qwen3Config(**config.to_hf()))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:

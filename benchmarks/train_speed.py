@@ -1,11 +1,13 @@
-"""Training steps of the 80M shape, ours and PyTorch's, side by side in one run.
+"""Training steps, ours and PyTorch's, side by side in one run.
 
     python benchmarks/train_speed.py --data ../shared/data
+    python benchmarks/train_speed.py --data ../shared/data --device gpu --size 0.6B
 
 Both take the same batches of real text (DATA/train_raw, the Qwen3 tokenizer), the same weights, losses, optimizer and
 schedule: hard negatives and in-batch at every Matryoshka size, AdamW, clipping. PyTorch's side is the loop of the
 reference as its repository describes it, around transformers' Qwen3Model: rows padded to the longest of the batch,
-pooled at the EOS. In float32 both are that throughout. In bfloat16, PyTorch trains bfloat16 weights, as the reference
+pooled at the EOS. Ours is what training does by itself, the texts of a batch in packed rows; --layout bucketed gives it
+PyTorch's rows. In float32 both are that throughout. In bfloat16, PyTorch trains bfloat16 weights, as the reference
 does; ours are float32 with bfloat16 products.
 
 Steps alternate; the ratio is the median of the ratios of neighbours, so that what slows the machine for a while slows
@@ -19,7 +21,6 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -31,50 +32,76 @@ import jax
 import numpy as np
 import torch
 import transformers
+from encode import machine
 from inputs import write_release
 
 import f2llm_jax
+from f2llm_jax.batching import packed_length
 from f2llm_jax.config import ModelConfig
+from f2llm_jax.configs.models import MODELS
 from f2llm_jax.embedding import Batch
 from f2llm_jax.losses import TEMPERATURE, matryoshka_weights
-from f2llm_jax.train.batch import TrainBatch
+from f2llm_jax.train.batch import AnyTrainBatch, TrainBatch
 from f2llm_jax.train.data import TrainBatches, TrainingData
+from f2llm_jax.train.meter import Work
 from f2llm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from f2llm_jax.train.packing import TrainPacking
 from f2llm_jax.train.prepare import prepare
-from f2llm_jax.train.step import ComputeConfig, LossConfig, TrainState, train_step
+from f2llm_jax.train.step import ComputeConfig, LossConfig, TrainState, batch_rows, train_step
 
-# Queries of a batch; each has a passage and 7 negatives.
-WORK = {"paragraphs": ("xquad_en", 2), "sentences": ("tatoeba_deu", 16)}
+DATASETS = {"paragraphs": "xquad_en", "sentences": "tatoeba_deu"}
+
+# Of a batch; each has a passage and 7 negatives.
+QUERIES = {"cpu": {"paragraphs": 2, "sentences": 16}, "gpu": {"paragraphs": 16, "sentences": 128}}
+
+# A GPU has next to no matrix units for float32.
+DTYPES = {"cpu": ("float32", "bfloat16"), "gpu": ("bfloat16",)}
 OPTIMIZER = OptimizerConfig(learning_rate=4e-5)
 TOTAL_STEPS = 1000
 
-Step = Callable[[TrainBatch], float]
+MAX_LENGTH = 256
+
+Step = Callable[[Any], float]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--batches", nargs="+", choices=WORK, default=list(WORK), help="which; default: both")
+    parser.add_argument("--device", choices=QUERIES, default="cpu")
+    parser.add_argument("--size", choices=MODELS, default="80M", help="of the model; default: %(default)s")
+    parser.add_argument("--batches", nargs="+", choices=DATASETS, default=list(DATASETS), help="which; default: both")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each; default: %(default)s")
+    parser.add_argument("--layout", choices=("packed", "bucketed"), default="packed", help="ours; default: %(default)s")
     parser.add_argument("--remat", default="dots", help="our rematerialisation policy; default: %(default)s")
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
-    print(
-        f"80M shape, {os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, jax {jax.__version__}\n"
-    )
-    print("| batches | dtype | rows x tokens | ours, examples/s | PyTorch, examples/s | ratio | first losses |")
-    print("|---|---|---|---|---|---|---|")
+    if jax.default_backend() != args.device:
+        raise SystemExit(f"JAX sees no {args.device}, but {jax.devices()}; JAX_PLATFORMS and its extras say which")
+    print(f"{args.size} shape, {machine(args.device, 'jax', 'torch', 'transformers')}\n")
+    print("| batches | dtype | our rows | PyTorch's rows | ours, examples/s | PyTorch, examples/s | ratio | losses |")
+    print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        release = write_release(Path(folder, "release"), "80M", args.data / "qwen3-tokenizer")
+        release = write_release(Path(folder, "release"), args.size, args.data / "qwen3-tokenizer")
         for kind in args.batches:
-            dataset, size = WORK[kind]
             prepared = Path(folder, kind)
-            prepare(args.data / "train_raw", release, prepared, include=(dataset,), max_length=256)
-            batches = [own_length(TrainBatches(TrainingData(prepared), batch_size=size)[0].batch)] * (args.rounds + 1)
-            for dtype in ("float32", "bfloat16"):
-                ours, theirs = our_step(release, dtype, args.remat), torch_step(release, dtype)
-                print(row(kind, dtype, batches, list(timed(ours, theirs, batches))), flush=True)
+            prepare(args.data / "train_raw", release, prepared, include=(DATASETS[kind],), max_length=MAX_LENGTH)
+            batches = first_batch(prepared, QUERIES[args.device][kind], args.layout)
+            for dtype in DTYPES[args.device]:
+                ours, theirs = our_step(release, dtype, args.remat), torch_step(release, dtype, args.device)
+                print(row(kind, dtype, batches, list(timed(ours, theirs, batches, args.rounds))), flush=True)
                 del ours, theirs
+
+
+def first_batch(prepared: Path, size: int, layout: str) -> tuple[AnyTrainBatch, TrainBatch]:
+    """A batch as we lay it out, and as PyTorch's side does."""
+    platform = jax.default_backend()
+    packing = TrainPacking(MAX_LENGTH, row_length=packed_length(platform), short_rows=platform == "cpu")
+    packed, padded = (
+        TrainBatches(TrainingData(prepared, packing=option), batch_size=size)[0].batch for option in (packing, None)
+    )
+    assert isinstance(padded, TrainBatch)
+    padded = own_length(padded)
+    return packed if layout == "packed" else padded, padded
 
 
 def own_length(batch: TrainBatch) -> TrainBatch:
@@ -92,34 +119,46 @@ def own_length(batch: TrainBatch) -> TrainBatch:
     )
 
 
-def timed(ours: Step, theirs: Step, batches: list[TrainBatch]) -> Iterator[tuple[float, float, float, float]]:
-    """Of every round, seconds of both and losses of both."""
-    for batch in batches:
+def timed(
+    ours: Step, theirs: Step, batches: tuple[AnyTrainBatch, TrainBatch], rounds: int
+) -> Iterator[tuple[float, float, float, float]]:
+    """Of every round, and one before that compiles, seconds of both and losses of both."""
+    our_batch, torch_batch = batches
+    for _ in range(1 + rounds):
         start = time.perf_counter()
-        our_loss = ours(batch)
+        our_loss = ours(our_batch)
         between = time.perf_counter()
-        torch_loss = theirs(batch)
+        torch_loss = theirs(torch_batch)
         yield between - start, time.perf_counter() - between, our_loss, torch_loss
 
 
-def row(kind: str, dtype: str, batches: list[TrainBatch], rounds: list[tuple[float, float, float, float]]) -> str:
+def row(
+    kind: str,
+    dtype: str,
+    batches: tuple[AnyTrainBatch, TrainBatch],
+    rounds: list[tuple[float, float, float, float]],
+) -> str:
     _, _, our_loss, torch_loss = rounds[0]  # the first round compiles, and shows that both compute the same
     our_seconds, torch_seconds = (statistics.median(column) for column in list(zip(*rounds[1:], strict=True))[:2])
     ratio = statistics.median(theirs / ours for ours, theirs, _, _ in rounds[1:])
-    batch = batches[0]
-    assert batch.negatives is not None
-    shapes = [batch.query.tokens_bt.shape, np.add(batch.passage.tokens_bt.shape, (len(batch.negatives.lengths_b), 0))]
-    size = len(batch.query.lengths_b)
+    size = len(batches[1].query.lengths_b)
     cells = [
         kind,
         dtype,
-        " + ".join(f"{rows} x {length}" for rows, length in shapes),
+        *map(shape_of, batches),
         f"{size / our_seconds:.2f}",
         f"{size / torch_seconds:.2f}",
         f"{ratio:.2f}",
         f"{our_loss:.4f} / {torch_loss:.4f}",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def shape_of(batch: AnyTrainBatch) -> str:
+    """Its runs of rows, and what of them is padding."""
+    work = Work.of(batch)
+    runs = " + ".join("{} x {}".format(*rows.tokens_bt.shape) for rows in batch_rows(batch))
+    return f"{runs}, {1 - work.tokens / work.slots:.0%} padding"
 
 
 def our_step(release: Path, dtype: str, remat: str) -> Step:
@@ -138,7 +177,7 @@ def our_step(release: Path, dtype: str, remat: str) -> Step:
     )
     state = TrainState(np.int32(0), model.params, optimizer.init(model.params))
 
-    def step(batch: TrainBatch) -> float:
+    def step(batch: AnyTrainBatch) -> float:
         nonlocal state
         state, metrics = update(state, batch)
         return float(metrics["loss"])
@@ -146,9 +185,10 @@ def our_step(release: Path, dtype: str, remat: str) -> Step:
     return step
 
 
-def torch_step(release: Path, dtype: str) -> Step:
-    model = transformers.AutoModel.from_pretrained(release, dtype=getattr(torch, dtype))
-    model.train()
+def torch_step(release: Path, dtype: str, device: str) -> Step:
+    where = torch.device({"cpu": "cpu", "gpu": "cuda"}[device])
+    model = transformers.AutoModel.from_pretrained(release, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    model.to(where).train()
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=OPTIMIZER.learning_rate,
@@ -160,22 +200,23 @@ def torch_step(release: Path, dtype: str) -> Step:
     weights = matryoshka_weights(model.config.hidden_size, ModelConfig.from_release(release).matryoshka_dims[:-1])
 
     def states(rows: Batch) -> torch.Tensor:
-        tokens_bt, lengths_b = torch.from_numpy(rows.tokens_bt).long(), torch.from_numpy(rows.lengths_b).long()
-        mask_bt = torch.arange(tokens_bt.shape[1]) < lengths_b[:, None]
+        tokens_bt, lengths_b = (torch.tensor(x, dtype=torch.long, device=where) for x in rows)
+        mask_bt = torch.arange(tokens_bt.shape[1], device=where) < lengths_b[:, None]
         states_btd = model(input_ids=tokens_bt, attention_mask=mask_bt, use_cache=False).last_hidden_state
-        return states_btd[torch.arange(len(lengths_b)), lengths_b - 1].float()
+        return states_btd[torch.arange(len(lengths_b), device=where), lengths_b - 1].float()
 
     def step(batch: TrainBatch) -> float:
         query_bd, passage_bd, negatives_md = (states(rows) for rows in batch[:3])
         size = len(query_bd)
         documents_bnd = torch.cat([passage_bd[:, None], negatives_md.reshape(size, -1, negatives_md.shape[1])], dim=1)
+        own = torch.arange(size, device=where)
         loss: Any = 0.0
         for dim, weight in weights.items():
             query, documents = (torch.nn.functional.normalize(x[..., :dim], dim=-1) for x in (query_bd, documents_bnd))
             hard = torch.nn.functional.cross_entropy(
-                torch.einsum("bd,bnd->bn", query, documents) / TEMPERATURE, torch.zeros(size, dtype=torch.long)
+                torch.einsum("bd,bnd->bn", query, documents) / TEMPERATURE, torch.zeros_like(own)
             )
-            in_batch = torch.nn.functional.cross_entropy(query @ documents[:, 0].T / TEMPERATURE, torch.arange(size))
+            in_batch = torch.nn.functional.cross_entropy(query @ documents[:, 0].T / TEMPERATURE, own)
             loss = loss + weight * (hard + in_batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm)

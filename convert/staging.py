@@ -1,8 +1,8 @@
 """Output folders that appear complete or not at all, and work on them that outlives its process.
 
-While it is made, a folder ``OUT`` is ``OUT.incomplete/release``; beside it lie ``plan.json``, which says what is being
-made of what, and ``finished``, a line for every tensor that is done. Then one rename puts it in its place. A process
-that is killed leaves ``OUT.incomplete``, and nothing at ``OUT``; the same command goes on from there.
+While it is made, a folder ``OUT`` lies in ``OUT.incomplete``, beside ``plan.json``, which says what is being made of
+what, and whatever else the work needs. Then one rename puts it in its place. A process that is killed leaves
+``OUT.incomplete``, and nothing at ``OUT``; the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -20,60 +20,66 @@ from typing import Any
 
 from f2llm_jax.errors import F2LLMError, InputError
 
+_LOCK = ".lock"
 _PLAN = "plan.json"
 _FINISHED = "finished"
 _NOTE = "This model folder is incomplete. The command that began it goes on with it; deleting it loses only that work."
 
 
-class Staging:
-    """A folder in the making.
+class Workplace:
+    """A folder in the making, and a place beside it for work on it, claimed for this process.
 
     Attributes:
-        out: where it is to appear.
-        folder: where it is made.
-        finished: names of what an earlier process has finished; empty on a fresh start.
+        out: where the folder is to appear.
+        home: ``OUT.incomplete``, the place.
+        folder: where the folder is made, in ``home``.
     """
 
-    def __init__(self, out: Path, plan: dict[str, Any], *, force: bool = False):
+    _FOLDER = "result"
+    _STRANGER = "has no {marker}, so no such command made it"
+
+    def __init__(self, out: Path, plan: dict[str, Any], *, marker: str, force: bool = False):
         """Claims the place: starts afresh, or goes on with what a killed process left.
 
         Args:
             out: where the folder is to appear; its parent is made if need be.
             plan: JSON values that say what is made of what; unfinished work goes on only under an equal plan.
-            force: replace a model folder at ``out``, and drop unfinished work under another plan.
+            marker: a file that every folder of this kind has; one without it is not replaced.
+            force: replace a folder at ``out``, and drop unfinished work under another plan.
 
         Raises:
-            InputError: ``out`` exists, holds unfinished work under another plan, or is being made right now.
+            InputError: ``out`` exists, there is unfinished work under another plan, or it is being made right now.
         """
-        self.out = out
-        self.finished: set[str] = set()
-        self.folder = unfinished_folder(out)
-        self._home = self.folder.parent
-        self._force = force
-        # A page that a process wrote survives the process, not the machine: after a restart nothing is taken as done.
-        self._plan = json.loads(json.dumps({"note": _NOTE, **plan, "boot": _boot_id()}))
-        self._refuse_existing()
-        self._home.mkdir(parents=True, exist_ok=True)
+        self.out, self.home = out, _home(out)
+        self.folder = self.home / self._FOLDER
+        self._refuse_existing(marker, force)
+        self._refuse_strangers()
+        self.home.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
         try:
-            self._resume_or_start()
+            self._resume_or_start(json.loads(json.dumps(plan)), force)
         except BaseException:
-            self._lock.close()
+            self.close()
             raise
 
-    def _refuse_existing(self) -> None:
+    def _refuse_existing(self, marker: str, force: bool) -> None:
         out = self.out
         if out.is_symlink() or (out.exists() and not out.is_dir()):
             raise InputError(f"{out} exists and is no folder")
         if not out.exists():
             return
-        if not self._force:
+        if not force:
             raise InputError(f"{out} exists; --force replaces it")
-        if any(out.iterdir()) and not (out / "config.json").exists():
-            raise InputError(f"{out} exists and is no model folder (it has no config.json); it is not replaced")
+        if any(out.iterdir()) and not (out / marker).exists():
+            raise InputError(f"{out} exists and {self._STRANGER.format(marker=marker)}; it is not replaced")
+
+    def _refuse_strangers(self) -> None:
+        """A place of ours has a lock from its first moment to its last."""
+        if self.home.exists() and not (self.home / _LOCK).exists() and (found := sorted(self.home.iterdir())):
+            raise InputError(f"{self.home} holds {found[0].name}, which is none of this command's; move it away")
 
     def _take_lock(self) -> Any:
-        stream = (self._home / ".lock").open("w")
+        stream = (self.home / _LOCK).open("w")
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -81,45 +87,42 @@ class Staging:
             raise InputError(f"{self.out} is being written by another process right now") from None
         return stream
 
-    def _resume_or_start(self) -> None:
-        plan_file = self._home / _PLAN
-        found = json.loads(plan_file.read_text()) if plan_file.exists() else None
-        if found == self._plan and self.folder.is_dir():
-            lines = (self._home / _FINISHED).read_text().split("\n") if (self._home / _FINISHED).exists() else [""]
-            self.finished = set(lines[:-1])  # the last line may have been cut off
-        elif found is not None:
-            differing = [key for key in self._plan if found.get(key) != self._plan[key]]
-            if differing not in ([], ["boot"]) and not self._force:
+    def _resume_or_start(self, plan: dict[str, Any], force: bool) -> None:
+        file = self.home / _PLAN
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        if found is not None and found != plan:
+            differing = [key for key in plan if found.get(key) != plan[key]]
+            if differing not in ([], ["boot"]) and not force:
                 raise InputError(
-                    f"{self._home} holds unfinished work with another {', '.join(differing)}: repeat that command to "
+                    f"{self.home} holds unfinished work with another {', '.join(differing)}: repeat that command to "
                     "finish it, or remove the folder or give --force to start over"
                 )
-        if not self.finished:
-            self._start()
-        self._journal = (self._home / _FINISHED).open("w" if not self.finished else "a", encoding="utf-8")
-        if self.finished:
-            self._journal.write("\n")
+        if found != plan or not self._begun():
+            self._start(plan)
+        for left in self.home.rglob(".*/"):  # of parts that were cut off
+            shutil.rmtree(left, ignore_errors=True)
 
-    def _start(self) -> None:
-        known = {".lock", _PLAN, _PLAN + ".new", _FINISHED, "release", "replaced"}
-        if strangers := sorted({path.name for path in self._home.iterdir()} - known):
-            raise InputError(f"{self._home} holds {strangers[0]}, which is none of this command's; move it away")
-        shutil.rmtree(self.folder, ignore_errors=True)
-        (self._home / _FINISHED).unlink(missing_ok=True)
+    def _begun(self) -> bool:
+        """Whether there is work to go on with, under the plan that is found."""
+        return self.folder.is_dir()
+
+    def _start(self, plan: dict[str, Any]) -> None:
+        self._clear()
         self.folder.mkdir()
-        write_text(self._home / (_PLAN + ".new"), json.dumps(self._plan, indent=2))
-        (self._home / (_PLAN + ".new")).rename(self._home / _PLAN)
+        write_text(self.home / (_PLAN + ".new"), json.dumps(plan, indent=2))
+        (self.home / (_PLAN + ".new")).rename(self.home / _PLAN)
 
-    def finish(self, name: str) -> None:
-        """Notes that something is done, for a process that goes on after this one was killed."""
-        self._journal.write(name + "\n")
-        self._journal.flush()
+    def _clear(self) -> None:
+        """Leaves the lock only; the plan goes first, so that nobody goes on with a part of the rest."""
+        (self.home / _PLAN).unlink(missing_ok=True)
+        for path in self.home.iterdir():
+            if path.name != _LOCK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def commit(self) -> None:
         """Brings everything to disk, and puts the folder in its place."""
-        with ThreadPoolExecutor(8) as pool:  # several at a time share a commit of the file system's journal
-            list(pool.map(_sync, [self.folder, *self.folder.rglob("*")]))
-        replaced = self._home / "replaced"
+        sync(self.folder)
+        replaced = self.home / "replaced"
         shutil.rmtree(replaced, ignore_errors=True)
         if self.out.exists():
             self.out.rename(replaced)
@@ -129,13 +132,44 @@ class Staging:
 
     def discard(self) -> None:
         """Leaves nothing behind but what stands at ``out``."""
+        self._clear()
         self.close()
-        shutil.rmtree(self._home)
+        shutil.rmtree(self.home)
 
     def close(self) -> None:
         """Lets go of unfinished work, so that another process can go on with it."""
-        self._journal.close()
         self._lock.close()
+
+
+class Staging(Workplace):
+    """A model folder in the making: files of their full size that are filled tensor by tensor.
+
+    Attributes:
+        finished: names of what an earlier process has finished; empty on a fresh start.
+    """
+
+    _FOLDER = "release"
+    _STRANGER = "is no model folder (it has no {marker})"
+
+    def __init__(self, out: Path, plan: dict[str, Any], *, force: bool = False):
+        """See ``Workplace``."""
+        self.finished: set[str] = set()
+        # A page that a process wrote survives the process, not the machine: after a restart nothing is taken as done.
+        super().__init__(out, {"note": _NOTE, **plan, "boot": _boot_id()}, marker="config.json", force=force)
+
+    def _begun(self) -> bool:
+        file = self.home / _FINISHED
+        if super()._begun() and file.exists():
+            text = file.read_bytes()
+            whole = text[: text.rfind(b"\n") + 1]
+            os.truncate(file, len(whole))  # the last line may have been cut off
+            self.finished = set(whole.decode().split())
+        return bool(self.finished)
+
+    def finish(self, name: str) -> None:
+        """Notes that something is done, for a process that goes on after this one was killed."""
+        with (self.home / _FINISHED).open("a", encoding="utf-8") as journal:
+            journal.write(name + "\n")
 
 
 def output_path(out: str | Path) -> Path:
@@ -146,9 +180,13 @@ def output_path(out: str | Path) -> Path:
     return path
 
 
+def _home(out: Path) -> Path:
+    return out.with_name(out.name + ".incomplete")
+
+
 def unfinished_folder(out: Path) -> Path:
-    """Where ``out`` is made."""
-    return out.with_name(out.name + ".incomplete") / "release"
+    """Where a model folder ``out`` is made."""
+    return _home(out) / Staging._FOLDER
 
 
 @contextlib.contextmanager
@@ -211,6 +249,12 @@ def write_text(file: Path, text: str) -> None:
     """Writes a text file as UTF-8, and its folder if need be."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
+
+
+def sync(folder: Path) -> None:
+    """Brings a folder and all it holds to disk."""
+    with ThreadPoolExecutor(8) as pool:  # several at a time share a commit of the file system's journal
+        list(pool.map(_sync, [folder, *folder.rglob("*")]))
 
 
 def _sync(path: Path) -> None:

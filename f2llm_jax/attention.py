@@ -168,7 +168,6 @@ def _blocked_residuals(
 ) -> tuple[jax.Array, Any]:
     dtype = q_btnh.dtype
     out_btnh, log_sum_bkq = _blocked_forward(q_btnh, k_bskh, v_bskh, segment_ids_bt)
-    # As bits, which XLA's CPU compiler stacks over layers as they are (see model.to_bits).
     out_btnh, log_sum_bkq = checkpoint_name((to_bits(out_btnh.astype(dtype)), log_sum_bkq), BLOCKED_RESULTS)
     out_btnh = from_bits(out_btnh, dtype)
     return out_btnh.astype(jnp.float32), (q_btnh, k_bskh, v_bskh, segment_ids_bt, out_btnh, log_sum_bkq)

@@ -137,17 +137,7 @@ def encode_corpus(
         shard_rows=shard_rows,
     )
     team = Team.of(settings["mesh"], processes)
-    reading = ("field", "id_field", "file_format", "shard_rows")
-    same_cuts = plan is not None and all(plan["settings"].get(key) == settings[key] for key in reading)
-    corpus = index(
-        find_files(patterns),
-        field=field,
-        id_field=id_field,
-        file_format=file_format,
-        unit_rows=shard_rows,
-        known=known_inputs(plan) if same_cuts else (),
-        show_progress=show_progress,
-    )
+    corpus = _index(patterns, settings, plan, show_progress)
     calibration = None if ranges is None else np.asarray(ranges, np.float32)
     work = Output(out, settings, corpus, model=str(model), ranges=calibration)
     with _Termination(team) as termination:
@@ -226,6 +216,23 @@ def _settings(
         "ranges": None if ranges is None else hashlib.sha256(np.ascontiguousarray(ranges).tobytes()).hexdigest(),
         **others,
     }
+
+
+def _index(
+    patterns: Sequence[str], settings: Mapping[str, Any], plan: dict[str, Any] | None, show_progress: bool
+) -> Corpus:
+    """The corpus; files that the begun run has cut in the same way are not read again."""
+    reading = ("field", "id_field", "file_format", "shard_rows")
+    same_cuts = plan is not None and all(plan["settings"].get(key) == settings[key] for key in reading)
+    return index(
+        find_files(patterns),
+        field=settings["field"],
+        id_field=settings["id_field"],
+        file_format=settings["file_format"],
+        unit_rows=settings["shard_rows"],
+        known=known_inputs(plan) if same_cuts else (),
+        show_progress=show_progress,
+    )
 
 
 def _check_length(max_length: int | None, release: Release) -> int:

@@ -65,10 +65,14 @@ def eos_states(
         float32 [batch, hidden]; of a ``PackedBatch`` [batch, texts, hidden].
     """
     backbone = Backbone(config, dtype=jnp.dtype(dtype), kernel=kernel, remat=remat)
+    segment_ids_bt = batch.segment_ids_bt if isinstance(batch, PackedBatch) else None
+    return pool(backbone.apply({"params": params}, batch.tokens_bt, segment_ids_bt), batch)
+
+
+def pool(states_btd: jax.Array, batch: Batch | PackedBatch) -> jax.Array:
+    """The states of the texts' EOS: [batch, hidden], of a ``PackedBatch`` [batch, texts, hidden]."""
     if isinstance(batch, PackedBatch):
-        states_btd = backbone.apply({"params": params}, batch.tokens_bt, batch.segment_ids_bt)
         return jnp.take_along_axis(states_btd, batch.ends_be[..., None], axis=1)
-    states_btd = backbone.apply({"params": params}, batch.tokens_bt)
     last_b11 = (batch.lengths_b - 1)[:, None, None]
     return jnp.take_along_axis(states_btd, last_b11, axis=1)[:, 0]
 

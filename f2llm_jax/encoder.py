@@ -19,12 +19,13 @@ from jax.sharding import Mesh
 
 from f2llm_jax.attention import resolve_kernel
 from f2llm_jax.axes import batch_parts
-from f2llm_jax.batching import Buckets, Packing, Rows, batched, choose_layout, packed
+from f2llm_jax.batching import Buckets, Packing, Rows, batched, choose_layout, packed, packed_length
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert.load import load_params, open_checkpoint
 from f2llm_jax.embedding import Batch, PackedBatch, check_dim, embed
 from f2llm_jax.errors import InputError, warn
-from f2llm_jax.model import Params, to_bits
+from f2llm_jax.layerwise import Layerwise
+from f2llm_jax.model import Params
 from f2llm_jax.quantization import check_ranges, output_spec, quantize
 from f2llm_jax.release import find_release, pick_prompt, read_release
 from f2llm_jax.sharding import make_mesh, padded_config, param_shardings, put_batch, put_everywhere
@@ -93,7 +94,6 @@ class Encoder:
     ):
         self._params = params
         self._platform = next(iter(jax.tree.leaves(params)[0].devices())).platform
-        self._weights = to_bits(params) if self._platform == "cpu" and mesh is None else params
         self.config = config
         self.tokenizer = tokenizer
         self.prompts = {"query": "", "document": "", **(prompts or {})}
@@ -102,6 +102,8 @@ class Encoder:
         self.dtype = dtype
         self.mesh = mesh
         self.kernel = resolve_kernel(kernel, self._platform, dtype)
+        on_cpu = self._platform == "cpu" and mesh is None
+        self._layerwise = Layerwise(params, config, dtype=dtype, kernel=self.kernel) if on_cpu else None
 
     @property
     def params(self) -> Params:
@@ -291,7 +293,13 @@ class Encoder:
         """The layout, chosen by the first chunk, and the batches."""
         multiple = 1 if self.mesh is None else batch_parts(self.mesh)
         buckets = Buckets(batch_tokens, max_length, multiple)
-        packing = Packing(batch_tokens, max_length, multiple, short_rows=self._platform == "cpu")
+        packing = Packing(
+            batch_tokens,
+            max_length,
+            multiple,
+            row_length=packed_length(self._platform),
+            short_rows=self._platform == "cpu",
+        )
         first = next(sequences, [])
         sequences = itertools.chain([first], sequences)
         layout = choose_layout(layout, self._platform, first, buckets, packing)
@@ -320,12 +328,13 @@ class Encoder:
 
         On CPUs in a thread of the pool, where settings that JAX keeps by thread are the default ones.
         """
-        if self._platform == "cpu" and self.mesh is None:
-            return pool.submit(lambda: np.asarray(self._dispatch(batch, dim))).result
+        if self._layerwise is not None:
+            compute = self._layerwise
+            return pool.submit(lambda: np.asarray(compute(batch, dim))).result
         return functools.partial(np.asarray, self._dispatch(batch, dim))
 
     def _dispatch(self, batch: Batch | PackedBatch, dim: int) -> jax.Array:
-        """The embeddings of a batch, as a promise."""
+        """The embeddings of a batch on an accelerator or a mesh, as a promise."""
         options = {
             "config": padded_config(self.config, self.mesh),
             "dim": dim,
@@ -333,9 +342,9 @@ class Encoder:
             "kernel": self.kernel,
         }
         if self.mesh is None:
-            return _embed(self._weights, batch, **options)
+            return _embed(self._params, batch, **options)
         with jax.set_mesh(self.mesh):
-            embeddings_bd = _embed(self._weights, put_batch(batch, self.mesh), **options)
+            embeddings_bd = _embed(self._params, put_batch(batch, self.mesh), **options)
             # Of a mesh over several processes each holds its own rows: everybody gets them all.
             return embeddings_bd if embeddings_bd.is_fully_addressable else put_everywhere(embeddings_bd, self.mesh)
 

@@ -8,7 +8,8 @@ then a reshape that moves no byte, a mesh splits the outputs of a projection as 
 units of TPUs and the CPU kernels measured multiply either orientation at the same rate.
 
 Arithmetic: matrix products take operands in ``dtype`` and sum in float32. Everything between them (residual stream,
-norms, rotary angles, softmax, activation) is float32, so bfloat16 rounds only what enters a product.
+norms, rotary angles, softmax, activation) is float32, so bfloat16 rounds only what enters a product; on GPUs also what
+leaves one on its way to the next.
 
 Dimensions: b batch, t position, d hidden, n query heads, k key/value heads, h head_dim, f intermediate, l layers,
 v vocabulary.
@@ -22,7 +23,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from f2llm_jax.attention import BLOCKED_RESULTS, attention
 from f2llm_jax.axes import batch_parts, constrain, gather
@@ -55,23 +55,25 @@ class Projection(nn.Module):
         outputs, inputs: sizes of the axes it makes and takes, for example (heads, head_dim) and (hidden,).
         axes: their logical names, outputs first.
         dtype: of the operands.
+        may_round: see ``product``; not where the result joins the residual stream.
     """
 
     outputs: tuple[int, ...]
     inputs: tuple[int, ...]
     axes: tuple[str, ...]
     dtype: Any
+    may_round: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (*self.outputs, *self.inputs)
         weight = self.param("weight", nn.with_logical_partitioning(_normal, self.axes), shape, jnp.float32)
-        weight = gather(from_bits(weight), self.axes)
+        weight = gather(weight, self.axes)
         batch = x.shape[: x.ndim - len(self.inputs)]
         # As plain matrices: with several output axes, XLA's CPU compiler first copies the weights into another order.
         x_mi = x.reshape(math.prod(batch), math.prod(self.inputs))
         weight_oi = weight.reshape(math.prod(self.outputs), math.prod(self.inputs))
-        y = product("mi,oi->mo", x_mi, weight_oi, self.dtype)
+        y = product("mi,oi->mo", x_mi, weight_oi, self.dtype, self.may_round)
         return y.reshape(*batch, *self.outputs)
 
 
@@ -115,7 +117,8 @@ class Attention(nn.Module):
             segment_ids_bt,
             kernel=self.kernel,
         )
-        return Projection((d,), (n, h), ("embed", "heads", "head_dim"), self.dtype, name="o_proj")(out_btnh)
+        o_proj = Projection((d,), (n, h), ("embed", "heads", "head_dim"), self.dtype, may_round=False, name="o_proj")
+        return o_proj(out_btnh)
 
 
 class MLP(nn.Module):
@@ -127,8 +130,8 @@ class MLP(nn.Module):
         d, f = self.config.hidden_size, self.config.intermediate_size
         gate_btf = Projection((f,), (d,), ("mlp", "embed"), self.dtype, name="gate_proj")(x_btd)
         up_btf = Projection((f,), (d,), ("mlp", "embed"), self.dtype, name="up_proj")(x_btd)
-        down_proj = Projection((d,), (f,), ("embed", "mlp"), self.dtype, name="down_proj")
-        return down_proj(nn.silu(gate_btf) * up_btf)
+        down_proj = Projection((d,), (f,), ("embed", "mlp"), self.dtype, may_round=False, name="down_proj")
+        return down_proj(nn.silu(gate_btf.astype(jnp.float32)) * up_btf)
 
 
 class Block(nn.Module):
@@ -238,26 +241,6 @@ def rotate(x_btnh: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
     cos, sin = rotary
     x_btn2h = x_btnh.reshape(*x_btnh.shape[:-1], 2, -1)
     return (x_btn2h * cos + jnp.flip(x_btn2h, axis=-2) * sin).reshape(x_btnh.shape)
-
-
-def to_bits(params: Params) -> Params:
-    """The stacked bfloat16 weights as uint16 arrays of the same bits, sharing their memory: for CPUs.
-
-    XLA's CPU compiler slices no bfloat16 array: it would turn the whole stack to float32 before the loop over layers,
-    and each layer back, at every call: 60 ms of the 80M's 64 ms for a text of 16 tokens.
-    """
-
-    def bits(x: jax.Array) -> jax.Array:
-        if x.dtype != jnp.bfloat16 or x.ndim < 3:
-            return x
-        return jax.device_put(np.asarray(x).view(np.uint16), x.sharding)
-
-    return {**params, "layers": jax.tree.map(bits, params["layers"])}
-
-
-def from_bits(weight: jax.Array) -> jax.Array:
-    """Undoes ``to_bits`` for one weight, within a program; leaves others as they are."""
-    return jax.lax.bitcast_convert_type(weight, jnp.bfloat16) if weight.dtype == jnp.uint16 else weight
 
 
 def abstract_params(config: ModelConfig) -> Params:

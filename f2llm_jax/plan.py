@@ -9,6 +9,7 @@ longer; which of the three binds, and what a mesh costs, carries over.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 
-from f2llm_jax.batching import Packing
+from f2llm_jax.batching import Packing, row_slots
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.encoder import BATCH_TOKENS
 from f2llm_jax.errors import InputError
@@ -29,6 +30,7 @@ from f2llm_jax.sharding import make_mesh, padded_config, param_shardings
 
 if TYPE_CHECKING:
     from f2llm_jax.train.config import TrainConfig
+    from f2llm_jax.train.packing import TrainPacking
 
 Do = Literal["encode", "train"]
 
@@ -73,13 +75,36 @@ class Job:
             raise InputError(f"length must be within 1..{self.config.max_position_embeddings}, not {self.length}")
 
     @property
+    def packed(self) -> bool:
+        """Whether texts share rows: as many as there is room for. Encoding on TPUs has long texts in such rows too."""
+        return self.recipe is None or self.recipe.data.packed
+
+    @property
     def row_length(self) -> int:
-        """Tokens of a row: encoding on TPUs packs as many texts into one as there is room for."""
-        return self.length if self.do == "train" else Packing(1, self.length).lengths[-1]
+        """Tokens of a row."""
+        if not self.packed:
+            return self.length
+        return Packing(1, self.length).lengths[-1] if self.recipe is None else self.train_packing(1).lengths[-1]
 
     @property
     def texts_per_row(self) -> int:
         return self.row_length // self.length
+
+    def train_packing(self, multiple: int) -> TrainPacking:
+        """The shapes of the recipe's batches, whose rows are a multiple of a number."""
+        from f2llm_jax.train.packing import TrainPacking
+
+        assert self.recipe is not None
+        return TrainPacking(self.length, multiple, self.recipe.compute.chunk_rows)
+
+    def runs(self, axes: Axes) -> tuple[int, ...]:
+        """Rows of a training batch: of all texts packed, or of the queries and of the documents."""
+        assert self.recipe is not None
+        queries = self.recipe.data.batch_size
+        if self.packed:
+            rows = math.ceil(queries * (2 + self.negatives) / self.texts_per_row)
+            return (self.train_packing(axes.batch_parts).rows(rows),)
+        return queries, queries * (1 + self.negatives)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +248,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A mesh, the rows computed at a time on it (in training a text each), and what that costs by estimate."""
+    """A mesh, the rows computed at a time on it, and what that costs by estimate."""
 
     mesh: Axes
     rows_at_once: int
@@ -323,22 +348,21 @@ def _rows_at_once(job: Job, axes: Axes) -> Iterator[int]:
     if job.recipe is None:
         yield Packing(job.batch_tokens or BATCH_TOKENS["tpu"] * axes.size, job.length, parts).rows(job.row_length)
         return
-    queries = job.recipe.data.batch_size
-    documents = queries * (1 + job.negatives)
-    if queries % parts:
+    if job.recipe.data.batch_size % parts:
         return
+    runs = job.runs(axes)
     if job.batch_tokens is not None:
-        wanted = job.batch_tokens // job.length
-        if wanted >= queries + documents:
-            yield queries + documents
-        elif wanted >= parts and not wanted % parts and not documents % wanted and not queries % min(wanted, queries):
+        wanted = job.batch_tokens // job.row_length
+        if wanted >= sum(runs):
+            yield sum(runs)
+        elif wanted >= parts and not wanted % parts and not any(rows % min(wanted, rows) for rows in runs):
             yield wanted
         return
     if job.recipe.compute.chunk_rows:
         yield job.recipe.compute.chunk_rows
         return
-    yield queries + documents
-    yield from (rows for rows in reversed(_divisors(queries)) if rows % parts == 0)
+    yield sum(runs)
+    yield from (rows for rows in reversed(_divisors(min(runs))) if rows % parts == 0 and rows < sum(runs))
 
 
 def _divisors(n: int) -> list[int]:
@@ -351,15 +375,16 @@ def _texts(job: Job) -> int:
     return job.recipe.data.batch_size * (2 + job.negatives)
 
 
-def _train_work(job: Job, rows_at_once: int) -> TrainWork:
+def _train_work(job: Job, axes: Axes, rows_at_once: int) -> TrainWork:
     recipe = job.recipe
     assert recipe is not None
-    texts = _texts(job)
+    runs = job.runs(axes)
     return TrainWork(
         queries=recipe.data.batch_size,
         negatives=job.negatives,
-        length=job.length,
-        chunk_rows=0 if rows_at_once == texts else rows_at_once,
+        runs=runs,
+        length=job.row_length,
+        chunk_rows=0 if rows_at_once == sum(runs) else rows_at_once,
         remat=recipe.compute.remat,
         kernel="splash" if recipe.compute.kernel == "auto" else recipe.compute.kernel,
         mrl_dims=recipe.loss.mrl_dims,
@@ -372,7 +397,7 @@ def _estimate(job: Job, axes: Axes, rows_at_once: int) -> Estimate:
     if job.do == "encode":
         itemsize = jax.numpy.dtype(job.dtype).itemsize
         return estimate_encode(job.config, axes, texts=rows_at_once, length=job.row_length, itemsize=itemsize)
-    return estimate_train(job.config, axes, _train_work(job, rows_at_once), job.teacher)
+    return estimate_train(job.config, axes, _train_work(job, axes, rows_at_once), job.teacher)
 
 
 def abstract_program(job: Job, mesh: jax.sharding.Mesh, rows_at_once: int) -> AbstractProgram:
@@ -386,10 +411,19 @@ def abstract_program(job: Job, mesh: jax.sharding.Mesh, rows_at_once: int) -> Ab
             texts=job.texts_per_row,
             dtype=job.dtype,
         )
-    work = _train_work(job, rows_at_once)
+    work = _train_work(job, Axes(**mesh.shape), rows_at_once)
     compute = dataclasses.replace(job.recipe.compute, chunk_rows=work.chunk_rows)
     recipe = dataclasses.replace(job.recipe, compute=compute)
-    return train_program(recipe, job.config, mesh, length=job.length, negatives=job.negatives, teacher=job.teacher)
+    slots = row_slots(job.row_length, job.texts_per_row, short=False)
+    return train_program(
+        recipe,
+        job.config,
+        mesh,
+        length=job.length,
+        negatives=job.negatives,
+        packed=(work.rows, job.row_length, slots) if job.packed else None,
+        teacher=job.teacher,
+    )
 
 
 def _compile(job: Job, topology: Topology, candidate: Candidate, devices: list[Any]) -> Plan:

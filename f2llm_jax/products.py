@@ -21,8 +21,8 @@ def matmul_precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def product(spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def product(spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike, may_round: bool = False) -> jax.Array:
     """An einsum of two arrays that enter it in ``dtype``; float32.
 
     Args:
@@ -30,16 +30,19 @@ def product(spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike) 
             operand has a letter of its own, and at least one is summed over.
         a, b: of any float dtype, which their gradients have too.
         dtype: that of the operands, here and in the gradient.
+        may_round: the result is on its way to an operand: it may be in ``dtype`` already. On GPUs it is: they have
+            summed in float32 and write half the bytes, and what is done before the next product reads half.
     """
-    return einsum(spec, a, b, dtype)
+    return einsum(spec, a, b, dtype, may_round)
 
 
-def einsum(spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+def einsum(spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike, may_round: bool = False) -> jax.Array:
     """``product``, without its gradient."""
     a, b = a.astype(dtype), b.astype(dtype)
     if _as_matrices(dtype):
         return _matrices(spec, a, b)
-    return jnp.einsum(spec, a, b, precision=matmul_precision(dtype), preferred_element_type=jnp.float32)
+    out = dtype if may_round and platform() == "gpu" else jnp.float32
+    return jnp.einsum(spec, a, b, precision=matmul_precision(dtype), preferred_element_type=out)
 
 
 def _as_matrices(dtype: jax.typing.DTypeLike) -> bool:
@@ -88,17 +91,18 @@ def _row_major(x: jax.Array) -> jax.Array:
 
 
 def _forward(
-    spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike
+    spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike, may_round: bool
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
     # Not ``product``: a policy of ``jax.checkpoint`` sees a product, but not one within a function of its own gradient.
     # Of the arrays themselves only the dtypes are wanted.
     like = (jnp.empty(0, a.dtype), jnp.empty(0, b.dtype))
-    return einsum(spec, a, b, dtype), (a.astype(dtype), b.astype(dtype), *like)
+    return einsum(spec, a, b, dtype, may_round), (a.astype(dtype), b.astype(dtype), *like)
 
 
 def _backward(
     spec: str,
     dtype: jax.typing.DTypeLike,
+    may_round: bool,
     residuals: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
     cotangent: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
@@ -134,7 +138,10 @@ product.defvjp(_forward, _backward)
 
 
 def to_bits(x: jax.Array) -> jax.Array:
-    """A bfloat16 array as uint16 of the same bits, others as they are; see ``model.to_bits``."""
+    """A bfloat16 array as uint16 of the same bits, others as they are: what a loop over layers keeps of each.
+
+    XLA's CPU compiler slices no bfloat16 array: it would turn the whole stack to float32 and back for every layer.
+    """
     return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
 
 

@@ -18,6 +18,7 @@ from f2llm_jax.batching import (
     bucket_lengths,
     choose_layout,
     packed,
+    packed_length,
 )
 from f2llm_jax.errors import InputError
 
@@ -224,4 +225,6 @@ def test_a_layout_is_chosen_by_platform_and_lengths():
         assert choose_layout(layout, "cpu", one, buckets, packing) == layout
     with pytest.raises(InputError, match="no layout 'dense'; there are auto, bucketed, packed"):
         choose_layout("dense", "cpu", one, buckets, packing)
-    assert packing.lengths == (PACKED_LENGTH,)
+    assert packing.lengths == (PACKED_LENGTH,) == (packed_length("tpu"),)
+    on_gpu = Packing(32768, 1500, row_length=packed_length("gpu"))
+    assert on_gpu.lengths == (512, 1024, 1536) and on_gpu.rows(512) == 64

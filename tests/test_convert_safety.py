@@ -116,6 +116,19 @@ def test_finished_tensors_are_not_copied_again(
     assert tensor_sums(out) == sums
 
 
+def test_resumed_more_than_once(release: Path, sums: Sums, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process goes on with all that went before, also after a note that was cut off."""
+    for tensors in (5, 10):
+        interrupt_after(tensors, monkeypatch)
+        with pytest.raises(KeyboardInterrupt):
+            convert_release(release, tmp_path / "out", to="hf")
+        monkeypatch.undo()
+        assert len(finished(tmp_path / "out.incomplete")) == tensors
+        with (tmp_path / "out.incomplete" / "finished").open("a") as journal:
+            journal.write("layers.0.mlp.up_proj.we")
+    assert tensor_sums(convert_release(release, tmp_path / "out", to="hf")) == sums
+
+
 def test_other_arguments_do_not_resume(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt_after(20, monkeypatch)
     with pytest.raises(KeyboardInterrupt):

@@ -397,11 +397,12 @@ def test_few_compilations_for_many_lengths(smallest):
     texts = ["Z" * int(length) for length in generator.integers(0, 120, size=10_000)]
     buckets, packing = Buckets(2048, 120), Packing(2048, 120, short_rows=True)
     # One shape for each length; and the texts that are left at the end fill a few of fewer rows, in short rows of every
-    # length one or two.
-    most = {"bucketed": len(buckets.lengths) + 4, "packed": 3 * len(packing.lengths)}
+    # length one or two. A shape takes a program for the layers, and a small one before and behind them.
+    most = {"bucketed": 3 * (len(buckets.lengths) + 4), "packed": 3 * 3 * len(packing.lengths)}
     most_ever = {
-        "bucketed": len(buckets),
-        "packed": sum(
+        "bucketed": 3 * len(buckets),
+        "packed": 3
+        * sum(
             len({packing.last_rows(length, rows + 1) for rows in range(packing.rows(length))})
             for length in packing.last_lengths
         ),

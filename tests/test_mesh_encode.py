@@ -148,8 +148,7 @@ def test_encode_is_that_of_one_device(tmp_path_factory, monkeypatch, axes):
         got = model.encode(texts, prompt_name="query", batch_tokens=1024, layout=layout)
         assert np.abs(got - expected).max() <= 2e-6, layout
     # The rows of accelerators.
-    monkeypatch.setattr(batching, "PACKED_LENGTH", 256)
-    monkeypatch.setattr(encoder, "Packing", lambda *sizes, short_rows: batching.Packing(*sizes))
+    monkeypatch.setattr(encoder, "Packing", lambda *sizes, **_: batching.Packing(*sizes, row_length=256))
     got = model.encode(texts, prompt_name="query", batch_tokens=1024)
     assert np.abs(got - expected).max() <= 2e-6
 

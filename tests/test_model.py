@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from functools import partial
 
@@ -15,6 +16,7 @@ import torch
 from releases import TINY, params_of, torch_model
 
 import f2llm_jax
+from f2llm_jax import products
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.configs.models import MODELS
 from f2llm_jax.model import abstract_params
@@ -93,6 +95,22 @@ def check_against_transformers(config: ModelConfig, *batches_of_lengths: Sequenc
         got_bd = np.asarray(embed(params, batch, dtype="bfloat16"))
         assert got_bd.dtype == np.float32
         assert (got_bd * expected_bd).sum(axis=1).min() >= BFLOAT16_COSINE
+
+
+def test_what_gpus_round_costs_little(monkeypatch):
+    """There the results of projections that end in another product come in bfloat16; those of the stream do not."""
+    config = MODELS["80M"]
+    params = f2llm_jax.init_params(config, jax.random.key(0))
+    batch = random_batch(config, (2, 17, 130))
+    embed = partial(f2llm_jax.embed, config=config, kernel="blocked")
+    exact_bd = jax.jit(embed)(params, batch)
+    monkeypatch.setattr(products, "platform", lambda: "gpu")
+    traced = jax.jit(partial(embed, dtype="bfloat16")).trace(params, batch)
+    found_bd = traced.lower().compile()(params, batch)
+    assert (found_bd * exact_bd).sum(axis=1).min() >= BFLOAT16_COSINE
+    results = re.findall(r"dot_general.*-> tensor<\d+x(\d+)x(\w+)>", traced.lower().as_text())
+    rounded = {size for size, dtype in results if dtype == "bf16"}
+    assert rounded == {"2048", "1024"} and ("320", "f32") in results
 
 
 def random_batch(config: ModelConfig, lengths: Sequence[int], seed: int = 0) -> f2llm_jax.Batch:

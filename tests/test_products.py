@@ -87,6 +87,17 @@ def test_a_transposed_gradient_compiles():
         np.testing.assert_allclose(one.T, other, rtol=1e-6, atol=1e-5)
 
 
+def test_gpus_write_what_may_be_rounded_in_the_dtype(monkeypatch):
+    a, b, cotangent = case("mi,oi->mo")
+    exact = product("mi,oi->mo", a, b, "bfloat16")
+    monkeypatch.setattr("f2llm_jax.products.platform", lambda: "gpu")
+    rounded, pull = jax.vjp(lambda a, b: product("mi,oi->mo", a, b, "bfloat16", True), a, b)
+    assert rounded.dtype == jnp.bfloat16 and product("mi,oi->mo", a, b, "bfloat16").dtype == jnp.float32
+    np.testing.assert_array_equal(rounded, exact.astype(jnp.bfloat16))
+    assert product("mi,oi->mo", a, b, "float32", True).dtype == jnp.float32
+    assert [x.dtype for x in pull(cotangent.astype(jnp.bfloat16))] == [jnp.float32, jnp.float32]
+
+
 def test_gradients_have_the_dtype_of_the_operand():
     a, b, cotangent = case("mi,oi->mo")
     _, pull = jax.vjp(lambda a, b: product("mi,oi->mo", a, b, "bfloat16"), a.astype(jnp.bfloat16), b)

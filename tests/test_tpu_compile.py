@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from f2llm_jax.cli import main
+from f2llm_jax.config import ModelConfig
 from f2llm_jax.configs.models import MODELS
 from f2llm_jax.errors import InputError
 from f2llm_jax.plan import Job, Plan, compile_program, make_plan
@@ -32,17 +33,29 @@ ENCODE = {
     "0.6B": ("v6e:4x4", Axes(4, 2, 2)),
     "14B": ("v5p:2x2x4", Axes(1, 8, 2)),
 }
+# The 0.6B by cached gradients in three chunks, which are packed rows, or one of queries and two of documents; the 8B
+# directly, in one run of packed rows.
 TRAIN = {
     "0.6B": ("v5e:4x4", Axes(2, 8, 1)),
+    "0.6B bucketed": ("v5e:4x4", Axes(2, 8, 1)),
     "8B": ("v6e:4x4", Axes(1, 16, 1)),
 }
 
 
-def recipe(size: str, *, batch_size: int, chunk_rows: int = 0) -> TrainConfig:
+def model(name: str) -> ModelConfig:
+    return MODELS[name.split()[0]]
+
+
+def chunks(name: str) -> int:
+    """Runs of the model in a training step."""
+    return 1 if name == "8B" else 3
+
+
+def recipe(size: str, *, batch_size: int, chunk_rows: int = 0, layout: str = "auto") -> TrainConfig:
     config = load_recipe(f"stage1_{size.replace('.', '_').lower()}")
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, batch_size=batch_size),
+        data=dataclasses.replace(config.data, batch_size=batch_size, layout=layout),
         compute=dataclasses.replace(config.compute, chunk_rows=chunk_rows),
     )
 
@@ -53,9 +66,9 @@ def plan(do: str, size: str) -> Plan:
         topology, mesh = ENCODE[size]
         return make_plan(Job("encode", MODELS[size]), parse_topology(topology), mesh)
     topology, mesh = TRAIN[size]
-    # The 0.6B by cached gradients, queries in one chunk and documents in two; the 8B directly.
-    config = recipe(size, **({"batch_size": 128, "chunk_rows": 128} if size == "0.6B" else {"batch_size": 32}))
-    return make_plan(Job("train", MODELS[size], recipe=config, negatives=1), parse_topology(topology), mesh)
+    sizes = {"batch_size": 32} if size == "8B" else {"batch_size": 128, "chunk_rows": 128}
+    config = recipe(size.split()[0], **sizes, layout="bucketed" if size.endswith("bucketed") else "auto")
+    return make_plan(Job("train", model(size), recipe=config, negatives=1), parse_topology(topology), mesh)
 
 
 PROGRAMS = [*(("encode", size) for size in ENCODE), *(("train", size) for size in TRAIN)]
@@ -78,13 +91,13 @@ def test_attention_is_the_splash_kernel(do, size):
     result = plan(do, size)
     assert result.work is not None
     # A backward pass is two kernels, after the forward pass that it computes again.
-    runs = {"encode": 1, "train": 3 * (1 + 1 + 3) if size == "0.6B" else 2 * (1 + 3)}[do]
-    assert result.work.kernels["tpu_custom_call"] == runs * MODELS[size].num_hidden_layers
+    runs = {"encode": 1, "train": chunks(size) * ((1 + 3) if size == "8B" else (1 + 1 + 3))}[do]
+    assert result.work.kernels["tpu_custom_call"] == runs * model(size).num_hidden_layers
 
 
 @pytest.mark.parametrize(("do", "size"), PROGRAMS)
 def test_neither_the_vocabulary_nor_the_batch_is_gathered(do, size):
-    result, config = plan(do, size), MODELS[size]
+    result, config = plan(do, size), model(size)
     mesh = result.mesh
     rows = result.batch_tokens // 1024
     activations = rows * 1024 * config.hidden_size
@@ -100,20 +113,21 @@ def test_neither_the_vocabulary_nor_the_batch_is_gathered(do, size):
 
 def mlp_gradients(size: str) -> dict[str, int]:
     """{collective: how many run} over arrays of the size of a weight of the MLP, without those that gather weights."""
-    weight = MODELS[size].hidden_size * MODELS[size].intermediate_size
+    weight = model(size).hidden_size * model(size).intermediate_size
     found = [x for x in plan("train", size).collectives if math.prod(x.dims) == weight and x.kind != "all-gather"]
     return {kind: times for kind, (times, _) in total_by_kind(found).items()}
 
 
-def test_gradients_of_the_mlp_are_scattered_to_where_their_parameters_rest():
+@pytest.mark.parametrize("size", ["0.6B", "0.6B bucketed"])
+def test_gradients_of_the_mlp_are_scattered_to_where_their_parameters_rest(size):
     """An all-reduce over fsdp would bring every device the whole of a gradient of which it keeps a part."""
-    # The 0.6B by cached gradients: a backward pass of the queries and two of the documents.
-    assert mlp_gradients("0.6B") == {"reduce-scatter": 3 * 3 * MODELS["0.6B"].num_hidden_layers}
+    # By cached gradients: a backward pass of each chunk.
+    assert mlp_gradients(size) == {"reduce-scatter": 3 * chunks(size) * model(size).num_hidden_layers}
 
 
 def test_over_all_of_a_4x4_slice_gradients_of_the_mlp_are_summed_by_all_reduce():
     """No sharding asks for that; see ``axes.gather``. They are summed once, and nothing else of their size travels."""
-    assert mlp_gradients("8B") == {"all-reduce": 3 * 2 * MODELS["8B"].num_hidden_layers}
+    assert mlp_gradients("8B") == {"all-reduce": 3 * chunks("8B") * MODELS["8B"].num_hidden_layers}
 
 
 @pytest.mark.parametrize(("fsdp", "kind"), [(8, "reduce-scatter"), (16, "all-reduce")])

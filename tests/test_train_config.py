@@ -131,3 +131,9 @@ def test_the_command_lists_recipes_and_settings(capsys):
     assert "nearest: epochs" in capsys.readouterr().err
     assert main(["train"]) == 2
     assert main(["train", "tiny"]) == 2
+
+
+def test_a_layout_that_is_none_is_refused():
+    assert override(BASE, ["data.layout=bucketed"]).data.layout == "bucketed" and BASE.data.layout == "auto"
+    with pytest.raises(InputError, match="layout is one of auto, bucketed, packed, not 'rows'"):
+        override(BASE, ["data.layout=rows"])

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from packs import as_packed
 from releases import SHARED, TINY
 
 from f2llm_jax.config import ModelConfig
@@ -17,14 +18,13 @@ from f2llm_jax.embedding import Batch, eos_states
 from f2llm_jax.errors import InputError
 from f2llm_jax.model import init_params
 from f2llm_jax.sharding import make_mesh, param_shardings
-from f2llm_jax.train.batch import TrainBatch
+from f2llm_jax.train.batch import AnyTrainBatch, TrainBatch
 from f2llm_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from f2llm_jax.train.placement import abstract_state, global_batch, shardings_of
 from f2llm_jax.train.step import (
     ComputeConfig,
     LossConfig,
     TrainState,
-    batch_texts,
     loss_terms,
     train_step,
     value_and_grad,
@@ -45,7 +45,7 @@ def load_model(name: str) -> tuple[ModelConfig, dict]:
     return config, load_params(Checkpoint(ORACLE / name), config)
 
 
-def load_batch(step: int, size: int) -> TrainBatch:
+def load_batch(step: int, size: int, layout: str = "bucketed") -> AnyTrainBatch:
     with np.load(ORACLE / "batches.npz") as data:
         # One length for all, so that a kind of batch is one program; what follows an EOS changes nothing.
         ids = data[f"{step}/input_ids"]
@@ -54,7 +54,8 @@ def load_batch(step: int, size: int) -> TrainBatch:
         Batch(rows.tokens_bt[part], rows.lengths_b[part])
         for part in (slice(0, size), slice(size, 2 * size), slice(2 * size, None))
     )
-    return TrainBatch(query, passage, negatives, np.arange(size, dtype=np.int32))
+    batch = TrainBatch(query, passage, negatives, np.arange(size, dtype=np.int32))
+    return as_packed(batch, multiple=4) if layout == "packed" else batch
 
 
 def reference_optimizer():
@@ -72,7 +73,7 @@ def reference_optimizer():
     return make_optimizer(config, run["steps"]), make_schedule(config, run["steps"])
 
 
-def run_steps(compute: ComputeConfig, mesh: jax.sharding.Mesh | None = None):
+def run_steps(compute: ComputeConfig, mesh: jax.sharding.Mesh | None = None, layout: str = "bucketed"):
     """All steps of the trajectory, on a mesh or on one device: the metrics of each, and the final parameters."""
     run = trajectory()
     config, params = load_model("student_init")
@@ -97,13 +98,13 @@ def run_steps(compute: ComputeConfig, mesh: jax.sharding.Mesh | None = None):
         if mesh is not None:
             params = jax.device_put(params, param_shardings(config, mesh))
             teacher = jax.device_put(teacher, param_shardings(teacher_config, mesh))
-        return follow(step, TrainState(np.int32(0), params, optimizer.init(params)), teacher, schedule)
+        return follow(step, TrainState(np.int32(0), params, optimizer.init(params)), teacher, schedule, layout)
 
 
-def follow(step, state, teacher, schedule):
+def follow(step, state, teacher, schedule, layout):
     log = []
     for entry in trajectory()["log"]:
-        batch = load_batch(entry["step"], entry["batch_size"])
+        batch = load_batch(entry["step"], entry["batch_size"], layout)
         state, metrics = step(state, batch, teacher, in_batch=entry["kind"] == "retrieval")
         log.append({**{name: float(value) for name, value in metrics.items()}, "lr": float(schedule(entry["step"]))})
     return log, state.params
@@ -121,8 +122,9 @@ def assert_on_trajectory(log, params):
 
 
 @needs_oracle
-def test_trajectory_is_the_references():
-    assert_on_trajectory(*run_steps(ComputeConfig(dtype="float32", remat="none")))
+@pytest.mark.parametrize("layout", ["bucketed", "packed"])
+def test_trajectory_is_the_references(layout):
+    assert_on_trajectory(*run_steps(ComputeConfig(dtype="float32", remat="none"), layout=layout))
 
 
 @needs_oracle
@@ -149,10 +151,11 @@ def test_the_attention_kernel_is_the_configs():
 
 
 @needs_oracle
-def test_trajectory_on_a_mesh_with_cached_gradients():
-    """Six queries over eight parts of a batch: rows are added to what does not divide."""
-    compute = ComputeConfig(dtype="float32", chunk_rows=6)
-    assert_on_trajectory(*run_steps(compute, make_mesh(data=2, fsdp=4)))
+@pytest.mark.parametrize(("layout", "chunk_rows"), [("bucketed", 6), ("packed", 4)])
+def test_trajectory_on_a_mesh_with_cached_gradients(layout, chunk_rows):
+    """Six queries, and few packed rows, over eight parts of a batch: rows are added to what does not divide."""
+    compute = ComputeConfig(dtype="float32", chunk_rows=chunk_rows)
+    assert_on_trajectory(*run_steps(compute, make_mesh(data=2, fsdp=4), layout))
 
 
 @pytest.mark.parametrize("chunk_rows", [0, 16])
@@ -172,7 +175,7 @@ def test_gradients_on_a_mesh_are_those_of_one_device(chunk_rows):
             terms = loss_terms(states, batch, LossConfig(mrl_dims=(8, 32)), in_batch=True)
             return terms["hard"] + terms["in_batch"], terms
 
-        return value_and_grad(loss, params, batch_texts(batch), TINY, compute)
+        return value_and_grad(loss, params, batch, TINY, compute)
 
     (expected_loss, _, expected) = jax.jit(grads)(params, batch)
     mesh = make_mesh(data=8)

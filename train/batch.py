@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 
-from f2llm_jax.embedding import Batch
+from f2llm_jax.embedding import Batch, PackedBatch
 
 
 class TeacherStates(NamedTuple):
@@ -18,7 +18,7 @@ class TeacherStates(NamedTuple):
 
 
 class TrainBatch(NamedTuple):
-    """Queries with their passages and hard negatives.
+    """Queries with their passages and hard negatives, each text in a row of its own (the layout ``bucketed``).
 
     Attributes:
         query: [batch] rows.
@@ -33,3 +33,25 @@ class TrainBatch(NamedTuple):
     negatives: Batch | None
     passage_ids_b: jax.Array
     teacher: TeacherStates | None = None
+
+
+class PackedTrainBatch(NamedTuple):
+    """The same with all texts in the same rows (the layout ``packed``). A slot is row · slots of a row + slot in it.
+
+    Attributes:
+        rows: of all texts, queries beside passages and negatives.
+        query_slots_b: int32 [batch], where each query is.
+        passage_slots_b: int32 [batch], where the positive of each query is.
+        negative_slots_m: int32 [batch · count], those of the first query first; None for a dataset without any.
+        passage_ids_b, teacher: as in ``TrainBatch``.
+    """
+
+    rows: PackedBatch
+    query_slots_b: jax.Array
+    passage_slots_b: jax.Array
+    negative_slots_m: jax.Array | None
+    passage_ids_b: jax.Array
+    teacher: TeacherStates | None = None
+
+
+AnyTrainBatch = TrainBatch | PackedTrainBatch

@@ -18,6 +18,8 @@ from f2llm_jax.errors import InputError
 from f2llm_jax.train.optimizer import OptimizerConfig
 from f2llm_jax.train.step import ComputeConfig, LossConfig
 
+LAYOUTS = ("auto", "bucketed", "packed")
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -28,12 +30,23 @@ class DataConfig:
         batch_size: queries of a global batch.
         max_length: longer texts are cut to this many tokens, EOS included.
         workers: processes that read; 0 reads in the training process.
+        layout: ``packed``: the texts of a batch share rows, as many in one as there is room for; ``bucketed``: a row
+            for each text, as long as the longest; ``auto`` for packed.
     """
 
     path: str = "data"
     batch_size: int = 512
     max_length: int = 1024
     workers: int = 0
+    layout: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise InputError(f"data.layout is one of {', '.join(LAYOUTS)}, not {self.layout!r}")
+
+    @property
+    def packed(self) -> bool:
+        return self.layout != "bucketed"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,9 +21,10 @@ from absl import flags
 from f2llm_jax.configs.datasets import NEGATIVES, Task
 from f2llm_jax.embedding import Batch
 from f2llm_jax.errors import InputError
-from f2llm_jax.train.batch import TeacherStates, TrainBatch
+from f2llm_jax.train.batch import AnyTrainBatch, PackedTrainBatch, TeacherStates, TrainBatch
+from f2llm_jax.train.packing import TrainPacking, pack
 from f2llm_jax.train.records import SPLITS, Dataset, Records, Settings, Split, lengths_file
-from f2llm_jax.train.teacher import TeacherStore
+from f2llm_jax.train.teacher import TeacherStore, cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Item:
 
     dataset: str
     task: Task
-    batch: TrainBatch
+    batch: AnyTrainBatch
     epoch: int
     examples: int
 
@@ -67,13 +68,21 @@ class TrainingData:
         max_length: tokens of a text; longer ones are cut, and end with the EOS.
     """
 
-    def __init__(self, folder: str | Path, *, max_length: int = 1024, teacher: TeacherStore | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        max_length: int = 1024,
+        teacher: TeacherStore | None = None,
+        packing: TrainPacking | None = None,
+    ):
         """Opens it.
 
         Args:
             folder: the folder.
             max_length: tokens of a text, if the data was not prepared with less.
             teacher: states for every training batch, from ``open_store``.
+            packing: the shapes of packed batches; None for rows of one text each.
 
         Raises:
             InputError: the folder holds no prepared data.
@@ -84,6 +93,7 @@ class TrainingData:
         self._query_lengths = row_lengths(self.max_length, steps=1)
         self._document_lengths = row_lengths(self.max_length, steps=2)
         self._teacher = teacher
+        self._packing = packing
         _allow_open_files()
         self._documents = Records(self.folder, "documents", "train")
         self._examples = {split: Records(self.folder, "examples", split) for split in SPLITS if self._count(split)}
@@ -93,14 +103,15 @@ class TrainingData:
         return sum(dataset.examples[split] for dataset in self.settings.datasets)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "max_length": self.max_length, "teacher": self._teacher}
+        options = {"max_length": self.max_length, "teacher": self._teacher, "packing": self._packing}
+        return {"folder": self.folder, **options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state.pop("folder"), **state)  # type: ignore[misc]
 
     def batch(
         self, dataset: Dataset, split: Split, examples: np.ndarray, negatives: np.ndarray, share: Share
-    ) -> TrainBatch:
+    ) -> AnyTrainBatch:
         """A process's share of a global batch.
 
         Args:
@@ -108,30 +119,47 @@ class TrainingData:
             split: of which split.
             examples: [batch] numbers of examples, from 0 in each dataset and split.
             negatives: [count] positions of the negatives to take of every example.
-            share: which rows to read. The row lengths are those of the global batch, on every process.
+            share: which examples to read. The shapes are those of the global batch, on every process.
 
         Returns:
-            NumPy arrays: rows [batch / processes], and ``count`` times as many negatives.
+            NumPy arrays, of [batch / processes] examples; slots of packed rows count through the rows of this share.
         """
         numbers = dataset.first[split] + examples
         columns = np.array([0, 1, *(2 + negatives)])
         lengths = np.minimum(self._lengths[split][numbers[:, None], columns], self.max_length)
-        query_length = _round_up(lengths[:, 0].max(), self._query_lengths)
-        document_length = _round_up(lengths[:, 1:].max(), self._document_lengths)
-
         own = numbers[share.rows(len(numbers))]
         records = self._examples[split].read(own)
         passages = np.array([record["passage"] for record in records], np.int64)
-        hard = np.array([record["negatives"][negatives] for record in records], np.int64)
-        documents = self._documents.read(np.concatenate([passages, hard.reshape(-1)]))
-        tokens = [document["tokens"] for document in documents]
-        return TrainBatch(
-            query=self._rows([record["query"] for record in records], query_length),
-            passage=self._rows(tokens[: len(passages)], document_length),
-            negatives=self._rows(tokens[len(passages) :], document_length) if len(negatives) else None,
-            passage_ids_b=passages.astype(np.int32),  # type: ignore[arg-type]
-            teacher=self._teacher_states(own, passages, hard.reshape(-1)) if split == "train" else None,
+        hard = np.array([record["negatives"][negatives] for record in records], np.int64).reshape(-1)
+        documents = self._documents.read(np.concatenate([passages, hard]))
+        texts = [*(record["query"] for record in records), *(document["tokens"] for document in documents)]
+        texts = [cut(tokens, self.max_length, self.settings.eos_id) for tokens in texts]
+        layout: Any = self._bucketed if self._packing is None else self._packed
+        return layout(
+            texts,
+            lengths,
+            share,
+            passage_ids_b=passages.astype(np.int32),
+            teacher=self._teacher_states(own, passages, hard) if split == "train" else None,
         )
+
+    def _bucketed(self, texts: list[np.ndarray], lengths: np.ndarray, share: Share, **rest: Any) -> TrainBatch:
+        query_length = _round_up(lengths[:, 0].max(), self._query_lengths)
+        document_length = _round_up(lengths[:, 1:].max(), self._document_lengths)
+        query, passage, negatives = _by_kind(texts, len(lengths) // share.processes)
+        return TrainBatch(
+            query=self._rows(query, query_length),
+            passage=self._rows(passage, document_length),
+            negatives=self._rows(negatives, document_length) if len(negatives) else None,
+            **rest,
+        )
+
+    def _packed(self, texts: list[np.ndarray], lengths: np.ndarray, share: Share, **rest: Any) -> PackedTrainBatch:
+        assert self._packing is not None
+        plan = self._packing.plan([_in_order(part) for part in np.split(lengths, share.processes)])
+        rows, slots = pack(plan, share.process, texts, self.settings.pad_id)
+        query, passage, negatives = _by_kind(slots, len(lengths) // share.processes)
+        return PackedTrainBatch(rows, query, passage, negatives if len(negatives) else None, **rest)
 
     def _teacher_states(self, examples: np.ndarray, passages: np.ndarray, negatives: np.ndarray) -> Any:
         if self._teacher is None:
@@ -146,11 +174,19 @@ class TrainingData:
 
     def _rows(self, sequences: list[np.ndarray], length: int) -> Batch:
         tokens_bt = np.full((len(sequences), length), self.settings.pad_id, np.int32)
-        lengths_b = np.array([min(len(tokens), self.max_length) for tokens in sequences], np.int32)
-        for row, tokens in enumerate(sequences):
-            tokens_bt[row, : lengths_b[row]] = tokens[: lengths_b[row]]
-        tokens_bt[np.arange(len(sequences)), lengths_b - 1] = self.settings.eos_id
-        return Batch(tokens_bt, lengths_b)
+        for row, tokens in zip(tokens_bt, sequences, strict=True):
+            row[: len(tokens)] = tokens
+        return Batch(tokens_bt, np.array([len(tokens) for tokens in sequences], np.int32))
+
+
+def _by_kind(texts: Any, examples: int) -> tuple[Any, Any, Any]:
+    """Queries, passages and negatives out of one row of all."""
+    return texts[:examples], texts[examples : 2 * examples], texts[2 * examples :]
+
+
+def _in_order(lengths: np.ndarray) -> np.ndarray:
+    """Lengths [examples, 2 + negatives] in the order of the texts of a batch: queries, passages, negatives."""
+    return np.concatenate([lengths[:, 0], lengths[:, 1], lengths[:, 2:].reshape(-1)])
 
 
 def row_lengths(max_length: int, *, steps: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
-from f2llm_jax.train.batch import TrainBatch
+from f2llm_jax.train.batch import AnyTrainBatch
 
 
 class Item(Protocol):
@@ -18,7 +18,7 @@ class Item(Protocol):
     def task(self) -> str: ...
 
     @property
-    def batch(self) -> TrainBatch: ...
+    def batch(self) -> AnyTrainBatch: ...
 
 
 class Loader(Protocol):

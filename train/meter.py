@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -12,10 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from f2llm_jax.batching import text_lengths
 from f2llm_jax.config import ModelConfig
-from f2llm_jax.model import count_parameters
 from f2llm_jax.planning.chips import CHIPS
-from f2llm_jax.train.batch import TrainBatch
+from f2llm_jax.planning.counts import ragged_flops
+from f2llm_jax.train.batch import AnyTrainBatch, PackedTrainBatch
 
 # JAX names a chip as libtpu does or by its short name.
 PEAK_FLOPS = {kind: chip.flops for chip in CHIPS.values() for kind in (chip.kind, f"TPU {chip.name}")}
@@ -41,19 +41,21 @@ class Work(NamedTuple):
     squares: int
 
     @classmethod
-    def of(cls, batch: TrainBatch) -> Work:
+    def of(cls, batch: AnyTrainBatch) -> Work:
         """That of a batch whose share is held by this process, taken to be like those of the others."""
-        texts = [rows for rows in (batch.query, batch.passage, batch.negatives) if rows is not None]
-        lengths = np.concatenate([np.asarray(rows.lengths_b, np.int64) for rows in texts])
-        slots = sum(math.prod(rows.tokens_bt.shape) for rows in texts)
-        counts = (len(batch.query.lengths_b), lengths.sum(), slots, np.square(lengths).sum())
+        if isinstance(batch, PackedTrainBatch):
+            slots = batch.rows.tokens_bt.size
+            lengths = text_lengths(batch.rows)
+        else:
+            texts = [rows for rows in (batch.query, batch.passage, batch.negatives) if rows is not None]
+            slots = sum(rows.tokens_bt.size for rows in texts)
+            lengths = np.concatenate([np.asarray(rows.lengths_b, np.int64) for rows in texts])
+        counts = (len(batch.passage_ids_b), lengths.sum(), slots, np.square(lengths).sum())
         return cls(*(jax.process_count() * int(count) for count in counts))
 
     def forward_flops(self, config: ModelConfig) -> float:
         """Operations of a forward pass over the tokens: matrix products, and attention below the diagonal."""
-        weights = count_parameters(config) - config.vocab_size * config.hidden_size
-        attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim
-        return 2.0 * weights * self.tokens + 2.0 * attention * self.squares
+        return ragged_flops(config, self.tokens, self.squares).total
 
 
 class Step(NamedTuple):

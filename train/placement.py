@@ -19,7 +19,7 @@ from f2llm_jax.embedding import Batch, PackedBatch
 from f2llm_jax.errors import InputError
 from f2llm_jax.model import Params, abstract_params
 from f2llm_jax.sharding import BATCH_SPEC, make_mesh, param_shardings
-from f2llm_jax.train.batch import TrainBatch
+from f2llm_jax.train.batch import AnyTrainBatch, PackedTrainBatch
 from f2llm_jax.train.config import MeshConfig, TrainConfig
 from f2llm_jax.train.step import TrainState
 
@@ -89,12 +89,31 @@ def shardings_of(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
-def global_batch(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
+def global_batch(batch: AnyTrainBatch, mesh: Mesh) -> AnyTrainBatch:
     """The batch of all processes, over the mesh, from this one's share."""
     sharding = NamedSharding(mesh, BATCH_SPEC)
+    if isinstance(batch, PackedTrainBatch):
+        batch = _with_global_slots(batch, sharding)
 
     def put(x: np.ndarray) -> jax.Array:
         shape = (jax.process_count() * len(x), *x.shape[1:])
         return jax.make_array_from_process_local_data(sharding, x, shape)
 
     return jax.tree.map(put, batch)
+
+
+def _with_global_slots(batch: PackedTrainBatch, sharding: NamedSharding) -> PackedTrainBatch:
+    """The slots of a share, which count through its own rows, counted through those of all processes."""
+    rows, per_row = batch.rows.ends_be.shape
+    count = jax.process_count() * rows
+    parts = sharding.addressable_devices_indices_map((count,)).values()
+    own = np.unique(np.concatenate([np.arange(count)[part] for part in parts]))
+
+    def move(slots: Any) -> Any:
+        return (own[slots // per_row] * per_row + slots % per_row).astype(np.int32)
+
+    return batch._replace(
+        query_slots_b=move(batch.query_slots_b),
+        passage_slots_b=move(batch.passage_slots_b),
+        negative_slots_m=None if batch.negative_slots_m is None else move(batch.negative_slots_m),
+    )

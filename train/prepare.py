@@ -14,6 +14,7 @@ hundred rows of text.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from f2llm_jax.configs.datasets import STAGE_2_CAP, Task, expand, matches, task_of
+from f2llm_jax.convert.staging import Workplace, output_path
 from f2llm_jax.errors import InputError
 from f2llm_jax.release import find_release
 from f2llm_jax.tokens import Tokenizer
@@ -45,7 +47,7 @@ from f2llm_jax.train.records import (
     lengths_file,
 )
 from f2llm_jax.train.report import TokenCounts, write_report
-from f2llm_jax.train.units import Worker, Workplace, new_folder, run_units
+from f2llm_jax.train.units import Worker, new_folder, run_units
 
 # A unit of tokenising. It makes a shard of documents: some GB, if all of 25 documents per row are new.
 PIECE_ROWS = 100_000
@@ -106,16 +108,14 @@ def prepare(
         raise InputError(f"stage must be 1 or 2, not {stage}")
     if not 1 <= max_length <= np.iinfo(np.uint16).max:
         raise InputError(f"max_length must be within 1..{np.iinfo(np.uint16).max}, not {max_length}")
-    out = Path(os.path.abspath(Path(out).expanduser()))
-    include, exclude = expand(include), expand(exclude)
-    found = find_datasets(Path(raw).expanduser())
-    datasets = [d for d in found if matches(d.name, include) and not matches(d.name, exclude)]
-    if not datasets:
-        raise InputError(f"none of the {len(found)} datasets in {raw} is left after --include and --exclude")
+    place = output_path(out)
+    datasets, excluded = _find(Path(raw).expanduser(), expand(include), expand(exclude))
     by_dataset = {dataset.name: task_of(dataset.name, tasks) for dataset in datasets}
     release = find_release(tokenizer, weights=False)
     if cap is None:
         cap = STAGE_2_CAP if stage == 2 else 0
+    if workers is None:
+        workers = len(os.sched_getaffinity(0))
     plan = {
         "format": FORMAT,
         "raw": [[str(d.file.resolve()), d.file.stat().st_size, d.file.stat().st_mtime_ns] for d in datasets],
@@ -126,13 +126,14 @@ def prepare(
         "max_length": max_length,
         "seed": seed,
     }
-    workplace = Workplace(out, plan, marker=SETTINGS_FILE, force=force)
+    run = functools.partial(run_units, tokenizer=release, workers=workers, show_progress=show_progress)
+    workplace = Workplace(place, plan, marker=SETTINGS_FILE, force=force)
     with closing(workplace):
         work = _Work(
-            folder=workplace.folder,
+            folder=workplace.home,
             datasets=datasets,
             tasks=by_dataset,
-            excluded=[d.name for d in found if d not in datasets],
+            excluded=excluded,
             release=release,
             stage=stage,
             cap=cap,
@@ -140,25 +141,28 @@ def prepare(
             max_length=max_length,
             seed=seed,
         )
-        if workers is None:
-            workers = len(os.sched_getaffinity(0))
-
-        def run(units: Sequence[Any], label: str) -> None:
-            run_units(units, release, workers=workers, label=label, show_progress=show_progress)
-
         try:
-            run(work.scans(), "scan")
+            run(work.scans(), label="scan")
             work.number(memory)
             pieces = work.pieces()
             if not pieces:
                 raise InputError(f"every row in {raw} is bad; f2llm prepare --help says what is checked")
-            run(pieces, "tokenise")
+            run(pieces, label="tokenise")
         except InputError:  # about the raw data: once that is mended, this is no work to go on with
             workplace.discard()
             raise
-        report = work.assemble(pieces, workplace.result)
+        report = work.assemble(pieces, workplace.folder)
         workplace.commit()
     return report
+
+
+def _find(raw: Path, include: Sequence[str], exclude: Sequence[str]) -> tuple[list[RawDataset], list[str]]:
+    """The datasets to take, and the names of those that are left out."""
+    found = find_datasets(raw)
+    datasets = [dataset for dataset in found if matches(dataset.name, include) and not matches(dataset.name, exclude)]
+    if not datasets:
+        raise InputError(f"none of the {len(found)} datasets in {raw} is left after --include and --exclude")
+    return datasets, [dataset.name for dataset in found if dataset not in datasets]
 
 
 def _fingerprint(release: Path) -> str:
@@ -275,7 +279,6 @@ class _Work:
 
     def assemble(self, pieces: list[Piece], result: Path) -> dict[str, Any]:
         """Puts the pieces together in ``result``, and returns the report."""
-        result.mkdir(exist_ok=True)
         datasets = self._datasets(pieces)
         splits: dict[Split, list[Shard]] = {split: shards for split in SPLITS if (shards := _shards(pieces, split))}
         documents = _shards(pieces, "documents")

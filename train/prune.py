@@ -143,12 +143,7 @@ def prune(
         InputError: a size is above that of ``model``, an argument is none of those above, or ``out`` exists.
         ReleaseError: the model cannot be used.
     """
-    for name, value, known in (("importance", importance, IMPORTANCES), ("layers_by", layers_by, LAYERS_BY)):
-        if value not in known:
-            raise InputError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-    optional("matplotlib")  # missing, it is better missed before the work than after
-    if output_path(out).exists() and not force:
-        raise InputError(f"{out} exists; --force replaces it")
+    _check_arguments(importance, layers_by, out, force)
     use_compilation_cache()
     release = read_release(find_release(model))
     target = smaller_config(release.config, hidden=hidden, mlp=mlp, layers=layers)
@@ -157,10 +152,9 @@ def prune(
     params = load_params(open_checkpoint(release.path), release.config, mesh=mesh)
     look = functools.partial(measure, sequences=sequences, mesh=mesh, show_progress=show_progress)
 
-    kept_layers, change = np.arange(target.num_hidden_layers), None
-    if layers_by == "change":
-        change = look(params, release.config).change
-        kept_layers = largest(change, target.num_hidden_layers)
+    change = look(params, release.config).change if layers_by == "change" else None
+    count = target.num_hidden_layers
+    kept_layers = np.arange(count) if change is None else largest(change, count)
     params, config = cut(params, release.config, {"layers": kept_layers}, mesh)
 
     measured = look(params, config)
@@ -190,6 +184,16 @@ def prune(
         params, config, out, like=release.path, dtype=dtype or release.config.dtype, files=files, force=force
     )
     return report
+
+
+def _check_arguments(importance: str, layers_by: str, out: str | Path, force: bool) -> None:
+    """What is better missed before the work than after."""
+    for name, value, known in (("importance", importance, IMPORTANCES), ("layers_by", layers_by, LAYERS_BY)):
+        if value not in known:
+            raise InputError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+    optional("matplotlib")
+    if output_path(out).exists() and not force:
+        raise InputError(f"{out} exists; --force replaces it")
 
 
 def smaller_config(config: ModelConfig, *, hidden: int | None, mlp: int | None, layers: int | None) -> ModelConfig:

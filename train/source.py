@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from f2llm_jax.axes import batch_parts
+from f2llm_jax.batching import packed_length
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.release import find_release
 from f2llm_jax.train.config import TrainConfig
 from f2llm_jax.train.data import DataLoader, Share, TrainBatches, TrainingData
+from f2llm_jax.train.packing import TrainPacking
 from f2llm_jax.train.placement import check_batch, make_train_mesh
 from f2llm_jax.train.records import Settings
 from f2llm_jax.train.teacher import check_tokenizer, open_store
@@ -28,16 +31,18 @@ def open_loader(config: TrainConfig) -> DataLoader:
     release = find_release(config.model, weights=False)
     settings = Settings.read(Path(config.data.path))
     check_tokenizer(release, settings, config.data.path)
+    max_length = min(config.data.max_length, settings.max_length)
     store = None
     if config.teacher_states is not None:
         store = open_store(
             config.teacher_states,
             data=Path(config.data.path),
-            max_length=min(config.data.max_length, settings.max_length),
+            max_length=max_length,
             width=ModelConfig.from_release(release).hidden_size,
             teacher=config.teacher,
         )
-    data = TrainingData(config.data.path, max_length=config.data.max_length, teacher=store)
+    packing = make_packing(config, max_length, mesh) if config.data.packed else None
+    data = TrainingData(config.data.path, max_length=max_length, teacher=store, packing=packing)
     batches = TrainBatches(
         data,
         batch_size=config.data.batch_size,
@@ -46,3 +51,15 @@ def open_loader(config: TrainConfig) -> DataLoader:
         share=Share(jax.process_index(), jax.process_count()),
     )
     return DataLoader(batches, multiple=batch_parts(mesh), workers=config.data.workers)
+
+
+def make_packing(config: TrainConfig, max_length: int, mesh: Mesh) -> TrainPacking:
+    """The shapes of a run's packed batches, of texts of up to ``max_length`` tokens."""
+    platform = mesh.devices.flat[0].platform
+    return TrainPacking(
+        max_length,
+        multiple=batch_parts(mesh),
+        chunk_rows=config.compute.chunk_rows,
+        row_length=packed_length(platform),
+        short_rows=platform == "cpu",
+    )

@@ -17,10 +17,12 @@ import optax
 from f2llm_jax import losses
 from f2llm_jax.axes import batch_parts
 from f2llm_jax.config import ModelConfig
-from f2llm_jax.embedding import Batch, eos_states
+from f2llm_jax.embedding import Batch, PackedBatch, eos_states
 from f2llm_jax.errors import InputError
 from f2llm_jax.model import Params
-from f2llm_jax.train.batch import TrainBatch
+from f2llm_jax.train.batch import AnyTrainBatch, PackedTrainBatch
+
+Rows = Batch | PackedBatch
 
 
 class TrainState(NamedTuple):
@@ -66,7 +68,7 @@ class ComputeConfig:
         dtype: of the operands of matrix products.
         remat: which activations are kept for the backward pass, see ``model.REMAT_POLICIES``.
         kernel: which attention, see ``attention.KERNELS``; "auto" for the platform's.
-        chunk_rows: rows (texts) computed at a time; 0 for all at once.
+        chunk_rows: rows computed at a time, of one text each or packed as ``data.layout`` says; 0 for all at once.
     """
 
     dtype: str = "bfloat16"
@@ -91,7 +93,7 @@ class States(NamedTuple):
 
 def train_step(
     state: TrainState,
-    batch: TrainBatch,
+    batch: AnyTrainBatch,
     teacher_params: Params | None = None,
     *,
     config: ModelConfig,
@@ -116,14 +118,13 @@ def train_step(
     Returns:
         The state after, and float32 scalars: ``loss``, ``hard``, ``in_batch``, ``distill``, ``grad_norm``.
     """
-    texts = batch_texts(batch)
     teacher = teacher_states(batch, teacher_params, teacher_config, compute)
 
     def batch_loss(states: States) -> tuple[jax.Array, dict[str, jax.Array]]:
         terms = loss_terms(states, batch, loss, in_batch=in_batch, teacher=teacher)
         return terms["hard"] + terms["in_batch"] + loss.kd_weight * terms["distill"], terms
 
-    total, terms, grads = value_and_grad(batch_loss, state.params, texts, config, compute)
+    total, terms, grads = value_and_grad(batch_loss, state.params, batch, config, compute)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {"loss": total, **terms, "grad_norm": optax.global_norm(grads)}
@@ -131,12 +132,12 @@ def train_step(
 
 
 def teacher_states(
-    batch: TrainBatch, params: Params | None, config: ModelConfig | None, compute: ComputeConfig
+    batch: AnyTrainBatch, params: Params | None, config: ModelConfig | None, compute: ComputeConfig
 ) -> States | None:
     """What a batch is distilled from: computed by a teacher, or as the batch holds it; None for nothing."""
     if params is not None:
         assert config is not None
-        return batch_states(params, batch_texts(batch), config, compute)
+        return batch_states(params, batch, config, compute)
     if batch.teacher is None:
         return None
     query_bd, passage_bd, negatives_md = batch.teacher
@@ -144,7 +145,7 @@ def teacher_states(
 
 
 def loss_terms(
-    states: States, batch: TrainBatch, loss: LossConfig, *, in_batch: bool, teacher: States | None = None
+    states: States, batch: AnyTrainBatch, loss: LossConfig, *, in_batch: bool, teacher: States | None = None
 ) -> dict[str, jax.Array]:
     """The terms ``hard``, ``in_batch`` and ``distill`` (unweighted) of a batch, float32 scalars; 0 where one is off."""
     query_bd, passage_bd, negatives_bnd = split_states(states)
@@ -183,65 +184,90 @@ def split_states(states: States) -> tuple[jax.Array, jax.Array, jax.Array | None
 
 
 def value_and_grad(
-    batch_loss: Any, params: Params, texts: tuple[Batch, Batch], config: ModelConfig, compute: ComputeConfig
+    batch_loss: Any, params: Params, batch: AnyTrainBatch, config: ModelConfig, compute: ComputeConfig
 ) -> tuple[jax.Array, dict[str, jax.Array], Params]:
     """The loss of a batch, its terms, and its gradient, directly or by cached gradients."""
+
+    def loss_of(states: tuple[jax.Array, ...]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return batch_loss(text_states(batch, states))
+
+    runs = batch_rows(batch)
     if not compute.chunk_rows:
 
         def direct(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return batch_loss(batch_states(params, texts, config, compute))
+            return loss_of(row_states(params, runs, config, compute))
 
         (total, terms), grads = jax.value_and_grad(direct, has_aux=True)(params)
         return total, terms, grads
 
-    states = batch_states(params, texts, config, compute)
-    (total, terms), cotangents = jax.value_and_grad(batch_loss, has_aux=True)(states)
+    states = row_states(params, runs, config, compute)
+    (total, terms), cotangents = jax.value_and_grad(loss_of, has_aux=True)(states)
     grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-    for rows, cotangent_bd in zip(texts, cotangents, strict=True):
-        grads = _add_chunk_grads(grads, params, rows, cotangent_bd, config, compute)
+    for rows, cotangent in zip(runs, cotangents, strict=True):
+        grads = _add_chunk_grads(grads, params, rows, cotangent, config, compute)
     return total, terms, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
 
-def batch_texts(batch: TrainBatch) -> tuple[Batch, Batch]:
-    """The queries, and passages and negatives as one run of rows of the same length."""
+def batch_states(params: Params, batch: AnyTrainBatch, config: ModelConfig, compute: ComputeConfig) -> States:
+    """The states of queries and documents, all at once or in chunks."""
+    return text_states(batch, row_states(params, batch_rows(batch), config, compute))
+
+
+def batch_rows(batch: AnyTrainBatch) -> tuple[Rows, ...]:
+    """The runs of rows that the model computes: one if they are packed, else the queries, and all documents."""
+    if isinstance(batch, PackedTrainBatch):
+        return (batch.rows,)
     if batch.negatives is None:
         return batch.query, batch.passage
-    documents = jax.tree.map(lambda *rows: jnp.concatenate(rows), batch.passage, batch.negatives)
-    return batch.query, documents
+    return batch.query, jax.tree.map(lambda *rows: jnp.concatenate(rows), batch.passage, batch.negatives)
 
 
-def batch_states(params: Params, texts: tuple[Batch, Batch], config: ModelConfig, compute: ComputeConfig) -> States:
-    """The states of queries and documents (``batch_texts``), all at once or in chunks."""
+def row_states(
+    params: Params, runs: tuple[Rows, ...], config: ModelConfig, compute: ComputeConfig
+) -> tuple[jax.Array, ...]:
+    """``eos_states`` of each run of rows (``batch_rows``), all at once or in chunks."""
 
-    def encode(rows: Batch) -> jax.Array:
+    def encode(rows: Rows) -> jax.Array:
         return _eos_states(params, rows, config, compute)
 
     if not compute.chunk_rows:
-        return States(*(encode(rows) for rows in texts))
-    return States(*(_join(jax.lax.map(encode, _chunks(rows, compute.chunk_rows))) for rows in texts))
+        return tuple(encode(rows) for rows in runs)
+    return tuple(_join(jax.lax.map(encode, _chunks(rows, compute.chunk_rows))) for rows in runs)
 
 
-def _eos_states(params: Params, rows: Batch, config: ModelConfig, compute: ComputeConfig) -> jax.Array:
-    """``eos_states`` of any number of rows: rows of one token are added until they divide over the mesh."""
-    count = len(rows.lengths_b)
-    spare = -count % batch_parts()
-    if spare:
-        tokens_bt, lengths_b = jnp.asarray(rows.tokens_bt), jnp.asarray(rows.lengths_b)
-        rows = Batch(jnp.pad(tokens_bt, ((0, spare), (0, 0))), jnp.pad(lengths_b, (0, spare), constant_values=1))
-    states_bd = eos_states(params, rows, config=config, dtype=compute.dtype, kernel=compute.kernel, remat=compute.remat)
-    return states_bd[:count]
+def text_states(batch: AnyTrainBatch, states: tuple[jax.Array, ...]) -> States:
+    """The states of queries and documents out of those of the rows (``row_states``)."""
+    if not isinstance(batch, PackedTrainBatch):
+        return States(*states)
+    (states_bed,) = states
+    states_sd = states_bed.reshape(-1, states_bed.shape[-1])
+    slots = (batch.passage_slots_b, batch.negative_slots_m)
+    return States(
+        states_sd[batch.query_slots_b], states_sd[jnp.concatenate([part for part in slots if part is not None])]
+    )
+
+
+def _eos_states(params: Params, rows: Rows, config: ModelConfig, compute: ComputeConfig) -> jax.Array:
+    """``eos_states`` of any number of rows: rows without a text are added until they divide over the mesh."""
+    count = len(rows.tokens_bt)
+    if spare := -count % batch_parts():
+        rows = jax.tree.map(lambda x: jnp.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1)), rows)
+        if isinstance(rows, Batch):
+            rows = rows._replace(lengths_b=jnp.maximum(rows.lengths_b, 1))
+    states = eos_states(params, rows, config=config, dtype=compute.dtype, kernel=compute.kernel, remat=compute.remat)
+    return states[:count]
 
 
 def _add_chunk_grads(
-    grads: Params, params: Params, rows: Batch, cotangent_bd: jax.Array, config: ModelConfig, compute: ComputeConfig
+    grads: Params, params: Params, rows: Rows, cotangent: jax.Array, config: ModelConfig, compute: ComputeConfig
 ) -> Params:
-    def add(grads: Params, chunk: tuple[Batch, jax.Array]) -> tuple[Params, None]:
+    def add(grads: Params, chunk: tuple[Rows, jax.Array]) -> tuple[Params, None]:
         rows, cotangent = chunk
         _, pull = jax.vjp(lambda params: _eos_states(params, rows, config, compute), params)
         (chunk_grads,) = pull(cotangent)
         return jax.tree.map(lambda total, g: total + g.astype(total.dtype), grads, chunk_grads), None
 
-    chunks = (_chunks(rows, compute.chunk_rows), _chunks(cotangent_bd, compute.chunk_rows))
+    chunks = (_chunks(rows, compute.chunk_rows), _chunks(cotangent, compute.chunk_rows))
     return jax.lax.scan(add, grads, chunks)[0]
 
 
@@ -251,7 +277,7 @@ def _chunks(tree: Any, rows: int) -> Any:
     def split(x: jax.Array) -> jax.Array:
         size = min(rows, len(x))
         if len(x) % size:
-            raise InputError(f"chunk_rows={rows} does not divide a run of {len(x)} texts")
+            raise InputError(f"chunk_rows={rows} does not divide a run of {len(x)} rows")
         return x.reshape(size, len(x) // size, *x.shape[1:]).swapaxes(0, 1)
 
     return jax.tree.map(split, tree)

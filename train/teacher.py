@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -32,6 +31,7 @@ from f2llm_jax.axes import batch_parts
 from f2llm_jax.batching import Buckets, batched
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert.load import load_params, open_checkpoint
+from f2llm_jax.convert.staging import Workplace, output_path
 from f2llm_jax.convert.table import tensor_table
 from f2llm_jax.embedding import eos_states
 from f2llm_jax.encoder import BATCH_TOKENS, use_compilation_cache
@@ -42,7 +42,7 @@ from f2llm_jax.sharding import padded_config
 from f2llm_jax.tokens import Tokenizer
 from f2llm_jax.train.placement import on_mesh
 from f2llm_jax.train.records import SETTINGS_FILE, Records, Settings, lengths_file
-from f2llm_jax.train.units import Workplace, new_folder
+from f2llm_jax.train.units import new_folder
 
 Kind = Literal["documents", "queries"]
 KINDS: tuple[Kind, ...] = ("documents", "queries")
@@ -188,22 +188,20 @@ def teach(
     )
     plan = {"format": FORMAT, **dataclasses.asdict(settings)}
     use_compilation_cache()
-    place = Path(os.path.abspath(Path(out).expanduser()))
-    workplace = Workplace(place, plan, marker=STATES_FILE, force=force)
+    workplace = Workplace(output_path(out), plan, marker=STATES_FILE, force=force)
     with closing(workplace):
         params = load_params(open_checkpoint(release.path), release.config, dtype=dtype, mesh=mesh)
         devices = 1 if mesh is None else mesh.size
         if batch_tokens is None:
             batch_tokens = BATCH_TOKENS[jax.default_backend()] * devices
         compute = _Compute(params, padded_config(release.config, mesh), settings, mesh, batch_tokens)
-        _write_files(workplace.folder / "units", data, compute, prepared, show_progress=show_progress)
-        workplace.result.mkdir(exist_ok=True)
+        _write_files(workplace.home / "units", data, compute, prepared, show_progress=show_progress)
         for kind in KINDS:
-            for unit in sorted((workplace.folder / "units").glob(f"{kind}-*")):
-                target = workplace.result / f"{unit.name}.array_record"
+            for unit in sorted((workplace.home / "units").glob(f"{kind}-*")):
+                target = workplace.folder / f"{unit.name}.array_record"
                 if not target.exists():  # an earlier process may have been killed here
                     (unit / "states").rename(target)
-        (workplace.result / STATES_FILE).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+        (workplace.folder / STATES_FILE).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
         workplace.commit()
     return settings
 
@@ -272,10 +270,10 @@ def _write_files(home: Path, data: Path, compute: _Compute, prepared: Settings, 
 def _chunks(source: Records, numbers: range, field: str, max_length: int, eos_id: int) -> Iterator[list[np.ndarray]]:
     for first in range(0, len(numbers), _READ_TEXTS):
         records = source.read(numbers[first : first + _READ_TEXTS])
-        yield [_cut(record[field], max_length, eos_id) for record in records]
+        yield [cut(record[field], max_length, eos_id) for record in records]
 
 
-def _cut(tokens: np.ndarray, max_length: int, eos_id: int) -> np.ndarray:
+def cut(tokens: np.ndarray, max_length: int, eos_id: int) -> np.ndarray:
     """As training cuts a text: the first tokens, and the EOS."""
     return tokens if len(tokens) <= max_length else np.append(tokens[: max_length - 1], np.int32(eos_id))
 

@@ -6,8 +6,6 @@ A unit that an earlier process completed is not done again, so a killed command 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -21,10 +19,10 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from f2llm_jax.errors import F2LLMError, InputError
+from f2llm_jax.convert.staging import sync
+from f2llm_jax.errors import F2LLMError
 from f2llm_jax.tokens import Tokenizer
 
-_PLAN = "plan.json"
 _POLL_SECONDS = 0.3
 
 
@@ -153,109 +151,3 @@ def new_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def sync(folder: Path) -> None:
-    """Brings a folder and all it holds to disk."""
-    for path in (*folder.rglob("*"), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-class Workplace:
-    """A folder beside the output for work on it, claimed for this process.
-
-    It is ``OUT.incomplete``: a plan, the units, and ``result``, which becomes the output. Work goes on only under an
-    equal plan.
-
-    Attributes:
-        folder: the workplace.
-        result: a folder in it, to be filled, then to become the output.
-    """
-
-    def __init__(self, out: Path, plan: dict[str, Any], *, marker: str, force: bool):
-        """Claims it.
-
-        Args:
-            out: where the output is to appear.
-            plan: JSON values that say what is made of what.
-            marker: a file that every output of this kind has; a folder without it is not replaced.
-            force: replace an output, and drop unfinished work under another plan.
-
-        Raises:
-            InputError: ``out`` exists, there is unfinished work under another plan, or it is being made right now.
-        """
-        self.out = out
-        self.folder = out.with_name(out.name + ".incomplete")
-        self.result = self.folder / "result"
-        _refuse_existing(out, marker, force)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _take_lock(self.folder / ".lock", out)
-        try:
-            self._resume_or_start(json.loads(json.dumps(plan)), force)
-        except BaseException:
-            self.close()
-            raise
-
-    def _resume_or_start(self, plan: dict[str, Any], force: bool) -> None:
-        file = self.folder / _PLAN
-        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-        if found != plan:
-            differing = [key for key in plan if found is not None and found.get(key) != plan[key]]
-            if differing and not force:
-                raise InputError(
-                    f"{self.folder} holds unfinished work with another {', '.join(differing)}: repeat that command to "
-                    "finish it, or remove the folder or give --force to start over"
-                )
-            self._clear()
-            file.with_suffix(".new").write_text(json.dumps(plan, indent=1), encoding="utf-8")
-            file.with_suffix(".new").rename(file)
-        for left in self.folder.rglob(".*/"):  # of units that were cut off
-            shutil.rmtree(left, ignore_errors=True)
-
-    def _clear(self) -> None:
-        for path in self.folder.iterdir():
-            if path.name != ".lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    def commit(self) -> None:
-        """Puts the result in its place, and clears away the work."""
-        sync(self.result)
-        (self.folder / _PLAN).unlink()  # what is left after this is no work to go on with
-        if self.out.exists():
-            self.out.rename(self.folder / "replaced")
-        self.result.rename(self.out)
-        self.discard()
-
-    def discard(self) -> None:
-        """Leaves nothing behind but what stands at ``out``."""
-        self.close()
-        shutil.rmtree(self.folder)
-
-    def close(self) -> None:
-        """Lets go of it, so that another process can go on."""
-        self._lock.close()
-
-
-def _refuse_existing(out: Path, marker: str, force: bool) -> None:
-    if not out.exists() and not out.is_symlink():
-        return
-    if out.is_symlink() or not out.is_dir():
-        raise InputError(f"{out} exists and is no folder")
-    if not force:
-        raise InputError(f"{out} exists; --force replaces it")
-    if any(out.iterdir()) and not (out / marker).exists():
-        raise InputError(f"{out} exists and has no {marker}, so no such command made it; it is not replaced")
-
-
-def _take_lock(file: Path, out: Path) -> Any:
-    stream = file.open("w")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        stream.close()
-        raise InputError(f"{out} is being written by another process right now") from None
-    return stream

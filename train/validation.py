@@ -16,12 +16,12 @@ from jax.sharding import Mesh
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.embedding import unit
 from f2llm_jax.model import Params
-from f2llm_jax.train.batch import TrainBatch
+from f2llm_jax.train.batch import AnyTrainBatch
 from f2llm_jax.train.config import TrainConfig
 from f2llm_jax.train.loader import Loader
 from f2llm_jax.train.meter import LOSSES, by_dataset
 from f2llm_jax.train.placement import everywhere, global_batch
-from f2llm_jax.train.step import ComputeConfig, LossConfig, batch_states, batch_texts, loss_terms, split_states
+from f2llm_jax.train.step import ComputeConfig, LossConfig, batch_states, loss_terms, split_states
 
 # Batches dispatched before the results of an older one are fetched.
 _IN_FLIGHT = 2
@@ -29,7 +29,7 @@ _IN_FLIGHT = 2
 
 def validation_step(
     params: Params,
-    batch: TrainBatch,
+    batch: AnyTrainBatch,
     *,
     config: ModelConfig,
     loss: LossConfig,
@@ -47,7 +47,7 @@ def validation_step(
         float32 scalars: ``loss_hard`` and ``accuracy`` (the share of queries that are nearer to their passage than to
         all of their negatives), if there are negatives; ``loss_in_batch``, for retrieval.
     """
-    states = batch_states(params, batch_texts(batch), config, compute)
+    states = batch_states(params, batch, config, compute)
     terms = loss_terms(states, batch, dataclasses.replace(loss, mrl_dims=()), in_batch=in_batch)
     values = {LOSSES["in_batch"]: terms["in_batch"]} if in_batch else {}
     query_bd, passage_bd, negatives_bnd = split_states(states)

@@ -95,12 +95,17 @@ def parameters(config: ModelConfig) -> int:
 
 def forward_flops(config: ModelConfig, texts: int, length: int) -> Flops:
     """Of the forward pass of ``texts`` texts of ``length`` tokens, on all devices together."""
+    return ragged_flops(config, texts * length, texts * length**2)
+
+
+def ragged_flops(config: ModelConfig, tokens: int, squares: int) -> Flops:
+    """Of the forward pass of texts that have so many tokens in all, and this sum of squared lengths."""
     heads = config.num_attention_heads * config.head_dim
     layers = config.num_hidden_layers
     return Flops(
-        projections=2.0 * layer_weights(config) * layers * texts * length,
+        projections=2.0 * layer_weights(config) * layers * tokens,
         # q · k and weights · v, for each of the length · (length + 1) / 2 pairs that a causal mask leaves.
-        attention=2.0 * heads * layers * texts * length * (length + 1),
+        attention=2.0 * heads * layers * (squares + tokens),
     )
 
 
@@ -200,8 +205,9 @@ class TrainWork:
     Attributes:
         queries: of the global batch.
         negatives: of each.
-        length: tokens of every text.
-        chunk_rows: texts computed at a time with cached gradients; 0 for all, directly.
+        runs: rows of each run of the model: of the queries and of the documents, or of all of them packed.
+        length: tokens of every row.
+        chunk_rows: rows computed at a time with cached gradients; 0 for all, directly.
         remat: see ``model.REMAT_POLICIES``.
         kernel: of attention.
         mrl_dims: of the losses.
@@ -211,6 +217,7 @@ class TrainWork:
 
     queries: int
     negatives: int
+    runs: tuple[int, ...]
     length: int
     chunk_rows: int
     remat: str
@@ -220,34 +227,34 @@ class TrainWork:
     param_itemsize: int
 
     @property
-    def texts(self) -> int:
-        return self.queries * (2 + self.negatives)
+    def rows(self) -> int:
+        return sum(self.runs)
 
     @property
     def chunks(self) -> int:
-        """Runs of the model over a part of the batch: of the queries, then of the documents."""
+        """Runs of the model over a part of the batch."""
         if not self.chunk_rows:
-            return 2
-        return sum(math.ceil(rows / self.chunk_rows) for rows in (self.queries, self.texts - self.queries))
+            return len(self.runs)
+        return sum(math.ceil(rows / self.chunk_rows) for rows in self.runs)
 
     @property
     def rows_at_once(self) -> int:
-        return min(self.chunk_rows, self.texts - self.queries) if self.chunk_rows else self.texts
+        return min(self.chunk_rows, max(self.runs)) if self.chunk_rows else self.rows
 
 
 def estimate_train(config: ModelConfig, axes: Axes, work: TrainWork, teacher: ModelConfig | None = None) -> Estimate:
     """Of a training step over a mesh."""
     layers, shards = config.num_hidden_layers, axes.fsdp * axes.tensor
-    tokens = work.texts * work.length / axes.batch_parts
+    tokens = work.rows * work.length / axes.batch_parts
     passes = training_passes(config, cached=bool(work.chunk_rows), remat=work.remat, kernel=work.kernel)
-    forward = forward_flops(config, work.texts, work.length)
+    forward = forward_flops(config, work.rows, work.length)
     flops = Flops(
         projections=passes.projections * forward.projections / axes.size,
         attention=passes.attention * forward.attention / axes.size,
         loss=loss_flops(config.hidden_size, work.queries, work.negatives, work.mrl_dims) / axes.size,
     )
     weights_chip = parameters(config) / shards
-    runs = work.chunks / (work.texts / work.rows_at_once) if work.chunk_rows else 1.0
+    runs = work.chunks / (work.rows / work.rows_at_once) if work.chunk_rows else 1.0
     gather, reduce = layer_exchange(config, tokens / work.chunks, axes, work.itemsize)
     # A backward pass adds up the gradients of the weights it gathered: scattered over fsdp, then over the replicas.
     gradients = FLOAT32 * layer_weights(config) / axes.tensor
@@ -272,7 +279,7 @@ def estimate_train(config: ModelConfig, axes: Axes, work: TrainWork, teacher: Mo
     )
     if teacher is None:
         return estimate
-    taught = estimate_encode(teacher, axes, texts=work.texts, length=work.length, itemsize=work.itemsize)
+    taught = estimate_encode(teacher, axes, texts=work.rows, length=work.length, itemsize=work.itemsize)
     return Estimate(
         flops=estimate.flops + taught.flops,
         hbm_bytes=estimate.hbm_bytes + taught.hbm_bytes,

@@ -71,6 +71,7 @@ def train_program(
     *,
     length: int,
     negatives: int,
+    packed: tuple[int, int, int] | None = None,
     teacher: ModelConfig | None = None,
 ) -> AbstractProgram:
     """A training step of a recipe, with all its losses.
@@ -81,9 +82,10 @@ def train_program(
         mesh: of compile-only devices.
         length: tokens of every text.
         negatives: of each query.
+        packed: rows, their length and their slots for texts, in the packed layout; None for a text a row.
         teacher: the sizes of what it distils from; None for no distillation.
     """
-    from f2llm_jax.train.batch import TrainBatch
+    from f2llm_jax.train.batch import AnyTrainBatch, PackedTrainBatch, TrainBatch
     from f2llm_jax.train.loop import make_update
     from f2llm_jax.train.optimizer import make_optimizer
     from f2llm_jax.train.placement import abstract_state
@@ -98,11 +100,21 @@ def train_program(
         taught = Teacher(_params(teacher, mesh, recipe.compute.dtype), teacher)
     sharding = NamedSharding(mesh, BATCH_SPEC)
 
-    def rows(count: int) -> Batch:
-        return Batch(_array((count, length), jnp.int32, sharding), _array((count,), jnp.int32, sharding))
+    def numbers(*shape: int) -> Any:
+        return _array(shape, jnp.int32, sharding)
+
+    def texts(count: int) -> Batch:
+        return Batch(numbers(count, length), numbers(count))
 
     queries = recipe.data.batch_size
-    batch = TrainBatch(rows(queries), rows(queries), rows(queries * negatives), _array((queries,), jnp.int32, sharding))
+    batch: AnyTrainBatch
+    if packed is None:
+        batch = TrainBatch(texts(queries), texts(queries), texts(queries * negatives), numbers(queries))
+    else:
+        rows, row_length, slots = packed
+        packed_rows = PackedBatch(numbers(rows, row_length), numbers(rows, row_length), numbers(rows, slots))
+        query, negative = numbers(queries), numbers(queries * negatives)
+        batch = PackedTrainBatch(packed_rows, query, query, negative, passage_ids_b=query)
     update: Any = make_update(recipe, config, taught, optimizer, state)
 
     def lower() -> Any:

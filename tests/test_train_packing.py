@@ -1,0 +1,298 @@
+"""Packed training batches: losses and gradients of rows of one text each, in few shapes with little padding."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packs import as_packed
+from raw_data import rows, write_raw
+from releases import SHARED, TINY
+
+from f2llm_jax.attention import KERNELS
+from f2llm_jax.batching import text_lengths
+from f2llm_jax.embedding import Batch, eos_states
+from f2llm_jax.model import init_params
+from f2llm_jax.sharding import make_mesh, param_shardings
+from f2llm_jax.train.batch import PackedTrainBatch, TeacherStates, TrainBatch
+from f2llm_jax.train.data import Share, TrainBatches, TrainingData, ValidationBatches
+from f2llm_jax.train.meter import Work
+from f2llm_jax.train.packing import TrainPacking
+from f2llm_jax.train.placement import global_batch
+from f2llm_jax.train.prepare import prepare
+from f2llm_jax.train.step import (
+    ComputeConfig,
+    LossConfig,
+    loss_terms,
+    teacher_states,
+    value_and_grad,
+)
+from f2llm_jax.train.validation import validation_step
+
+QUERIES = 16
+LOSS = LossConfig(mrl_dims=(8, 32), kd_mrl=True)
+
+
+@functools.cache
+def params(seed: int = 0) -> dict:
+    return init_params(TINY, jax.random.key(seed))
+
+
+def bucketed(negatives: int = 2, *, teacher: bool = False, seed: int = 0) -> TrainBatch:
+    rng = np.random.default_rng(seed)
+
+    def texts(count: int, longest: int) -> Batch:
+        tokens = rng.integers(0, 200, (count, longest)).astype(np.int32)
+        return Batch(tokens, rng.integers(1, longest + 1, count).astype(np.int32))
+
+    def states(count: int) -> np.ndarray:
+        return rng.normal(size=(count, TINY.hidden_size)).astype(np.float32)
+
+    count = QUERIES * negatives
+    return TrainBatch(
+        texts(QUERIES, 12),
+        texts(QUERIES, 30),
+        texts(count, 30) if negatives else None,
+        np.arange(QUERIES, dtype=np.int32) // 2,
+        TeacherStates(states(QUERIES), states(QUERIES), states(count) if negatives else None) if teacher else None,
+    )
+
+
+def step(params, batch, teacher_params=None, *, compute: ComputeConfig):
+    """The loss with all its terms, and the gradient."""
+    teacher = teacher_states(batch, teacher_params, TINY, compute)
+
+    def loss(states):
+        terms = loss_terms(states, batch, LOSS, in_batch=True, teacher=teacher)
+        return terms["hard"] + terms["in_batch"] + terms["distill"], terms
+
+    return value_and_grad(loss, params, batch, TINY, compute)
+
+
+run_step = jax.jit(step, static_argnames="compute")
+
+
+def assert_same(found, expected) -> None:
+    for name, value in expected[1].items():
+        assert float(found[1][name]) == pytest.approx(float(value), rel=1e-5), name
+    for (path, own), reference in zip(jax.tree.leaves_with_path(found[2]), jax.tree.leaves(expected[2]), strict=True):
+        assert np.abs(np.asarray(own) - np.asarray(reference)).max() <= 1e-5 * np.abs(reference).max(), path
+
+
+# --- the same losses and gradients
+
+
+@pytest.mark.parametrize("chunk_rows", [0, 2])
+@pytest.mark.parametrize(("negatives", "teacher"), [(2, None), (0, "states"), (2, "states"), (2, "in the step")])
+def test_losses_and_gradients_are_those_of_a_text_a_row(negatives, teacher, chunk_rows):
+    batch = bucketed(negatives, teacher=teacher == "states")
+    its = params(1) if teacher == "in the step" else None
+    expected = run_step(params(), batch, its, compute=ComputeConfig(dtype="float32"))
+    assert (float(expected[1]["distill"]) > 0) == (teacher is not None)
+    packed = as_packed(batch, chunk_rows=chunk_rows)
+    assert len(packed.rows.tokens_bt) % (chunk_rows or 1) == 0
+    assert packed.rows.tokens_bt.size < (QUERIES * 12 + (1 + negatives) * QUERIES * 30)
+    found = run_step(params(), packed, its, compute=ComputeConfig(dtype="float32", chunk_rows=chunk_rows))
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("chunk_rows", [0, 8])
+@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_gradients_on_a_mesh_are_those_of_one_device(axes, chunk_rows):
+    batch = bucketed(teacher=True)
+    expected = run_step(params(), batch, None, compute=ComputeConfig(dtype="float32"))
+    mesh = make_mesh(**axes)
+    packed = as_packed(batch, multiple=mesh.shape["data"] * mesh.shape["fsdp"], chunk_rows=chunk_rows)
+    with jax.set_mesh(mesh):
+        shardings = param_shardings(TINY, mesh)
+        run = jax.jit(step, static_argnames="compute", out_shardings=(None, None, shardings))
+        found = run(
+            jax.device_put(params(), shardings),
+            global_batch(packed, mesh),
+            compute=ComputeConfig(dtype="float32", chunk_rows=chunk_rows),
+        )
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("kernel", sorted(set(KERNELS) - {"cudnn", "reference"}))
+def test_every_kernel_has_the_gradient_of_packed_rows(kernel):
+    """Slots without a text and rows without any are among them: their states reach no loss."""
+    batch = as_packed(bucketed(), multiple=8).rows
+
+    @functools.partial(jax.jit, static_argnames=("kernel", "remat"))
+    def grads(params, *, kernel, remat):
+        def total(params):
+            states = eos_states(params, batch, config=TINY, kernel=kernel, remat=remat)
+            return (states * (batch.ends_be > 0)[..., None]).sum()
+
+        return jax.grad(total)(params)
+
+    expected = grads(params(), kernel="reference", remat="none")
+    for own, reference in zip(
+        jax.tree.leaves(grads(params(), kernel=kernel, remat="full")), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(own, reference, rtol=1e-4, atol=2e-6 * np.abs(reference).max())
+
+
+def test_validation_is_that_of_a_text_a_row():
+    batch = bucketed()
+    options = {"config": TINY, "loss": LOSS, "compute": ComputeConfig(dtype="float32"), "in_batch": True}
+    run = jax.jit(functools.partial(validation_step, **options))
+    expected, found = run(params(), batch), run(params(), as_packed(batch))
+    assert found.keys() == expected.keys() and len(found) == 3
+    for name, value in expected.items():
+        assert float(found[name]) == pytest.approx(float(value), rel=1e-5), name
+
+
+def test_work_is_counted_by_the_texts():
+    batch = bucketed()
+    packed = as_packed(batch, multiple=4)
+    expected, found = Work.of(batch), Work.of(packed)
+    assert found._replace(slots=0) == expected._replace(slots=0)
+    assert found.slots == packed.rows.tokens_bt.size < expected.slots
+
+
+# --- the shapes
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    shares=st.lists(st.lists(st.integers(1, 300), min_size=4, max_size=4), min_size=1, max_size=3),
+    multiple=st.sampled_from([1, 6, 8]),
+    chunk_rows=st.sampled_from([0, 2, 5]),
+    short_rows=st.booleans(),
+)
+def test_all_processes_fill_the_same_shape(shares, multiple, chunk_rows, short_rows):
+    packing = TrainPacking(300, multiple=multiple, chunk_rows=chunk_rows, short_rows=short_rows)
+    plan = packing.plan([np.array(lengths) for lengths in shares])
+    assert plan.length in packing.lengths and plan.rows % multiple == plan.rows % len(shares) == 0
+    assert not chunk_rows or plan.rows <= chunk_rows or plan.rows % chunk_rows == 0
+    for lengths, filled in zip(shares, plan.shares, strict=True):
+        assert len(filled) <= plan.rows // len(shares)
+        assert sorted(text for row in filled for text in row.texts) == list(range(len(lengths)))
+        for row in filled:
+            assert sum(lengths[text] for text in row.texts) == row.tokens <= plan.length
+            assert len(row.texts) <= plan.slots
+
+
+def test_rows_are_as_long_as_pays():
+    """On CPUs short texts share short rows; paragraphs, of which few fit in a row, share long ones."""
+    rng = np.random.default_rng(0)
+    cpu = TrainPacking(1024, short_rows=True)
+    assert cpu.lengths == [64, 128, 192, 256, 384, 512, 768, 1024]
+    assert cpu.plan([rng.integers(8, 24, 144)]).length == 64
+    assert cpu.plan([rng.integers(140, 180, 64)]).length > 256
+    accelerator = TrainPacking(1024)
+    assert accelerator.lengths == [1024] and TrainPacking(3000).lengths == [1024, 2048, 4096]
+    assert TrainPacking(3000).plan([np.array([5, 1100])])[:3] == (1, 2048, 4)
+    # Every text as long as a text may be: a text a row, and none added.
+    assert accelerator.plan([np.full(4608, 1024)])[:3] == (4608, 1024, 1)
+
+
+# --- prepared data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_release) -> Path:
+    home = tmp_path_factory.mktemp("data")
+    tables = {
+        "aya": rows(200, words=40),
+        "fiqa": rows(60, negatives=0, seed=1),
+        "imdb": rows(60, negatives=1, seed=2, words=40),
+    }
+    prepare(write_raw(home / "raw", tables), tiny_release, home / "out", workers=1)
+    return home / "out"
+
+
+def texts_of(batch: TrainBatch | PackedTrainBatch) -> list[list[tuple[int, ...]]]:
+    """The tokens of queries, passages and negatives."""
+    if isinstance(batch, TrainBatch):
+        kinds = [kind for kind in (batch.query, batch.passage, batch.negatives) if kind is not None]
+        return [[tuple(r[:n].tolist()) for r, n in zip(*kind, strict=True)] for kind in kinds]
+    tokens_bt, segment_ids_bt, ends_be = batch.rows
+    kinds = [k for k in (batch.query_slots_b, batch.passage_slots_b, batch.negative_slots_m) if k is not None]
+    found = []
+    for kind in kinds:
+        places = [divmod(int(slot), ends_be.shape[1]) for slot in kind]
+        found.append([tuple(tokens_bt[b][segment_ids_bt[b] == e + 1].tolist()) for b, e in places])
+        assert all(segment_ids_bt[b, ends_be[b, e]] == e + 1 for b, e in places)
+    return found
+
+
+@pytest.mark.parametrize("max_length", [20, 1024])
+def test_a_step_holds_the_same_texts_in_both_layouts(folder, max_length):
+    one, other = (
+        TrainBatches(TrainingData(folder, max_length=max_length, packing=packing), batch_size=8)
+        for packing in (None, TrainPacking(max_length, multiple=2, short_rows=True))
+    )
+    for number in range(0, len(one), 4):
+        plain, packed = one[number].batch, other[number].batch
+        assert isinstance(packed, PackedTrainBatch) and len(packed.rows.tokens_bt) % 2 == 0
+        assert texts_of(packed) == texts_of(plain)
+        assert len(text_lengths(packed.rows)) == sum(map(len, texts_of(plain)))
+        np.testing.assert_array_equal(packed.passage_ids_b, plain.passage_ids_b)
+        assert all(array.dtype == np.int32 for array in jax.tree.leaves(packed))
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_shares_of_a_batch_have_one_shape_and_its_texts(folder, processes):
+    data = TrainingData(folder, packing=TrainPacking(1024, multiple=8, short_rows=True))
+    whole = TrainBatches(TrainingData(folder), batch_size=8)
+    parts = [TrainBatches(data, batch_size=8, share=Share(n, processes)) for n in range(processes)]
+    for number in range(0, len(whole), 5):
+        shares = [part[number].batch for part in parts]
+        assert len({tuple(x.shape for x in jax.tree.leaves(share)) for share in shares}) == 1
+        assert len(shares[0].rows.tokens_bt) * processes % 8 == 0
+        joined = [list(itertools.chain(*kinds)) for kinds in zip(*map(texts_of, shares), strict=True)]
+        assert joined == texts_of(whole[number].batch)
+
+
+def test_validation_batches_are_packed_too(folder):
+    data = TrainingData(folder, packing=TrainPacking(1024, short_rows=True))
+    plain, packed = (ValidationBatches(source, "aya", batch_size=4) for source in (TrainingData(folder), data))
+    for number in range(len(plain)):
+        assert texts_of(packed[number].batch) == texts_of(plain[number].batch)
+
+
+# --- real data
+
+REAL = SHARED / "train_raw"
+PADDING = 0.12
+"""Of a whole epoch; rows as long as the longest text would be seven tenths padding."""
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="shared/data/train_raw is not here")
+@pytest.mark.parametrize(("short_rows", "programs"), [(True, 48), (False, 24)])
+def test_real_batches_are_of_few_shapes_with_little_padding(real_data, short_rows, programs):
+    """Texts of 5 to 1,000 tokens of three tasks and 30 datasets, in batches of 32 and of 512."""
+    for batch_size in (32, 512):
+        data = LengthsOnly(real_data, packing=TrainPacking(1024, short_rows=short_rows))
+        batches = TrainBatches(data, batch_size=batch_size)
+        plans = [batches[number].batch for number in range(0, len(batches), 4 if batch_size == 32 else 1)]
+        tokens = sum(row.tokens for plan in plans for row in plan.shares[0])
+        assert 1 - tokens / sum(plan.rows * plan.length for plan in plans) < PADDING
+        shapes = Counter(plan[:3] for plan in plans)
+        assert len(shapes) <= programs, shapes
+
+
+class LengthsOnly(TrainingData):
+    """Gives the plan of a batch."""
+
+    def batch(self, dataset, split, examples, negatives, share):
+        columns = np.array([0, 1, *(2 + negatives)])
+        lengths = self._lengths[split][(dataset.first[split] + examples)[:, None], columns]
+        return self._packing.plan([np.minimum(lengths, self.max_length).T.reshape(-1)])
+
+
+@pytest.fixture(scope="module")
+def real_data(tmp_path_factory, real_release) -> Path:
+    out = tmp_path_factory.mktemp("real") / "data"
+    prepare(REAL, real_release, out, workers=1)
+    return out
