@@ -25,10 +25,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from f2llm_jax.axes import COMPUTE_RULES, partition_spec, platform
 from f2llm_jax.errors import InputError
-from f2llm_jax.products import matmul_precision, product
+from f2llm_jax.products import einsum, from_bits, matmul_precision, product, to_bits
 
 # Queries of a block see at most the keys up to its own end, so a causal row of n blocks computes (n + 1) / 2n of the
 # full score matrix, and the scores of one block stay in the cache of a core.
@@ -118,21 +119,33 @@ def reference(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_i
     return out_btkgh.reshape(q_btnh.shape)
 
 
+@jax.custom_vjp
 def blocked(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None) -> jax.Array:
     """Query blocks, each against the keys up to its end: what lies above the diagonal blocks is never computed.
 
     The queries that share a key/value head are rows of one matrix (q = (t, g)), so that a block is a plain product per
     text and key/value head.
+
+    For the gradient, the result and the logarithm of each query's sum are kept, and weights are computed again block by
+    block (FlashAttention-2, arXiv:2307.08691, algorithm 2): nothing of the size of the scores outlives its block.
     """
-    b, t, n, h = q_btnh.shape
+    return _blocked_forward(q_btnh, k_bskh, v_bskh, segment_ids_bt)[0]
+
+
+BLOCKED_RESULTS = "blocked attention"
+"""The name, for policies of ``jax.checkpoint``, of what the gradient of ``blocked`` needs of the forward pass."""
+
+
+def _blocked_forward(
+    q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """The result, and log(sum(exp(score))) of every query [batch, key/value heads, q]."""
     k = k_bskh.shape[2]
-    g = n // k
+    g = q_btnh.shape[2] // k
     dtype = q_btnh.dtype
-    q_bkqh = q_btnh.reshape(b, t, k, g, h).transpose(0, 2, 1, 3, 4).reshape(b, k, t * g, h)
-    k_bksh, v_bksh = k_bskh.transpose(0, 2, 1, 3), v_bskh.transpose(0, 2, 1, 3)
-    blocks = []
-    for first in range(0, t, QUERY_BLOCK):
-        end = min(first + QUERY_BLOCK, t)
+    q_bkqh, k_bksh, v_bksh = _heads_first(q_btnh, k), _heads_first(k_bskh, k), _heads_first(v_bskh, k)
+    outs, log_sums = [], []
+    for first, end in _query_blocks(q_btnh.shape[1]):
         q_block_bkqh = q_bkqh[:, :, first * g : end * g]
         score_bkqs = product("bkqh,bksh->bkqs", q_block_bkqh, k_bksh[:, :, :end], dtype)
         seen_qs = first + jnp.arange((end - first) * g)[:, None] // g >= jnp.arange(end)
@@ -141,11 +154,86 @@ def blocked(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids
             seen_qs = seen_qs & (segment_ids_bq[:, None, :, None] == segment_ids_bt[:, None, None, :end])
         score_bkqs += jnp.where(seen_qs, 0.0, -jnp.inf)
         # The sum is divided out after the product with v, where it touches h values a query instead of s.
-        weight_bkqs = jnp.exp(score_bkqs - jnp.max(score_bkqs, axis=-1, keepdims=True))
+        largest_bkq1 = jnp.max(score_bkqs, axis=-1, keepdims=True)
+        weight_bkqs = jnp.exp(score_bkqs - largest_bkq1)
         out_bkqh = product("bkqs,bksh->bkqh", weight_bkqs, v_bksh[:, :, :end], dtype)
-        blocks.append(out_bkqh / jnp.sum(weight_bkqs, axis=-1, keepdims=True))
-    out_bkqh = jnp.concatenate(blocks, axis=2) if len(blocks) > 1 else blocks[0]
-    return out_bkqh.reshape(b, k, t, g, h).transpose(0, 2, 1, 3, 4).reshape(q_btnh.shape)
+        sum_bkq1 = jnp.sum(weight_bkqs, axis=-1, keepdims=True)
+        outs.append(out_bkqh / sum_bkq1)
+        log_sums.append((largest_bkq1 + jnp.log(sum_bkq1))[..., 0])
+    return _heads_last(_join(outs), q_btnh.shape), _join(log_sums)
+
+
+def _blocked_residuals(
+    q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None
+) -> tuple[jax.Array, Any]:
+    dtype = q_btnh.dtype
+    out_btnh, log_sum_bkq = _blocked_forward(q_btnh, k_bskh, v_bskh, segment_ids_bt)
+    out_btnh, log_sum_bkq = checkpoint_name((to_bits(out_btnh.astype(dtype)), log_sum_bkq), BLOCKED_RESULTS)
+    out_btnh = from_bits(out_btnh, dtype)
+    return out_btnh.astype(jnp.float32), (q_btnh, k_bskh, v_bskh, segment_ids_bt, out_btnh, log_sum_bkq)
+
+
+def _blocked_backward(residuals: Any, cotangent_btnh: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    """Of all arrays the size of the scores, keys are the rows: three of the five products then take them as they lie."""
+    q_btnh, k_bskh, v_bskh, segment_ids_bt, out_btnh, log_sum_bkq = residuals
+    k = k_bskh.shape[2]
+    g = q_btnh.shape[2] // k
+    dtype = q_btnh.dtype
+    multiply = functools.partial(einsum, dtype=dtype)
+    q_bkqh, k_bksh, v_bksh = _heads_first(q_btnh, k), _heads_first(k_bskh, k), _heads_first(v_bskh, k)
+    d_out_bkqh = _heads_first(cotangent_btnh.astype(dtype), k)
+    # What a query's weights have to do with each other by their sum being one.
+    mean_btn1 = jnp.sum(cotangent_btnh * out_btnh.astype(jnp.float32), axis=-1, keepdims=True)
+    mean_bkq = _heads_first(mean_btn1, k)[..., 0]
+    position_q = jnp.arange(q_bkqh.shape[2]) // g
+    d_qs, d_k_bksh, d_v_bksh = [], None, None
+    for first, end in _query_blocks(q_btnh.shape[1]):
+        rows = slice(first * g, end * g)
+        score_bksq = multiply("bksh,bkqh->bksq", k_bksh[:, :, :end], q_bkqh[:, :, rows])
+        seen_sq = jnp.arange(end)[:, None] <= position_q[rows]
+        if segment_ids_bt is not None:
+            segment_ids_bq = jnp.repeat(segment_ids_bt[:, first:end], g, axis=1)
+            seen_sq = seen_sq & (segment_ids_bt[:, None, :end, None] == segment_ids_bq[:, None, None])
+        weight_bksq = jnp.exp(jnp.where(seen_sq, score_bksq - log_sum_bkq[:, :, None, rows], -jnp.inf))
+        d_weight_bksq = multiply("bksh,bkqh->bksq", v_bksh[:, :, :end], d_out_bkqh[:, :, rows])
+        d_score_bksq = weight_bksq * (d_weight_bksq - mean_bkq[:, :, None, rows])
+        d_qs.append(multiply("bksq,bksh->bkqh", d_score_bksq, k_bksh[:, :, :end]))
+        d_k_bksh = _add_longer(d_k_bksh, multiply("bksq,bkqh->bksh", d_score_bksq, q_bkqh[:, :, rows]))
+        d_v_bksh = _add_longer(d_v_bksh, multiply("bksq,bkqh->bksh", weight_bksq, d_out_bkqh[:, :, rows]))
+    gradients = ((_join(d_qs), q_btnh.shape), (d_k_bksh, k_bskh.shape), (d_v_bksh, v_bskh.shape))
+    return *(_heads_last(x, shape).astype(dtype) for x, shape in gradients), None
+
+
+blocked.defvjp(_blocked_residuals, _blocked_backward)
+
+
+def _query_blocks(length: int) -> list[tuple[int, int]]:
+    return [(first, min(first + QUERY_BLOCK, length)) for first in range(0, length, QUERY_BLOCK)]
+
+
+def _heads_first(x_btnh: jax.Array, k: int) -> jax.Array:
+    """[b, k, q, h], where the queries q = (t, g) share a key/value head."""
+    b, t, n, h = x_btnh.shape
+    return x_btnh.reshape(b, t, k, n // k, h).transpose(0, 2, 1, 3, 4).reshape(b, k, t * n // k, h)
+
+
+def _heads_last(x_bkqh: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Undoes ``_heads_first``."""
+    b, t, n, h = shape
+    k = x_bkqh.shape[1]
+    return x_bkqh.reshape(b, k, t, n // k, h).transpose(0, 2, 1, 3, 4).reshape(shape)
+
+
+def _join(blocks: list[jax.Array]) -> jax.Array:
+    return jnp.concatenate(blocks, axis=2) if len(blocks) > 1 else blocks[0]
+
+
+def _add_longer(total: jax.Array | None, longer: jax.Array) -> jax.Array:
+    """Their sum, where the total stands for zeros behind its end. (A padded one would be a branch for each element.)"""
+    if total is None:
+        return longer
+    length = total.shape[2]
+    return jnp.concatenate([total + longer[:, :, :length], longer[:, :, length:]], axis=2)
 
 
 def splash(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None) -> jax.Array:

@@ -24,7 +24,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from f2llm_jax.attention import attention
+from f2llm_jax.attention import BLOCKED_RESULTS, attention
 from f2llm_jax.axes import batch_parts, constrain, gather
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.products import product
@@ -35,10 +35,14 @@ Params = dict[str, Any]
 
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(BLOCKED_RESULTS),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-"""What of a layer is kept for the backward pass: all of it, the results of projections, or only its input."""
+"""What of a layer is kept for the backward pass: all of it, the results of projections (and of the blocked kernel), or its
+input."""
 
 # The init range that Qwen3's config.json files state.
 _normal = nn.initializers.normal(stddev=0.02)

@@ -33,10 +33,11 @@ def product(spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike, 
         may_round: the result is on its way to an operand: it may be in ``dtype`` already. On GPUs it is: they have
             summed in float32 and write half the bytes, and what is done before the next product reads half.
     """
-    return _einsum(spec, a, b, dtype, may_round)
+    return einsum(spec, a, b, dtype, may_round)
 
 
-def _einsum(spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike, may_round: bool = False) -> jax.Array:
+def einsum(spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike, may_round: bool = False) -> jax.Array:
+    """``product``, without its gradient."""
     a, b = a.astype(dtype), b.astype(dtype)
     if _as_matrices(dtype):
         return _matrices(spec, a, b)
@@ -95,7 +96,7 @@ def _forward(
     # Not ``product``: a policy of ``jax.checkpoint`` sees a product, but not one within a function of its own gradient.
     # Of the arrays themselves only the dtypes are wanted.
     like = (jnp.empty(0, a.dtype), jnp.empty(0, b.dtype))
-    return _einsum(spec, a, b, dtype, may_round), (a.astype(dtype), b.astype(dtype), *like)
+    return einsum(spec, a, b, dtype, may_round), (a.astype(dtype), b.astype(dtype), *like)
 
 
 def _backward(
@@ -120,9 +121,30 @@ def _gradient(spec: str, cotangent: jax.Array, other: jax.Array, dtype: jax.typi
     first = next(letter for letter in out if (letter in of_a) != (letter in of_b))
     if first in of_b:
         cotangent, other, of_a, of_b = other, cotangent, of_b, of_a
-    gradient = _einsum(f"{of_a},{of_b}->{out}", cotangent, other, dtype)
+    if not _as_matrices(dtype):
+        return einsum(f"{of_a},{of_b}->{out}", cotangent, other, dtype)
     # A transposition of the gradient would be folded into the product, for which there would then be no kernel at all.
-    return _row_major(gradient) if _as_matrices(dtype) else gradient
+    if (
+        len(of_a) == len(of_b) == 2
+        and of_a[1] == first
+        and other.size + other.shape[1] * cotangent.shape[1] < cotangent.size
+    ):
+        # Of the first operand, summed over its rows, the transpose is needed; here the other way round moves less.
+        return _row_major(_row_major(einsum(f"{of_b},{of_a}->{out[::-1]}", other, cotangent, dtype)).T)
+    return _row_major(einsum(f"{of_a},{of_b}->{out}", cotangent, other, dtype))
 
 
 product.defvjp(_forward, _backward)
+
+
+def to_bits(x: jax.Array) -> jax.Array:
+    """A bfloat16 array as uint16 of the same bits, others as they are: what a loop over layers keeps of each.
+
+    XLA's CPU compiler slices no bfloat16 array: it would turn the whole stack to float32 and back for every layer.
+    """
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def from_bits(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Undoes ``to_bits``."""
+    return jax.lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x

@@ -14,6 +14,7 @@ from f2llm_jax.sharding import make_mesh
 
 SPECS = {
     "mi,oi->mo": ((24, 40), (16, 40)),
+    "mi,ji->mj": ((80, 8), (64, 8)),  # of the gradient of b, its transpose is computed
     "bti,oi->bto": ((3, 8, 40), (16, 40)),
     "bkqh,bksh->bkqs": ((2, 3, 8, 16), (2, 3, 12, 16)),
     "bkqs,bksh->bkqh": ((2, 3, 8, 12), (2, 3, 12, 16)),
@@ -119,5 +120,5 @@ def test_compiled_for_a_cpu_attention_and_its_gradient_multiply_bfloat16():
         name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
         types[name] = rest.partition("[")[0]
     operands = [re.search(r" dot\((.*?)\)", line)[1].split(", ") for line in lines if " dot(" in line]
-    assert len(operands) == 12  # 4 forward, 8 backward
+    assert len(operands) == 13  # 4 forward, 9 backward: scores are computed again
     assert {types[name] for pair in operands for name in pair} == {"bf16"}
