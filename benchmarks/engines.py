@@ -34,7 +34,7 @@ _BATCH_TOKENS = (256, 512, 1024, 2048, 4096)
 class Torch:
     """sentence-transformers on PyTorch, attention by ``scaled_dot_product_attention``; it sorts texts by itself."""
 
-    usual: ClassVar[Setting] = {"batch_size": 32}
+    usual: ClassVar[dict[str, Setting]] = {"cpu": {"batch_size": 32}, "gpu": {"batch_size": 256}}
     ladders: ClassVar[Ladders] = {
         device: [[{"batch_size": rows} for rows in ladder]] for device, ladder in _BATCH_ROWS.items()
     }
@@ -61,7 +61,7 @@ class Torch:
 class F2LLM:
     """f2llm_jax as a user calls it; it has nothing to tune."""
 
-    usual: ClassVar[Setting] = {}
+    usual: ClassVar[dict[str, Setting]] = {device: {} for device in DEVICES}
     ladders: ClassVar[Ladders] = {device: [] for device in DEVICES}
 
     def __init__(self, release: Path, dtype: str, device: str):
@@ -86,7 +86,7 @@ class F2LLM:
 class OnnxRuntime:
     """ONNX Runtime, float32."""
 
-    usual: ClassVar[Setting] = {"batch_tokens": 512}
+    usual: ClassVar[dict[str, Setting]] = {"cpu": {"batch_tokens": 512}}
     ladders: ClassVar[Ladders] = {"cpu": [[{"batch_tokens": tokens} for tokens in _BATCH_TOKENS]]}
 
     def __init__(self, release: Path, dtype: str, device: str):
@@ -109,7 +109,7 @@ class OnnxRuntime:
 class OpenVino:
     """OpenVINO, float32 or bfloat16; its hint decides between all cores for a batch, and a batch for each core."""
 
-    usual: ClassVar[Setting] = {"hint": "LATENCY", "batch_tokens": 512}
+    usual: ClassVar[dict[str, Setting]] = {"cpu": {"hint": "LATENCY", "batch_tokens": 512}}
     ladders: ClassVar[Ladders] = {
         "cpu": [
             [{"hint": hint, "batch_tokens": tokens} for tokens in _BATCH_TOKENS] for hint in ("LATENCY", "THROUGHPUT")
