@@ -41,7 +41,7 @@ REMAT_POLICIES = {
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-"""What of a layer is kept for its backward pass: all, the results of projections and blocked attention, or its input."""
+"""What of a layer is kept for its backward pass: all, what projections and blocked attention give, or its input."""
 
 # The init range that Qwen3's config.json files state.
 _normal = nn.initializers.normal(stddev=0.02)
