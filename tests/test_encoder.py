@@ -35,7 +35,8 @@ def random_texts(count: int, words: int, seed: int = 0) -> list[str]:
     return [" ".join(generator.choice(WORDS, size=generator.integers(0, words + 1))) for _ in range(count)]
 
 
-TEXTS = random_texts(60, 12)
+# Of 1 to 125 tokens: a few batches, each of another shape, which is a program to compile.
+TEXTS = random_texts(20, 12)
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +59,16 @@ def same(got: np.ndarray, expected: np.ndarray) -> None:
 
 
 def test_unit_rows_in_input_order(tiny, expected):
-    assert expected.shape == (60, 96) and expected.dtype == np.float32
+    assert expected.shape == (20, 96) and expected.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(expected, axis=1), 1, rtol=1e-6)
     same(tiny.encode(TEXTS[::-1]), expected[::-1])
-    order = np.random.default_rng(0).permutation(60)
+    order = np.random.default_rng(0).permutation(20)
     same(tiny.encode([TEXTS[i] for i in order]), expected[order])
     assert len(np.unique(expected.round(4), axis=0)) == len(set(TEXTS))
 
 
 def test_one_text_alone_and_in_any_batch(tiny, expected):
-    for text, row in zip(TEXTS, expected, strict=True):
+    for text, row in zip(TEXTS[::2], expected[::2], strict=True):
         same(tiny.encode([text]), row[None])
 
 
@@ -272,14 +273,14 @@ def test_progress_bar(tiny, capsys):
     assert capsys.readouterr().err == ""
     tiny.encode(TEXTS, show_progress=True)
     shown = capsys.readouterr().err
-    assert "60/60" in shown and "text/s" in shown and "tokens/s" in shown and "% padding" in shown
+    assert "20/20" in shown and "text/s" in shown and "tokens/s" in shown and "% padding" in shown
 
 
 def test_a_copy_on_another_device_keeps_the_kernel(tiny, tiny_release):
     model = f2llm_jax.load(tiny_release, kernel="reference")
     copy = model.copy_to(jax.devices()[1:2])
     assert copy.kernel == "reference"
-    same(copy.encode(TEXTS), model.encode(TEXTS))
+    same(copy.encode(TEXTS[:8]), model.encode(TEXTS[:8]))
 
 
 def test_packed_rows_give_the_same(tiny, expected, caplog):
@@ -287,10 +288,10 @@ def test_packed_rows_give_the_same(tiny, expected, caplog):
     same(tiny.encode(TEXTS), expected)
     same(tiny.encode(TEXTS, layout="bucketed"), expected)
     packed, bucketed = (record.getMessage() for record in caplog.records)
-    shown = re.fullmatch(r"60 texts, (\d+) tokens, rows packed, (\d+\.\d)% padding", packed)
+    shown = re.fullmatch(r"20 texts, (\d+) tokens, rows packed, (\d+\.\d)% padding", packed)
     assert int(shown[1]) == sum(map(len, tiny.tokenizer.encode(TEXTS, 2048)[0]))
     assert 0 < float(shown[2]) < 15
-    assert f"60 texts, {shown[1]} tokens, rows bucketed" in bucketed
+    assert f"20 texts, {shown[1]} tokens, rows bucketed" in bucketed
     # Texts longer than a row have rows of their own length, which others fill.
     long = [*TEXTS, "the quick brown fox " * 30]
     same(tiny.encode(long, layout="packed"), tiny.encode(long, layout="bucketed"))
@@ -311,7 +312,7 @@ def test_a_kernel_by_name(tiny, tiny_release, expected):
 
 def test_similarity(tiny, expected):
     got = tiny.similarity(expected[:3], expected)
-    assert got.shape == (3, 60) and got.dtype == np.float32
+    assert got.shape == (3, 20) and got.dtype == np.float32
     np.testing.assert_allclose(got, expected[:3].astype(np.float64) @ expected.T, atol=1e-6)
     assert tiny.similarity(expected[0], expected[1]).shape == (1, 1)
     np.testing.assert_allclose(tiny.similarity(expected * 7, expected[:2] / 3), (expected @ expected[:2].T), atol=1e-6)
@@ -394,8 +395,8 @@ def smallest(tmp_path_factory) -> f2llm_jax.Encoder:
 
 def test_few_compilations_for_many_lengths(smallest):
     generator = np.random.default_rng(0)
-    texts = ["Z" * int(length) for length in generator.integers(0, 120, size=10_000)]
-    buckets, packing = Buckets(2048, 120), Packing(2048, 120, short_rows=True)
+    texts = ["Z" * int(length) for length in generator.integers(0, 88, size=2500)]
+    buckets, packing = Buckets(2048, 88), Packing(2048, 88, short_rows=True)
     # One shape for each length; and the texts that are left at the end fill a few of fewer rows, in short rows of every
     # length one or two. A shape takes a program for the layers, and a small one before and behind them.
     most = {"bucketed": 3 * (len(buckets.lengths) + 4), "packed": 3 * 3 * len(packing.lengths)}
@@ -409,12 +410,12 @@ def test_few_compilations_for_many_lengths(smallest):
     }
     assert all(most[layout] < most_ever[layout] for layout in most)
     for layout in most:
-        encode = functools.partial(smallest.encode, max_length=120, batch_tokens=2048, layout=layout)
+        encode = functools.partial(smallest.encode, max_length=88, batch_tokens=2048, layout=layout)
         with counted_compilations() as counted:
             got = encode(texts)
             assert 0 < len(counted) <= most[layout]
-            for start in (0, 3000, 9990):
-                encode(texts[start : start + 1000])
+            for start in (0, 1000, 2490):
+                encode(texts[start : start + 500])
             in_all = len(counted)
             assert in_all <= most_ever[layout]
             np.testing.assert_array_equal(encode(texts), got)
