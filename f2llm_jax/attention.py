@@ -174,7 +174,7 @@ def _blocked_residuals(
 
 
 def _blocked_backward(residuals: Any, cotangent_btnh: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    """Of all arrays the size of the scores, keys are the rows: three of the five products then take them as they lie."""
+    """Keys are the rows of all that has the size of the scores: most of the products then take it as it lies."""
     q_btnh, k_bskh, v_bskh, segment_ids_bt, out_btnh, log_sum_bkq = residuals
     k = k_bskh.shape[2]
     g = q_btnh.shape[2] // k
