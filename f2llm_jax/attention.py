@@ -174,7 +174,7 @@ def _blocked_residuals(
 
 
 def _blocked_backward(residuals: Any, cotangent_btnh: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    """Of arrays the size of the scores, keys are the rows: three of the five products then take them as they lie."""
+    """Keys are the rows of all that has the size of the scores: most of the products then take it as it lies."""
     q_btnh, k_bskh, v_bskh, segment_ids_bt, out_btnh, log_sum_bkq = residuals
     k = k_bskh.shape[2]
     g = q_btnh.shape[2] // k
@@ -186,7 +186,8 @@ def _blocked_backward(residuals: Any, cotangent_btnh: jax.Array) -> tuple[jax.Ar
     mean_btn1 = jnp.sum(cotangent_btnh * out_btnh.astype(jnp.float32), axis=-1, keepdims=True)
     mean_bkq = _heads_first(mean_btn1, k)[..., 0]
     position_q = jnp.arange(q_bkqh.shape[2]) // g
-    d_qs, d_k_bksh, d_v_bksh = [], None, None
+    d_qs: list[jax.Array] = []
+    d_k_bksh = d_v_bksh = jnp.zeros((*k_bksh.shape[:2], 0, k_bksh.shape[3]))
     for first, end in _query_blocks(q_btnh.shape[1]):
         rows = slice(first * g, end * g)
         score_bksq = multiply("bksh,bkqh->bksq", k_bksh[:, :, :end], q_bkqh[:, :, rows])
@@ -228,10 +229,8 @@ def _join(blocks: list[jax.Array]) -> jax.Array:
     return jnp.concatenate(blocks, axis=2) if len(blocks) > 1 else blocks[0]
 
 
-def _add_longer(total: jax.Array | None, longer: jax.Array) -> jax.Array:
+def _add_longer(total: jax.Array, longer: jax.Array) -> jax.Array:
     """Their sum, where the total stands for zeros behind its end. (A padded one would be a branch for each element.)"""
-    if total is None:
-        return longer
     length = total.shape[2]
     return jnp.concatenate([total + longer[:, :, :length], longer[:, :, length:]], axis=2)
 

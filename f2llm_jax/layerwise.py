@@ -50,7 +50,7 @@ class Layerwise:
     def _options(self) -> dict[str, Any]:
         return {"config": self.config, "dtype": self.dtype, "kernel": self.kernel}
 
-    def layer_program(self, batch: Batch | PackedBatch) -> str:
+    def layer_program(self, batch: Batch | PackedBatch) -> str | None:
         """The compiled program of a layer, as text: what a profile's names stand for."""
         segment_ids_bt = batch.segment_ids_bt if isinstance(batch, PackedBatch) else None
         inputs = _first(self._table_vd, batch.tokens_bt, segment_ids_bt, config=self.config)

@@ -41,7 +41,8 @@ REMAT_POLICIES = {
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-"""What of a layer is kept for its backward pass: all, what projections and blocked attention give, or its input."""
+"""What of a layer is kept for the backward pass: all of it, the results of projections (and of attention, where the
+blocked kernel computes it), or only its input."""
 
 # The init range that Qwen3's config.json files state.
 _normal = nn.initializers.normal(stddev=0.02)

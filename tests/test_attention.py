@@ -13,7 +13,9 @@ import torch
 
 from f2llm_jax import make_mesh
 from f2llm_jax.attention import KERNELS, attention, default_kernel, fused, reference, resolve_kernel, splash_block
+from f2llm_jax.config import ModelConfig
 from f2llm_jax.errors import InputError
+from f2llm_jax.model import Backbone, init_params
 
 LARGEST_DIFFERENCE = {"float32": 2e-6, "bfloat16": 2e-2}  # relative to the largest value
 
@@ -105,6 +107,17 @@ def test_float32_means_float32_within_splash(dtype, precision):
     products = [equation for kernel in equations(jaxpr, "pallas_call") for equation in within(kernel, "dot_general")]
     assert len(products) == 2 + 4 + 3  # scores and output; for keys and values; for queries
     assert {equation.params["precision"] for equation in products} == {(jax.lax.Precision[precision],) * 2}
+
+
+@pytest.mark.parametrize(("remat", "products"), [("none", 2 + 5), ("dots", 2 + 5), ("full", 2 + 2 + 5)])
+def test_what_the_blocked_kernel_computes_again(remat, products):
+    """Scores alone, within its gradient; if a policy keeps nothing, all of it."""
+    config = ModelConfig(32, 8, 16, 2, 2, 1, 8, rope_theta=1e4)
+    params, tokens_bt = init_params(config, jax.random.key(0)), jnp.zeros((1, 16), jnp.int32)
+    backbone = Backbone(config, kernel="blocked", remat=remat)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda params: backbone.apply({"params": params}, tokens_bt).sum()))(params)
+    batches = [equation.params["dimension_numbers"][1][0] for equation in equations(jaxpr, "dot_general")]
+    assert len([batch for batch in batches if batch]) == products
 
 
 def equations(jaxpr, name):
