@@ -201,8 +201,11 @@ def _blocked_backward(residuals: Any, cotangent_btnh: jax.Array) -> tuple[jax.Ar
         d_qs.append(multiply("bksq,bksh->bkqh", d_score_bksq, k_bksh[:, :, :end]))
         d_k_bksh = _add_longer(d_k_bksh, multiply("bksq,bkqh->bksh", d_score_bksq, q_bkqh[:, :, rows]))
         d_v_bksh = _add_longer(d_v_bksh, multiply("bksq,bkqh->bksh", weight_bksq, d_out_bkqh[:, :, rows]))
-    gradients = ((_join(d_qs), q_btnh.shape), (d_k_bksh, k_bskh.shape), (d_v_bksh, v_bskh.shape))
-    return *(_heads_last(x, shape).astype(dtype) for x, shape in gradients), None
+
+    def finish(gradient_bksh: jax.Array, like: jax.Array) -> jax.Array:
+        return _heads_last(gradient_bksh, like.shape).astype(dtype)
+
+    return finish(_join(d_qs), q_btnh), finish(d_k_bksh, k_bskh), finish(d_v_bksh, v_bskh), None
 
 
 blocked.defvjp(_blocked_residuals, _blocked_backward)

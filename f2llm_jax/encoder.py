@@ -24,7 +24,7 @@ from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert.load import load_params, open_checkpoint
 from f2llm_jax.embedding import Batch, PackedBatch, check_dim, embed
 from f2llm_jax.errors import InputError, warn
-from f2llm_jax.layerwise import Layerwise
+from f2llm_jax.layerwise import LONGEST_ROW, Layerwise, bit_views
 from f2llm_jax.model import Params
 from f2llm_jax.quantization import check_ranges, output_spec, quantize
 from f2llm_jax.release import find_release, pick_prompt, read_release
@@ -103,6 +103,7 @@ class Encoder:
         self.mesh = mesh
         self.kernel = resolve_kernel(kernel, self._platform, dtype)
         on_cpu = self._platform == "cpu" and mesh is None
+        self._weights = bit_views(params) if on_cpu else params
         self._layerwise = Layerwise(params, config, dtype=dtype, kernel=self.kernel) if on_cpu else None
 
     @property
@@ -329,12 +330,12 @@ class Encoder:
         On CPUs in a thread of the pool, where settings that JAX keeps by thread are the default ones.
         """
         if self._layerwise is not None:
-            compute = self._layerwise
+            compute = self._layerwise if batch.tokens_bt.shape[1] <= LONGEST_ROW else self._dispatch
             return pool.submit(lambda: np.asarray(compute(batch, dim))).result
         return functools.partial(np.asarray, self._dispatch(batch, dim))
 
     def _dispatch(self, batch: Batch | PackedBatch, dim: int) -> jax.Array:
-        """The embeddings of a batch on an accelerator or a mesh, as a promise."""
+        """The embeddings of a batch by one program, as a promise."""
         options = {
             "config": padded_config(self.config, self.mesh),
             "dim": dim,
@@ -342,9 +343,9 @@ class Encoder:
             "kernel": self.kernel,
         }
         if self.mesh is None:
-            return _embed(self._params, batch, **options)
+            return _embed(self._weights, batch, **options)
         with jax.set_mesh(self.mesh):
-            embeddings_bd = _embed(self._params, put_batch(batch, self.mesh), **options)
+            embeddings_bd = _embed(self._weights, put_batch(batch, self.mesh), **options)
             # Of a mesh over several processes each holds its own rows: everybody gets them all.
             return embeddings_bd if embeddings_bd.is_fully_addressable else put_everywhere(embeddings_bd, self.mesh)
 

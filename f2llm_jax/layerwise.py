@@ -1,8 +1,9 @@
-"""Embeddings by one program for each layer, called in turn by the host: for CPUs.
+"""Embeddings by one program for each layer, called in turn by the host: for short rows on CPUs.
 
-XLA's CPU compiler copies every layer's weights out of the stack that a loop within a program runs over, and turns a
-stack of bfloat16 to float32 before it does. Here each layer's weights are arrays of their own, views of the same
-memory: a batch of 512 tokens of the 80M takes a tenth less time in bfloat16, a text of 16 tokens a fifth less.
+XLA's CPU compiler copies every layer's weights out of the stack that a loop within a program runs over. Here each
+layer's weights are arrays of their own, views of the same memory: a batch of 8 rows of 64 tokens of the 80M takes a
+tenth less time in bfloat16, a text of 16 tokens a fifth less. But every call takes its memory from the system anew: of
+rows of 768 tokens a layer's scores are so many that one program for all layers is 12 % faster, of 2,560 25 %.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from f2llm_jax.config import ModelConfig
 from f2llm_jax.embedding import Batch, PackedBatch, matryoshka, pool
 from f2llm_jax.model import Block, Params, RMSNorm, positions, rotary_angles
 from f2llm_jax.vocabulary import lookup
+
+LONGEST_ROW = 256
+"""Where both are as fast."""
 
 
 class Layerwise:
@@ -55,6 +59,21 @@ class Layerwise:
         segment_ids_bt = batch.segment_ids_bt if isinstance(batch, PackedBatch) else None
         inputs = _first(self._table_vd, batch.tokens_bt, segment_ids_bt, config=self.config)
         return _layer.lower(self._layers[0], *inputs, segment_ids_bt, **self._options).compile().as_text()
+
+
+def bit_views(params: Params) -> Params:
+    """The stacked bfloat16 weights as uint16 arrays of the same bits, in the same memory: for one program on CPUs.
+
+    XLA's CPU compiler slices no bfloat16 array: it would turn the whole stack to float32 before the loop over layers,
+    and each layer back, at every call.
+    """
+
+    def bits(x: jax.Array) -> jax.Array:
+        if x.dtype != jnp.bfloat16 or x.ndim < 3:
+            return x
+        return jax.device_put(np.asarray(x).view(np.uint16), x.sharding)
+
+    return {**params, "layers": jax.tree.map(bits, params["layers"])}
 
 
 def _view(layer: int, stacked: jax.Array) -> jax.Array:

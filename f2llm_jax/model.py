@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from f2llm_jax.attention import BLOCKED_RESULTS, attention
 from f2llm_jax.axes import batch_parts, constrain, gather
 from f2llm_jax.config import ModelConfig
-from f2llm_jax.products import product
+from f2llm_jax.products import from_bits, product
 from f2llm_jax.vocabulary import lookup
 
 Params = dict[str, Any]
@@ -68,7 +68,7 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (*self.outputs, *self.inputs)
         weight = self.param("weight", nn.with_logical_partitioning(_normal, self.axes), shape, jnp.float32)
-        weight = gather(weight, self.axes)
+        weight = gather(from_bits(weight, jnp.bfloat16), self.axes)
         batch = x.shape[: x.ndim - len(self.inputs)]
         # As plain matrices: with several output axes, XLA's CPU compiler first copies the weights into another order.
         x_mi = x.reshape(math.prod(batch), math.prod(self.inputs))

@@ -8,7 +8,7 @@ from releases import TINY
 
 import f2llm_jax
 from f2llm_jax.embedding import Batch, PackedBatch
-from f2llm_jax.layerwise import Layerwise
+from f2llm_jax.layerwise import Layerwise, bit_views
 
 ROWS, LENGTH = 3, 40
 
@@ -35,6 +35,8 @@ def test_equals_the_one_program_bit_for_bit(params, batch):
     for dim in (TINY.hidden_size, 8):
         expected = embed(params, batch, config=TINY, dim=dim, dtype=dtype, kernel="blocked")
         np.testing.assert_array_equal(layerwise(batch, dim), expected)
+    found = embed(bit_views(params), batch, config=TINY, dtype=dtype, kernel="blocked")
+    np.testing.assert_array_equal(found, layerwise(batch, TINY.hidden_size))
 
 
 def test_layers_are_views_of_the_stack(params):
