@@ -129,7 +129,7 @@ def blocked(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids
     For the gradient, the result and the logarithm of each query's sum are kept, and weights are computed again block by
     block (FlashAttention-2, arXiv:2307.08691, algorithm 2): nothing of the size of the scores outlives its block.
     """
-    return _blocked_forward(q_btnh, k_bskh, v_bskh, segment_ids_bt)[0]
+    return _blocked_forward(q_btnh, k_bskh, v_bskh, segment_ids_bt)[0].astype(jnp.float32)
 
 
 BLOCKED_RESULTS = "blocked attention"
@@ -139,15 +139,18 @@ BLOCKED_RESULTS = "blocked attention"
 def _blocked_forward(
     q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """The result, and log(sum(exp(score))) of every query [batch, key/value heads, q]."""
+    """The result in the dtype of the queries, and float32 log(sum(exp(score))) of each [batch, key/value heads, q].
+
+    What is cut or joined is bits: see ``to_bits``.
+    """
     k = k_bskh.shape[2]
     g = q_btnh.shape[2] // k
     dtype = q_btnh.dtype
-    q_bkqh, k_bksh, v_bksh = _heads_first(q_btnh, k), _heads_first(k_bskh, k), _heads_first(v_bskh, k)
     outs, log_sums = [], []
     for first, end in _query_blocks(q_btnh.shape[1]):
-        q_block_bkqh = q_bkqh[:, :, first * g : end * g]
-        score_bkqs = product("bkqh,bksh->bkqs", q_block_bkqh, k_bksh[:, :, :end], dtype)
+        q_bkqh = _heads_first(q_btnh, first, end, k)
+        k_bksh, v_bksh = (_heads_first(x_bskh, 0, end, k) for x_bskh in (k_bskh, v_bskh))
+        score_bkqs = product("bkqh,bksh->bkqs", q_bkqh, k_bksh, dtype)
         seen_qs = first + jnp.arange((end - first) * g)[:, None] // g >= jnp.arange(end)
         if segment_ids_bt is not None:
             segment_ids_bq = jnp.repeat(segment_ids_bt[:, first:end], g, axis=1)
@@ -156,11 +159,11 @@ def _blocked_forward(
         # The sum is divided out after the product with v, where it touches h values a query instead of s.
         largest_bkq1 = jnp.max(score_bkqs, axis=-1, keepdims=True)
         weight_bkqs = jnp.exp(score_bkqs - largest_bkq1)
-        out_bkqh = product("bkqs,bksh->bkqh", weight_bkqs, v_bksh[:, :, :end], dtype)
+        out_bkqh = product("bkqs,bksh->bkqh", weight_bkqs, v_bksh, dtype)
         sum_bkq1 = jnp.sum(weight_bkqs, axis=-1, keepdims=True)
-        outs.append(out_bkqh / sum_bkq1)
+        outs.append(_heads_last(to_bits((out_bkqh / sum_bkq1).astype(dtype)), g))
         log_sums.append((largest_bkq1 + jnp.log(sum_bkq1))[..., 0])
-    return _heads_last(_join(outs), q_btnh.shape), _join(log_sums)
+    return from_bits(_join(outs, axis=1), dtype), _join(log_sums, axis=2)
 
 
 def _blocked_residuals(
@@ -168,7 +171,7 @@ def _blocked_residuals(
 ) -> tuple[jax.Array, Any]:
     dtype = q_btnh.dtype
     out_btnh, log_sum_bkq = _blocked_forward(q_btnh, k_bskh, v_bskh, segment_ids_bt)
-    out_btnh, log_sum_bkq = checkpoint_name((to_bits(out_btnh.astype(dtype)), log_sum_bkq), BLOCKED_RESULTS)
+    out_btnh, log_sum_bkq = checkpoint_name((to_bits(out_btnh), log_sum_bkq), BLOCKED_RESULTS)
     out_btnh = from_bits(out_btnh, dtype)
     return out_btnh.astype(jnp.float32), (q_btnh, k_bskh, v_bskh, segment_ids_bt, out_btnh, log_sum_bkq)
 
@@ -180,32 +183,31 @@ def _blocked_backward(residuals: Any, cotangent_btnh: jax.Array) -> tuple[jax.Ar
     g = q_btnh.shape[2] // k
     dtype = q_btnh.dtype
     multiply = functools.partial(einsum, dtype=dtype)
-    q_bkqh, k_bksh, v_bksh = _heads_first(q_btnh, k), _heads_first(k_bskh, k), _heads_first(v_bskh, k)
-    d_out_bkqh = _heads_first(cotangent_btnh.astype(dtype), k)
+    d_out_btnh = cotangent_btnh.astype(dtype)
     # What a query's weights have to do with each other by their sum being one.
-    mean_btn1 = jnp.sum(cotangent_btnh * out_btnh.astype(jnp.float32), axis=-1, keepdims=True)
-    mean_bkq = _heads_first(mean_btn1, k)[..., 0]
-    position_q = jnp.arange(q_bkqh.shape[2]) // g
+    mean_btkg = jnp.sum(cotangent_btnh * out_btnh.astype(jnp.float32), axis=-1).reshape(*q_btnh.shape[:2], k, g)
+    mean_bkq = mean_btkg.transpose(0, 2, 1, 3).reshape(log_sum_bkq.shape)
+    position_q = jnp.arange(mean_bkq.shape[2]) // g
     d_qs: list[jax.Array] = []
-    d_k_bksh = d_v_bksh = jnp.zeros((*k_bksh.shape[:2], 0, k_bksh.shape[3]))
+    d_k_bksh = d_v_bksh = jnp.zeros((*mean_bkq.shape[:2], 0, q_btnh.shape[3]))
     for first, end in _query_blocks(q_btnh.shape[1]):
         rows = slice(first * g, end * g)
-        score_bksq = multiply("bksh,bkqh->bksq", k_bksh[:, :, :end], q_bkqh[:, :, rows])
+        q_bkqh, d_out_bkqh = (_heads_first(x_btnh, first, end, k) for x_btnh in (q_btnh, d_out_btnh))
+        k_bksh, v_bksh = (_heads_first(x_bskh, 0, end, k) for x_bskh in (k_bskh, v_bskh))
+        score_bksq = multiply("bksh,bkqh->bksq", k_bksh, q_bkqh)
         seen_sq = jnp.arange(end)[:, None] <= position_q[rows]
         if segment_ids_bt is not None:
             segment_ids_bq = jnp.repeat(segment_ids_bt[:, first:end], g, axis=1)
             seen_sq = seen_sq & (segment_ids_bt[:, None, :end, None] == segment_ids_bq[:, None, None])
         weight_bksq = jnp.exp(jnp.where(seen_sq, score_bksq - log_sum_bkq[:, :, None, rows], -jnp.inf))
-        d_weight_bksq = multiply("bksh,bkqh->bksq", v_bksh[:, :, :end], d_out_bkqh[:, :, rows])
+        d_weight_bksq = multiply("bksh,bkqh->bksq", v_bksh, d_out_bkqh)
         d_score_bksq = weight_bksq * (d_weight_bksq - mean_bkq[:, :, None, rows])
-        d_qs.append(multiply("bksq,bksh->bkqh", d_score_bksq, k_bksh[:, :, :end]))
-        d_k_bksh = _add_longer(d_k_bksh, multiply("bksq,bkqh->bksh", d_score_bksq, q_bkqh[:, :, rows]))
-        d_v_bksh = _add_longer(d_v_bksh, multiply("bksq,bkqh->bksh", weight_bksq, d_out_bkqh[:, :, rows]))
-
-    def finish(gradient_bksh: jax.Array, like: jax.Array) -> jax.Array:
-        return _heads_last(gradient_bksh, like.shape).astype(dtype)
-
-    return finish(_join(d_qs), q_btnh), finish(d_k_bksh, k_bskh), finish(d_v_bksh, v_bskh), None
+        d_q_bkqh = multiply("bksq,bksh->bkqh", d_score_bksq, k_bksh)
+        d_qs.append(_heads_last(to_bits(d_q_bkqh.astype(dtype)), g))
+        d_k_bksh = _add_longer(d_k_bksh, multiply("bksq,bkqh->bksh", d_score_bksq, q_bkqh))
+        d_v_bksh = _add_longer(d_v_bksh, multiply("bksq,bkqh->bksh", weight_bksq, d_out_bkqh))
+    d_q_btnh = from_bits(_join(d_qs, axis=1), dtype)
+    return d_q_btnh, _heads_last(d_k_bksh.astype(dtype), 1), _heads_last(d_v_bksh.astype(dtype), 1), None
 
 
 blocked.defvjp(_blocked_residuals, _blocked_backward)
@@ -215,21 +217,27 @@ def _query_blocks(length: int) -> list[tuple[int, int]]:
     return [(first, min(first + QUERY_BLOCK, length)) for first in range(0, length, QUERY_BLOCK)]
 
 
-def _heads_first(x_btnh: jax.Array, k: int) -> jax.Array:
-    """[b, k, q, h], where the queries q = (t, g) share a key/value head."""
+def _heads_first(x_btnh: jax.Array, first: int, end: int, k: int) -> jax.Array:
+    """[b, k, q, h] of some positions, where the queries q = (t, g) share a key/value head.
+
+    XLA merges this with the loop that turns the halves of heads, as which they are therefore moved: its index is then
+    no division. For the same reason positions are cut first, and what is cut is bits, as ``to_bits`` says.
+    """
+    x_btnh, dtype = to_bits(x_btnh)[:, first:end], x_btnh.dtype
     b, t, n, h = x_btnh.shape
-    return x_btnh.reshape(b, t, k, n // k, h).transpose(0, 2, 1, 3, 4).reshape(b, k, t * n // k, h)
+    x_bktg2h = x_btnh.reshape(b, t, k, n // k, 2, h // 2).transpose(0, 2, 1, 3, 4, 5)
+    return from_bits(x_bktg2h, dtype).reshape(b, k, t * n // k, h)
 
 
-def _heads_last(x_bkqh: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _heads_last(x_bkqh: jax.Array, g: int) -> jax.Array:
     """Undoes ``_heads_first``."""
-    b, t, n, h = shape
-    k = x_bkqh.shape[1]
-    return x_bkqh.reshape(b, k, t, n // k, h).transpose(0, 2, 1, 3, 4).reshape(shape)
+    b, k, q, h = x_bkqh.shape
+    x_btkg2h = x_bkqh.reshape(b, k, q // g, g, 2, h // 2).transpose(0, 2, 1, 3, 4, 5)
+    return x_btkg2h.reshape(b, q // g, k * g, h)
 
 
-def _join(blocks: list[jax.Array]) -> jax.Array:
-    return jnp.concatenate(blocks, axis=2) if len(blocks) > 1 else blocks[0]
+def _join(blocks: list[jax.Array], axis: int) -> jax.Array:
+    return jnp.concatenate(blocks, axis) if len(blocks) > 1 else blocks[0]
 
 
 def _add_longer(total: jax.Array, longer: jax.Array) -> jax.Array:

@@ -39,16 +39,16 @@ def product(spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike, 
 def einsum(spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike, may_round: bool = False) -> jax.Array:
     """``product``, without its gradient."""
     a, b = a.astype(dtype), b.astype(dtype)
-    if _as_matrices(dtype):
+    if jnp.dtype(dtype) == jnp.bfloat16 and _on_one_cpu():
         return _matrices(spec, a, b)
     out = dtype if may_round and platform() == "gpu" else jnp.float32
     return jnp.einsum(spec, a, b, precision=matmul_precision(dtype), preferred_element_type=out)
 
 
-def _as_matrices(dtype: jax.typing.DTypeLike) -> bool:
-    """On one CPU: how an array lies on a mesh of several is what its axes say, and merged ones would not."""
+def _on_one_cpu() -> bool:
+    """How an array lies on a mesh of several is what its axes say: none are merged or moved there."""
     mesh = jax.sharding.get_abstract_mesh()
-    return jnp.dtype(dtype) == jnp.bfloat16 and platform() == "cpu" and (mesh.empty or mesh.size == 1)
+    return platform() == "cpu" and (mesh.empty or mesh.size == 1)
 
 
 def _matrices(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -121,7 +121,7 @@ def _gradient(spec: str, cotangent: jax.Array, other: jax.Array, dtype: jax.typi
     first = next(letter for letter in out if (letter in of_a) != (letter in of_b))
     if first in of_b:
         cotangent, other, of_a, of_b = other, cotangent, of_b, of_a
-    if not _as_matrices(dtype):
+    if not _on_one_cpu():
         return einsum(f"{of_a},{of_b}->{out}", cotangent, other, dtype)
     # A transposition of the gradient would be folded into the product, for which there would then be no kernel at all.
     if (
