@@ -6,7 +6,8 @@
 Random weights of the real shapes, real texts, tokenising included. Every engine has a process of its own, loaded and
 warmed before the clock starts; then, in rounds, each is given the same texts in turn while the others wait, and medians
 over the rounds are reported. Ratios are medians of the ratios within a round, so that what slows the machine for a
-while slows both. Peers first find their best batch size for each kind of texts, once: it is kept in the cache folder.
+while slows both. f2llm in int8 stands among the engines of bfloat16. Peers first find their best batch size for each
+kind of texts, once: it is kept in the cache folder.
 
 On a GPU it is sentence-transformers in bfloat16 that is compared with, memory is that of the card, and the ceiling the
 rate of one large product.
@@ -41,7 +42,10 @@ OURS = {"float32": "f2llm-fp32", "bfloat16": "f2llm-bf16"}
 
 # What is measured unless something else is asked for.
 _SIZES = {"cpu": ("80M", "330M", "0.6B"), "gpu": ("80M", "0.6B", "4B")}
-_ENGINES = {"cpu": tuple(name for name in ENGINES if name != "ceiling"), "gpu": ("torch-bf16", "f2llm-bf16")}
+_ENGINES = {
+    "cpu": tuple(name for name in ENGINES if name != "ceiling"),
+    "gpu": ("torch-bf16", "f2llm-bf16", "f2llm-int8"),
+}
 
 # What a turn is sized for: the matmul rate of a middling engine on a middling machine.
 _ASSUMED_FLOPS = {"cpu": 200e9, "gpu": 200e12}
@@ -457,7 +461,8 @@ def summary_table(rows: list[dict[str, Any]]) -> str:
         peers = {
             row["engine"]: row
             for row in rows
-            if (row["size"], row["texts"], row["dtype"]) == (own["size"], own["texts"], own["dtype"]) and row != own
+            if (row["size"], row["texts"], row["dtype"]) == (own["size"], own["texts"], own["dtype"])
+            and not row["engine"].startswith("f2llm")
         }
         torch = peers.get("torch-fp32") or peers.get("torch-bf16")
         best = min(peers.values(), key=lambda row: row["f2llm_speed_ratio"], default=None)

@@ -338,8 +338,17 @@ class _Product:
 
 
 class Engine(NamedTuple):
+    """What serves a release.
+
+    Attributes:
+        kind: its class.
+        dtype: of whom it is compared with.
+        weights: what it loads, if not that.
+    """
+
     kind: Any
     dtype: str
+    weights: str | None = None
 
 
 ENGINES = {
@@ -350,6 +359,7 @@ ENGINES = {
     "torch-bf16": Engine(Torch, "bfloat16"),
     "openvino-bf16": Engine(OpenVino, "bfloat16"),
     "f2llm-bf16": Engine(F2LLM, "bfloat16"),
+    "f2llm-int8": Engine(F2LLM, "bfloat16", "int8"),
     "ceiling": Engine(Ceiling, "float32"),
 }
 
@@ -361,7 +371,7 @@ def serve(connection: Any, name: str, release: Path, device: str) -> None:
     (of all threads) that it took and its result, ``peak`` the most memory so far in bytes: resident memory of the
     process, or memory of the card.
     """
-    engine = ENGINES[name].kind(release, ENGINES[name].dtype, device)
+    engine = ENGINES[name].kind(release, ENGINES[name].weights or ENGINES[name].dtype, device)
     for method, texts, setting in iter(functools.partial(_receive, connection), None):
         arguments = () if texts is None else (texts,)
         if method == "encode":

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert.factors import open_release
@@ -18,12 +18,17 @@ from f2llm_jax.convert.safetensors import Checkpoint
 from f2llm_jax.convert.table import Tensor, tensor_table
 from f2llm_jax.errors import InputError
 from f2llm_jax.model import Params
+from f2llm_jax.products import int8_rows
 from f2llm_jax.sharding import padded_config, param_shardings
 
 Bounds = tuple[tuple[int, int], ...]
 """(begin, end) of each axis."""
 
-PARAM_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+PARAM_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "int8": np.dtype(ml_dtypes.bfloat16),  # of all but the projections
+}
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -51,7 +56,8 @@ def load_params(
     Args:
         checkpoint: the weights.
         config: the sizes.
-        dtype: of the parameters, ``float32`` or ``bfloat16``.
+        dtype: of the parameters: ``float32``, ``bfloat16``, or ``int8`` for projections of int8, each with a ``scale``
+            beside its ``weight`` (``model.Projection``), and all else in bfloat16. Projections are read in bfloat16.
         mesh: where to; None for the first device.
 
     Raises:
@@ -71,10 +77,23 @@ def load_params(
         shape = tuple(
             vocab_size if axis == "vocab" else size for size, axis in zip(tensor.shape, tensor.axes, strict=True)
         )
-        put(params, tensor.path, read(tensor, shape, PARAM_DTYPES[dtype], sharding))
+        value = read(tensor, shape, PARAM_DTYPES[dtype], sharding)
+        if dtype == "int8" and tensor.inputs:
+            value, scale = _to_int8(value, tensor.inputs)
+            put(params, tensor.path.removesuffix("weight") + "scale", scale)
+        put(params, tensor.path, value)
     if isinstance(checkpoint, OrbaxCheckpoint):
         checkpoint.check_finite(params)
     return params
+
+
+def _to_int8(weight: jax.Array, inputs: int) -> tuple[jax.Array, jax.Array]:
+    """A projection as ``int8_rows``, which rest where it rested."""
+    sharding = weight.sharding
+    of_scale = sharding
+    if isinstance(sharding, NamedSharding):
+        of_scale = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[: weight.ndim - inputs]))
+    return jax.jit(int8_rows, static_argnums=1, out_shardings=(sharding, of_scale))(weight, inputs)
 
 
 def _read_sharded(

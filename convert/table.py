@@ -77,6 +77,13 @@ class Tensor:
         return tuple(shape)
 
     @property
+    def inputs(self) -> int:
+        """How many of its last axes a projection sums over; 0 for what is no projection."""
+        if not self.stacked or len(self.layer_shape) == 1:
+            return 0
+        return 2 if self.axes[-1] == "head_dim" else 1
+
+    @property
     def size(self) -> int:
         return math.prod(self.shape)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from f2llm_jax.attention import resolve_kernel
 from f2llm_jax.axes import batch_parts
@@ -28,7 +28,7 @@ from f2llm_jax.layerwise import LONGEST_ROW, Layerwise, bit_views
 from f2llm_jax.model import Params
 from f2llm_jax.quantization import check_ranges, output_spec, quantize
 from f2llm_jax.release import find_release, pick_prompt, read_release
-from f2llm_jax.sharding import make_mesh, padded_config, param_shardings, put_batch, put_everywhere
+from f2llm_jax.sharding import make_mesh, padded_config, put_batch, put_everywhere
 from f2llm_jax.tokens import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,8 @@ class Encoder:
         prompts: {name: text put before every input}.
         default_prompt_name: the prompt that a plain ``encode`` uses, or None.
         max_length: the default limit on tokens of a text, EOS included.
-        dtype: of the parameters and of the operands of matrix products.
+        dtype: of the parameters and of the operands of matrix products; with ``int8`` those of projections, all else
+            in bfloat16.
         mesh: where the parameters lie; None for one device.
         kernel: the attention kernel, one of ``attention.KERNELS``.
     """
@@ -100,11 +101,12 @@ class Encoder:
         self.default_prompt_name = default_prompt_name
         self.max_length = max_length or config.max_position_embeddings
         self.dtype = dtype
+        self._compute_dtype = jnp.dtype("bfloat16" if dtype == "int8" else dtype)
         self.mesh = mesh
-        self.kernel = resolve_kernel(kernel, self._platform, dtype)
+        self.kernel = resolve_kernel(kernel, self._platform, self._compute_dtype)
         on_cpu = self._platform == "cpu" and mesh is None
         self._weights = bit_views(params) if on_cpu else params
-        self._layerwise = Layerwise(params, config, dtype=dtype, kernel=self.kernel) if on_cpu else None
+        self._layerwise = Layerwise(params, config, dtype=self._compute_dtype, kernel=self.kernel) if on_cpu else None
 
     @property
     def params(self) -> Params:
@@ -116,9 +118,12 @@ class Encoder:
         A corpus is encoded by as many copies as there are devices for.
         """
         mesh = None if self.mesh is None else make_mesh(**self.mesh.shape, devices=devices)
-        sharding = devices[0] if mesh is None else param_shardings(padded_config(self.config, mesh), mesh)
+
+        def copy(x: jax.Array) -> jax.Array:
+            return jax.device_put(x, devices[0] if mesh is None else NamedSharding(mesh, x.sharding.spec))
+
         return Encoder(
-            jax.device_put(self._params, sharding),
+            jax.tree.map(copy, self._params),
             self.config,
             self.tokenizer,
             prompts=self.prompts,
@@ -339,7 +344,7 @@ class Encoder:
         options = {
             "config": padded_config(self.config, self.mesh),
             "dim": dim,
-            "dtype": jnp.dtype(self.dtype),
+            "dtype": self._compute_dtype,
             "kernel": self.kernel,
         }
         if self.mesh is None:
@@ -376,8 +381,10 @@ def load(
     Args:
         model: a release folder, a converted one, or a hub id such as ``codefuse-ai/F2LLM-v2-80M`` (through
             huggingface_hub: its cache, its login, ``HF_HUB_OFFLINE``).
-        dtype: ``float32``, or ``bfloat16``: parameters and operands of matrix products in bfloat16, everything between
-            in float32.
+        dtype: ``float32``; ``bfloat16``: parameters and operands of matrix products in bfloat16, everything between in
+            float32; or ``int8``: weights of projections in int8 with a scale for each output, and what they are
+            multiplied with in int8 with a scale for each token, all else as with bfloat16. Less memory and more speed
+            for a little accuracy: measure it on data of yours (``f2llm evaluate --dtype int8``).
         mesh: a mesh from ``make_mesh`` to spread the model over; None for one device.
         kernel: the attention kernel: ``auto`` for the platform's, or one of ``attention.KERNELS``.
         revision: branch, tag or commit of a hub id.

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from f2llm_jax.attention import BLOCKED_RESULTS, attention
 from f2llm_jax.axes import batch_parts, constrain, gather
 from f2llm_jax.config import ModelConfig
-from f2llm_jax.products import from_bits, product
+from f2llm_jax.products import from_bits, int8_product, product
 from f2llm_jax.vocabulary import lookup
 
 Params = dict[str, Any]
@@ -51,6 +51,8 @@ _normal = nn.initializers.normal(stddev=0.02)
 class Projection(nn.Module):
     """y = W x: one tensor [*outputs, *inputs], applied to the last axes of its argument.
 
+    A weight of int8, as ``load(dtype="int8")`` gives it, has its ``scale`` [*outputs] beside it: see ``int8_product``.
+
     Attributes:
         outputs, inputs: sizes of the axes it makes and takes, for example (heads, head_dim) and (hidden,).
         axes: their logical names, outputs first.
@@ -73,7 +75,11 @@ class Projection(nn.Module):
         # As plain matrices: with several output axes, XLA's CPU compiler first copies the weights into another order.
         x_mi = x.reshape(math.prod(batch), math.prod(self.inputs))
         weight_oi = weight.reshape(math.prod(self.outputs), math.prod(self.inputs))
-        y = product("mi,oi->mo", x_mi, weight_oi, self.dtype, self.may_round)
+        if weight.dtype == jnp.int8:
+            scale = gather(self.get_variable("params", "scale"), self.axes[: len(self.outputs)])
+            y = int8_product(x_mi, weight_oi, scale.reshape(-1))
+        else:
+            y = product("mi,oi->mo", x_mi, weight_oi, self.dtype, self.may_round)
         return y.reshape(*batch, *self.outputs)
 
 

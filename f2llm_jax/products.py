@@ -137,6 +137,38 @@ def _gradient(spec: str, cotangent: jax.Array, other: jax.Array, dtype: jax.typi
 product.defvjp(_forward, _backward)
 
 
+def int8_rows(x: jax.Array, summed: int) -> tuple[jax.Array, jax.Array]:
+    """Rounded to 255 levels, symmetric around 0, as wide apart as each row needs.
+
+    Args:
+        x: of any float dtype.
+        summed: how many of its last axes make a row: those that a product sums over.
+
+    Returns:
+        int8 like x, and the float32 scale of each row: x is about the one times the other.
+    """
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=tuple(range(-summed, 0)), keepdims=True)
+    scale = jnp.where(largest == 0, 1, largest) / 127
+    return jnp.round(x / scale).astype(jnp.int8), scale.reshape(x.shape[: x.ndim - summed])
+
+
+def int8_product(x_mi: jax.Array, weight_oi: jax.Array, scale_o: jax.Array) -> jax.Array:
+    """x · weightᵀ of whole numbers: float32 [m, o].
+
+    Every row of x is rounded as ``int8_rows`` does it, whatever the other rows are; the sums are exact. It is how ONNX
+    Runtime's dynamic quantization multiplies, but with a scale for each row. It has no gradient.
+
+    Args:
+        x_mi: of any float dtype.
+        weight_oi: int8.
+        scale_o: float32, of the rows of the weight.
+    """
+    x_mi, scale_m = int8_rows(x_mi, 1)
+    sum_mo = jnp.einsum("mi,oi->mo", x_mi, weight_oi, preferred_element_type=jnp.int32)
+    return sum_mo.astype(jnp.float32) * scale_m[:, None] * scale_o
+
+
 def to_bits(x: jax.Array) -> jax.Array:
     """A bfloat16 array as uint16 of the same bits, others as they are: what a loop over layers keeps of each.
 

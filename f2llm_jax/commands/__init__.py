@@ -23,7 +23,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="M", help="release folder or hub id")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
     parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation; default: %(default)s"
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "int8"),
+        help="of weights and of what they are multiplied with; default: %(default)s",
     )
     parser.add_argument("--dim", type=int, help="Matryoshka size: keep the first DIM values; default: all")
     parser.add_argument("--max-length", type=int, metavar="N", help="cut texts to N tokens; default: the model's limit")

@@ -53,7 +53,10 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
     parser.add_argument(
-        "--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of the computation; default: %(default)s"
+        "--dtype",
+        default="bfloat16",
+        choices=("float32", "bfloat16", "int8"),
+        help="of weights and of what they are multiplied with; default: %(default)s",
     )
     parser.add_argument("--dim", type=positive, help="for MTEB: the Matryoshka size; default: all")
     parser.add_argument(

@@ -36,6 +36,7 @@ def _describe(release: Release) -> list[tuple[str, str]]:
     parameters = count_parameters(config)
     table = config.vocab_size * config.hidden_size
     default = release.default_prompt_name
+    sizes = {"float32": 4 * parameters, "bfloat16": 2 * parameters, "int8": parameters + table}
     return [
         ("parameters", f"{parameters:,} ({table:,} of them the embedding table)"),
         ("layers", str(config.num_hidden_layers)),
@@ -49,7 +50,7 @@ def _describe(release: Release) -> list[tuple[str, str]]:
         *((f"prompt {name!r}", json.dumps(text, ensure_ascii=False)) for name, text in release.prompts.items()),
         ("default prompt", "none" if default is None else repr(default)),
         ("released dtype", config.dtype),
-        ("memory, weights only", f"float32 {_megabytes(4 * parameters)}, bfloat16 {_megabytes(2 * parameters)}"),
+        ("memory, weights only", ", ".join(f"{dtype} {_megabytes(size)}" for dtype, size in sizes.items())),
     ]
 
 

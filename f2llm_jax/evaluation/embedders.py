@@ -89,7 +89,7 @@ def load_embedder(
 
     Args:
         model: release folder or hub id; after ``st:``, anything that sentence-transformers loads.
-        dtype: ``float32`` or ``bfloat16``.
+        dtype: as for ``load``; with ``int8``, which sentence-transformers does not take, its models are in bfloat16.
         mesh, revision: as for ``load``.
         instructions_of: the model in MTEB's registry whose instruction for translations is used, see ``instructions``.
         max_length, batch_tokens, show_progress: as for ``Encoder.encode``.
@@ -100,6 +100,7 @@ def load_embedder(
     """
     if model.startswith(SENTENCE_TRANSFORMERS):
         name = model.removeprefix(SENTENCE_TRANSFORMERS)
+        dtype = "bfloat16" if dtype == "int8" else dtype
         return SentenceTransformersEmbedder(name, dtype=dtype, revision=revision, show_progress_bar=show_progress)
     encoder = load(model, dtype=dtype, mesh=mesh, revision=revision)
     return F2LLMEmbedder(
