@@ -119,7 +119,7 @@ class Encoder:
         """
         mesh = None if self.mesh is None else make_mesh(**self.mesh.shape, devices=devices)
 
-        def copy(x: jax.Array) -> jax.Array:
+        def copy(x: Any) -> jax.Array:
             return jax.device_put(x, devices[0] if mesh is None else NamedSharding(mesh, x.sharding.spec))
 
         return Encoder(
