@@ -11,7 +11,7 @@ import numpy as np
 
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.errors import InputError
-from f2llm_jax.model import Backbone, Params
+from f2llm_jax.model import Backbone, Params, apply
 
 
 class Batch(NamedTuple):
@@ -66,7 +66,7 @@ def eos_states(
     """
     backbone = Backbone(config, dtype=jnp.dtype(dtype), kernel=kernel, remat=remat)
     segment_ids_bt = batch.segment_ids_bt if isinstance(batch, PackedBatch) else None
-    return pool(backbone.apply({"params": params}, batch.tokens_bt, segment_ids_bt), batch)
+    return pool(apply(backbone, params, batch.tokens_bt, segment_ids_bt), batch)
 
 
 def pool(states_btd: jax.Array, batch: Batch | PackedBatch) -> jax.Array:

@@ -17,7 +17,7 @@ import numpy as np
 
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.embedding import Batch, PackedBatch, matryoshka, pool
-from f2llm_jax.model import Block, Params, RMSNorm, positions, rotary_angles
+from f2llm_jax.model import Block, Params, RMSNorm, apply, positions, rotary_angles
 from f2llm_jax.vocabulary import lookup
 
 LONGEST_ROW = 256
@@ -100,10 +100,10 @@ def _layer(
     dtype: Any,
     kernel: str,
 ) -> jax.Array:
-    return Block(config, dtype, kernel).apply({"params": weights}, x_btd, rotary, segment_ids_bt, False)[0]
+    return apply(Block(config, dtype, kernel), weights, x_btd, rotary, segment_ids_bt, False)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dim"))
 def _last(norm: Params, x_btd: jax.Array, batch: Batch | PackedBatch, *, config: ModelConfig, dim: int) -> jax.Array:
-    states_btd = RMSNorm(config.hidden_size, "embed", config.rms_norm_eps).apply({"params": norm}, x_btd)
+    states_btd = apply(RMSNorm(config.hidden_size, "embed", config.rms_norm_eps), norm, x_btd)
     return matryoshka(pool(states_btd, batch), (dim,))[dim]

@@ -18,6 +18,7 @@ v vocabulary.
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import flax.linen as nn
@@ -214,6 +215,19 @@ class Backbone(nn.Module):
         x_btd, layer_outputs_lbtd = layers(x_btd, rotary, segment_ids_bt, all_layers)
         states_btd = RMSNorm(c.hidden_size, "embed", c.rms_norm_eps, name="norm")(x_btd)
         return (states_btd, layer_outputs_lbtd) if all_layers else states_btd
+
+
+_tracing = threading.RLock()
+
+
+def apply(module: nn.Module, params: Params, *args: Any) -> Any:
+    """``module.apply`` by one thread at a time.
+
+    JAX traces a program in the thread that first calls it, and Flax, while it derives a class (``nn.remat``,
+    ``nn.scan``), takes fields out of the one it derives from: another thread would find them missing.
+    """
+    with _tracing:
+        return module.apply({"params": params}, *args)
 
 
 def positions(length: int, segment_ids_bt: jax.Array | None) -> jax.Array:

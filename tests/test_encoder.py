@@ -8,10 +8,13 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import flax.linen as nn
 import jax
 import ml_dtypes
 import numpy as np
@@ -455,3 +458,28 @@ def test_jaxs_own_cache_settings_win(tiny_release, tmp_path, setting):
     script = "import sys, f2llm_jax; f2llm_jax.load(sys.argv[1]).encode('a')"
     subprocess.run([sys.executable, "-c", script, str(tiny_release)], env=environment, check=True)
     assert not (tmp_path / "cache").exists()
+
+
+def test_threads_do_not_trace_at_the_same_time(tiny, monkeypatch):
+    """Flax takes fields out of a class while it derives another from it."""
+    derive, inside, most = nn.remat, [], []
+
+    def watched(*args, **options):
+        inside.append(None)
+        time.sleep(0.02)  # long enough for any other thread to come by
+        most.append(len(inside))
+        try:
+            return derive(*args, **options)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(nn, "remat", watched)
+
+    def trace(length: int) -> tuple[int, ...]:
+        batch = f2llm_jax.Batch(np.zeros((1, length), np.int32), np.ones(1, np.int32))
+        return jax.eval_shape(functools.partial(f2llm_jax.embed, config=tiny.config), tiny.params, batch).shape
+
+    with ThreadPoolExecutor(4) as pool:
+        shapes = list(pool.map(trace, range(11, 19)))
+    assert shapes == [(1, tiny.config.hidden_size)] * 8
+    assert most == [1] * 8
