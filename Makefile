@@ -15,7 +15,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/f2llm demo $(if $(MODEL),--model $(MODEL))
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check --fix .

@@ -13,7 +13,21 @@ from pathlib import Path
 
 import pytest
 
-_CACHE = tempfile.mkdtemp(prefix="f2llm_jax_tests_")
+# One for all workers of pytest-xdist, which get the environment of the process that started them.
+_IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+_CACHE = os.environ["XDG_CACHE_HOME"] if _IS_WORKER else tempfile.mkdtemp(prefix="f2llm_jax_tests_")
+
+# Files that take a minute or more, longest first: what begins last should not be what takes longest.
+_LONGEST = (
+    "test_tpu_compile",
+    "test_train_step",
+    "test_train_packing",
+    "test_train_loop",
+    "test_model",
+    "test_corpus",
+    "test_mteb",
+    "test_demo",
+)
 
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 os.environ.update(
@@ -27,7 +41,13 @@ os.environ.update(
 
 
 def pytest_unconfigure() -> None:
-    shutil.rmtree(_CACHE, ignore_errors=True)
+    if not _IS_WORKER:
+        shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(scope="session", autouse=True)
