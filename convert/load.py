@@ -24,11 +24,7 @@ from f2llm_jax.sharding import padded_config, param_shardings
 Bounds = tuple[tuple[int, int], ...]
 """(begin, end) of each axis."""
 
-PARAM_DTYPES = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "int8": np.dtype(ml_dtypes.bfloat16),  # of all but the projections
-}
+PARAM_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -45,7 +41,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def load_params(
-    checkpoint: Checkpoint, config: ModelConfig, *, dtype: str = "float32", mesh: Mesh | None = None
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    *,
+    dtype: str = "float32",
+    int8: bool = False,
+    mesh: Mesh | None = None,
 ) -> Params:
     """Reads the parameters of a release or a converted folder.
 
@@ -56,8 +57,9 @@ def load_params(
     Args:
         checkpoint: the weights.
         config: the sizes.
-        dtype: of the parameters: ``float32``, ``bfloat16``, or ``int8`` for projections of int8, each with a ``scale``
-            beside its ``weight`` (``model.Projection``), and all else in bfloat16. Projections are read in bfloat16.
+        dtype: of the parameters, ``float32`` or ``bfloat16``.
+        int8: round the projections to int8, each with a ``scale`` beside its ``weight`` (``model.Projection``). While
+            one is rounded, all its layers are there in ``dtype`` too, where they will lie.
         mesh: where to; None for the first device.
 
     Raises:
@@ -78,7 +80,9 @@ def load_params(
             vocab_size if axis == "vocab" else size for size, axis in zip(tensor.shape, tensor.axes, strict=True)
         )
         value = read(tensor, shape, PARAM_DTYPES[dtype], sharding)
-        if dtype == "int8" and tensor.inputs:
+        if int8 and tensor.inputs:
+            if isinstance(checkpoint, OrbaxCheckpoint):
+                checkpoint.check_finite({tensor.path: value})
             value, scale = _to_int8(value, tensor.inputs)
             put(params, tensor.path.removesuffix("weight") + "scale", scale)
         put(params, tensor.path, value)

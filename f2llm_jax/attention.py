@@ -58,8 +58,8 @@ def attention(
         kernel: one of ``KERNELS``, or "auto" for ``default_kernel`` of the platform.
 
     Returns:
-        float32, shaped like the queries. Scores, softmax and sums are float32 whatever the inputs are; splash and
-        cudnn round what they return to the dtype of the queries.
+        float32, shaped like the queries. Scores, softmax and sums are float32 whatever the inputs are; blocked,
+        splash and cudnn round what they return to the dtype of the queries.
 
     Raises:
         InputError: no such kernel, or one that does not compute in this dtype.

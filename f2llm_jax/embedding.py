@@ -57,13 +57,19 @@ def eos_states(
         params: the parameters, as ``init_params`` or ``load`` give them.
         batch: the rows.
         config: the sizes that belong to ``params``.
-        dtype: of the operands of matrix products.
+        dtype: of the operands of matrix products, a float dtype; projections of int8 are multiplied as such whatever it
+            is.
         kernel: the attention kernel, one of ``attention.KERNELS``; "auto" for the platform's.
         remat: what a backward pass computes again, see ``model.REMAT_POLICIES``.
 
     Returns:
         float32 [batch, hidden]; of a ``PackedBatch`` [batch, texts, hidden].
+
+    Raises:
+        InputError: another dtype.
     """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise InputError(f"dtype must be float32 or bfloat16, not {jnp.dtype(dtype)}; with int8 projections, bfloat16")
     backbone = Backbone(config, dtype=jnp.dtype(dtype), kernel=kernel, remat=remat)
     segment_ids_bt = batch.segment_ids_bt if isinstance(batch, PackedBatch) else None
     return pool(apply(backbone, params, batch.tokens_bt, segment_ids_bt), batch)

@@ -21,7 +21,7 @@ from f2llm_jax.attention import resolve_kernel
 from f2llm_jax.axes import batch_parts
 from f2llm_jax.batching import Buckets, Packing, Rows, batched, choose_layout, packed, packed_length
 from f2llm_jax.config import ModelConfig
-from f2llm_jax.convert.load import load_params, open_checkpoint
+from f2llm_jax.convert.load import PARAM_DTYPES, load_params, open_checkpoint
 from f2llm_jax.embedding import Batch, PackedBatch, check_dim, embed
 from f2llm_jax.errors import InputError, warn
 from f2llm_jax.layerwise import LONGEST_ROW, Layerwise, bit_views
@@ -46,6 +46,9 @@ _CPU_THREADS = 2
 
 # Tokens of a full batch and device. A CPU core has its matrix units busy with few; more only spills its cache.
 BATCH_TOKENS = {"cpu": 512, "gpu": 32768, "tpu": 32768}
+
+DTYPES = (*PARAM_DTYPES, "int8")
+"""What a model may be loaded in."""
 
 _embed = jax.jit(embed, static_argnames=("config", "dim", "dtype", "kernel"))
 
@@ -101,7 +104,7 @@ class Encoder:
         self.default_prompt_name = default_prompt_name
         self.max_length = max_length or config.max_position_embeddings
         self.dtype = dtype
-        self._compute_dtype = jnp.dtype("bfloat16" if dtype == "int8" else dtype)
+        self._compute_dtype = jnp.dtype(_float_dtype(dtype))
         self.mesh = mesh
         self.kernel = resolve_kernel(kernel, self._platform, self._compute_dtype)
         on_cpu = self._platform == "cpu" and mesh is None
@@ -355,6 +358,11 @@ class Encoder:
             return embeddings_bd if embeddings_bd.is_fully_addressable else put_everywhere(embeddings_bd, self.mesh)
 
 
+def _float_dtype(dtype: str) -> str:
+    """Of all but the projections."""
+    return "bfloat16" if dtype == "int8" else dtype
+
+
 def padding(tokens: int, computed: int) -> float:
     """The share of the computed tokens that belong to no text."""
     return 1 - tokens / computed
@@ -383,8 +391,9 @@ def load(
             huggingface_hub: its cache, its login, ``HF_HUB_OFFLINE``).
         dtype: ``float32``; ``bfloat16``: parameters and operands of matrix products in bfloat16, everything between in
             float32; or ``int8``: weights of projections in int8 with a scale for each output, and what they are
-            multiplied with in int8 with a scale for each token, all else as with bfloat16. Less memory and more speed
-            for a little accuracy: measure it on data of yours (``f2llm evaluate --dtype int8``).
+            multiplied with in int8 with a scale for each token, all else as with bfloat16. Half the memory for a
+            little accuracy; on CPUs faster than bfloat16 from the 330M on, slower for batches of the 80M
+            (docs/performance.md). Not what ``encode(output="int8")`` is, which rounds embeddings.
         mesh: a mesh from ``make_mesh`` to spread the model over; None for one device.
         kernel: the attention kernel: ``auto`` for the platform's, or one of ``attention.KERNELS``.
         revision: branch, tag or commit of a hub id.
@@ -393,10 +402,14 @@ def load(
         ReleaseError: the folder or repository cannot be used; the message says what is wrong with which file.
         InputError: the dtype is another one, there is no such kernel, or the model does not divide over the mesh.
     """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     use_compilation_cache()
     release = read_release(find_release(model, revision))
     tokenizer = Tokenizer.from_release(release.path)
-    params = load_params(open_checkpoint(release.path), release.config, dtype=dtype, mesh=mesh)
+    params = load_params(
+        open_checkpoint(release.path), release.config, dtype=_float_dtype(dtype), int8=dtype == "int8", mesh=mesh
+    )
     return Encoder(
         params,
         release.config,

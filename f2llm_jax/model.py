@@ -9,7 +9,7 @@ units of TPUs and the CPU kernels measured multiply either orientation at the sa
 
 Arithmetic: matrix products take operands in ``dtype`` and sum in float32. Everything between them (residual stream,
 norms, rotary angles, softmax, activation) is float32, so bfloat16 rounds only what enters a product; on GPUs also what
-leaves one on its way to the next.
+leaves one on its way to the next. Projections of int8 weights multiply int8 and sum in int32 (``int8_product``).
 
 Dimensions: b batch, t position, d hidden, n query heads, k key/value heads, h head_dim, f intermediate, l layers,
 v vocabulary.
@@ -44,6 +44,9 @@ REMAT_POLICIES = {
 }
 """What of a layer is kept for the backward pass: all of it, the results of projections (and of attention, where the
 blocked kernel computes it), or only its input."""
+
+_tracing = threading.RLock()
+"""Held while Flax runs: see ``apply``."""
 
 # The init range that Qwen3's config.json files state.
 _normal = nn.initializers.normal(stddev=0.02)
@@ -217,17 +220,14 @@ class Backbone(nn.Module):
         return (states_btd, layer_outputs_lbtd) if all_layers else states_btd
 
 
-_tracing = threading.RLock()
-
-
-def apply(module: nn.Module, params: Params, *args: Any) -> Any:
+def apply(module: nn.Module, params: Params, *args: Any, **options: Any) -> Any:
     """``module.apply`` by one thread at a time.
 
     JAX traces a program in the thread that first calls it, and Flax, while it derives a class (``nn.remat``,
     ``nn.scan``), takes fields out of the one it derives from: another thread would find them missing.
     """
     with _tracing:
-        return module.apply({"params": params}, *args)
+        return module.apply({"params": params}, *args, **options)
 
 
 def positions(length: int, segment_ids_bt: jax.Array | None) -> jax.Array:
@@ -285,7 +285,8 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 
 def _init(config: ModelConfig, key: jax.Array) -> Params:
     """Boxed parameters. What they are initialised with does not matter, but that it divides over the mesh."""
-    return Backbone(config, kernel="reference").init(key, jnp.zeros((batch_parts(), 8), jnp.int32))["params"]
+    with _tracing:
+        return Backbone(config, kernel="reference").init(key, jnp.zeros((batch_parts(), 8), jnp.int32))["params"]
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -71,6 +71,8 @@ class Job:
             raise InputError(f"do is one of {', '.join(get_args(Do))}, not {self.do!r}")
         if (self.do == "train") != (self.recipe is not None):
             raise InputError("training, and nothing else, needs a recipe")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise InputError(f"dtype must be float32 or bfloat16, not {self.dtype!r}")
         if not 1 <= self.length <= self.config.max_position_embeddings:
             raise InputError(f"length must be within 1..{self.config.max_position_embeddings}, not {self.length}")
 

@@ -1,5 +1,7 @@
 """Matrix products: operands in the dtype of the model, sums in float32, forwards and backwards alike.
 
+Those of int8 weights, at the end, sum in int32 and have no gradient.
+
 JAX's own gradient of a product of bfloat16 operands with float32 sums multiplies the float32 cotangent with a bfloat16
 operand, which hardware does at the rate of float32. Here the cotangent is rounded as every other operand is.
 """
@@ -156,8 +158,8 @@ def int8_rows(x: jax.Array, summed: int) -> tuple[jax.Array, jax.Array]:
 def int8_product(x_mi: jax.Array, weight_oi: jax.Array, scale_o: jax.Array) -> jax.Array:
     """x · weightᵀ of whole numbers: float32 [m, o].
 
-    Every row of x is rounded as ``int8_rows`` does it, whatever the other rows are; the sums are exact. It is how ONNX
-    Runtime's dynamic quantization multiplies, but with a scale for each row. It has no gradient.
+    Every row of x is rounded as ``int8_rows`` does it, whatever the other rows are; the sums are exact. There is no
+    gradient.
 
     Args:
         x_mi: of any float dtype.

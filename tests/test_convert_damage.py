@@ -183,6 +183,8 @@ def test_nan_in_a_checkpoint_saved_by_orbax(sound_flax: Path, tmp_path: Path) ->
         checkpointer.save((folder / "params").absolute(), params)
     with pytest.raises(ReleaseError, match=r"layers\.mlp\.up_proj\.weight hold NaNs"):
         load_params(open_checkpoint(folder), TINY)
+    with pytest.raises(ReleaseError, match=r"layers\.mlp\.up_proj\.weight hold NaNs"):
+        load_params(open_checkpoint(folder), TINY, dtype="bfloat16", int8=True)  # which has none
     refuses(folder, tmp_path, r"layers\.1\.mlp\.up_proj\.weight holds nan", to="hf")
 
 

@@ -49,7 +49,7 @@ from f2llm_jax.embedding import Batch
 from f2llm_jax.encoder import use_compilation_cache
 from f2llm_jax.errors import InputError
 from f2llm_jax.evaluation import optional
-from f2llm_jax.model import Backbone, Block, Params, Projection, abstract_params, count_parameters
+from f2llm_jax.model import Backbone, Block, Params, Projection, abstract_params, apply, count_parameters
 from f2llm_jax.release import Release, find_release, read_release
 from f2llm_jax.sharding import padded_config, param_shardings
 from f2llm_jax.texts import read_texts
@@ -304,7 +304,7 @@ def _sums(params: Params, batch: Batch, *, config: ModelConfig) -> dict[str, Any
         return result
 
     with nn.intercept_methods(intercept):
-        _, noted = Backbone(config).apply({"params": params}, tokens_bt, mutable=[_INTERMEDIATES])
+        _, noted = apply(Backbone(config), params, tokens_bt, mutable=[_INTERMEDIATES])
     return noted[_INTERMEDIATES]
 
 

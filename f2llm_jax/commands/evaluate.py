@@ -56,7 +56,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default="bfloat16",
         choices=("float32", "bfloat16", "int8"),
-        help="of weights and of what they are multiplied with; default: %(default)s",
+        help="of weights and of what they are multiplied with (st: models: bfloat16 for int8); default: %(default)s",
     )
     parser.add_argument("--dim", type=positive, help="for MTEB: the Matryoshka size; default: all")
     parser.add_argument(
