@@ -13,9 +13,7 @@ from pathlib import Path
 
 import pytest
 
-# One for all workers of pytest-xdist, which get the environment of the process that started them.
-_IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
-_CACHE = os.environ["XDG_CACHE_HOME"] if _IS_WORKER else tempfile.mkdtemp(prefix="f2llm_jax_tests_")
+_CACHE = tempfile.mkdtemp(prefix="f2llm_jax_tests_")
 
 # Files that take a minute or more, longest first: what begins last should not be what takes longest.
 _LONGEST = (
@@ -41,8 +39,7 @@ os.environ.update(
 
 
 def pytest_unconfigure() -> None:
-    if not _IS_WORKER:
-        shutil.rmtree(_CACHE, ignore_errors=True)
+    shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -51,8 +51,8 @@ def models(real_release):
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    questions, paragraphs = xquad(4)
-    return questions + paragraphs + bitext(1)
+    questions, paragraphs = xquad(1)
+    return questions + paragraphs[:4] + bitext(1)[:40]
 
 
 def test_embeddings_are_near_those_of_float32(models, texts):
@@ -77,16 +77,16 @@ def test_layers_take_a_byte_for_each_weight(models):
 
 def test_a_text_does_not_depend_on_its_neighbours(models, texts):
     together = models["int8"].encode(texts)
-    alone = np.stack([models["int8"].encode(text) for text in texts[:6]])
+    alone = np.stack([models["int8"].encode(text) for text in texts[:3]])
     bucketed = models["int8"].encode(texts, layout="bucketed")
-    assert cosines(together[:6], alone).min() > 0.9999
+    assert cosines(together[:3], alone).min() > 0.9999
     assert cosines(together, bucketed).min() > 0.9999
 
 
 def test_one_program_computes_what_one_for_each_layer_does(models, texts):
     """Rows of more than 256 tokens are computed by the first, shorter ones by the second."""
     model = models["int8"]
-    ids = model.tokenizer.encode([" ".join(texts[:40])], 500)[0]
+    ids = model.tokenizer.encode([" ".join(texts)], 500)[0]
     batch = f2llm_jax.Batch(np.asarray(ids[0], np.int32)[None], np.array([len(ids[0])], np.int32))
     one = f2llm_jax.embed(model.params, batch, config=model.config, dtype=jnp.bfloat16)
     each = model._layerwise(batch, model.config.hidden_size)

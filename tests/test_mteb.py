@@ -310,12 +310,13 @@ def write_beir(folder: Path, split: dict[str, Any]) -> Path:
 
 
 def test_xquad_scores_are_mtebs(flat: MTEBEncoder, flat_release: Path, tmp_path: Path):
-    task = XQuAD()
+    languages = ["ar", "en"]
+    task = XQuAD().filter_languages(None, hf_subsets=languages)
     task.load_data()
-    folders = {language: write_beir(tmp_path / language, task.dataset[language]["test"]) for language in LANGUAGES}
+    folders = {language: write_beir(tmp_path / language, task.dataset[language]["test"]) for language in languages}
     theirs = scores_by_subset(flat, task)
     model = load_embedder(str(flat_release), dtype="float32")
-    assert sorted(theirs) == sorted(LANGUAGES)
+    assert sorted(theirs) == languages
     for language, folder in folders.items():
         scores = evaluate_retrieval([model], folder).rows[0].scores
         for name in ("ndcg@10", "recall@1", "recall@100"):

@@ -17,7 +17,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from f2llm_jax.cli import main
-from f2llm_jax.config import ModelConfig
 from f2llm_jax.configs.models import MODELS
 from f2llm_jax.errors import InputError
 from f2llm_jax.plan import Job, Plan, compile_program, make_plan
@@ -33,17 +32,11 @@ ENCODE = {
     "0.6B": ("v6e:4x4", Axes(4, 2, 2)),
     "14B": ("v5p:2x2x4", Axes(1, 8, 2)),
 }
-# The 0.6B by cached gradients in three chunks, which are packed rows, or one of queries and two of documents; the 8B
-# directly, in one run of packed rows.
+# The 0.6B by cached gradients in three chunks, one of queries and two of documents; the 8B directly, in packed rows.
 TRAIN = {
     "0.6B": ("v5e:4x4", Axes(2, 8, 1)),
-    "0.6B bucketed": ("v5e:4x4", Axes(2, 8, 1)),
     "8B": ("v6e:4x4", Axes(1, 16, 1)),
 }
-
-
-def model(name: str) -> ModelConfig:
-    return MODELS[name.split()[0]]
 
 
 def chunks(name: str) -> int:
@@ -67,8 +60,8 @@ def plan(do: str, size: str) -> Plan:
         return make_plan(Job("encode", MODELS[size]), parse_topology(topology), mesh)
     topology, mesh = TRAIN[size]
     sizes = {"batch_size": 32} if size == "8B" else {"batch_size": 128, "chunk_rows": 128}
-    config = recipe(size.split()[0], **sizes, layout="bucketed" if size.endswith("bucketed") else "auto")
-    return make_plan(Job("train", model(size), recipe=config, negatives=1), parse_topology(topology), mesh)
+    config = recipe(size, **sizes, layout="auto" if size == "8B" else "bucketed")
+    return make_plan(Job("train", MODELS[size], recipe=config, negatives=1), parse_topology(topology), mesh)
 
 
 PROGRAMS = [*(("encode", size) for size in ENCODE), *(("train", size) for size in TRAIN)]
@@ -92,12 +85,12 @@ def test_attention_is_the_splash_kernel(do, size):
     assert result.work is not None
     # A backward pass is two kernels, after the forward pass that it computes again.
     runs = {"encode": 1, "train": chunks(size) * ((1 + 3) if size == "8B" else (1 + 1 + 3))}[do]
-    assert result.work.kernels["tpu_custom_call"] == runs * model(size).num_hidden_layers
+    assert result.work.kernels["tpu_custom_call"] == runs * MODELS[size].num_hidden_layers
 
 
 @pytest.mark.parametrize(("do", "size"), PROGRAMS)
 def test_neither_the_vocabulary_nor_the_batch_is_gathered(do, size):
-    result, config = plan(do, size), model(size)
+    result, config = plan(do, size), MODELS[size]
     mesh = result.mesh
     rows = result.batch_tokens // 1024
     activations = rows * 1024 * config.hidden_size
@@ -113,16 +106,15 @@ def test_neither_the_vocabulary_nor_the_batch_is_gathered(do, size):
 
 def mlp_gradients(size: str) -> dict[str, int]:
     """{collective: how many run} over arrays of the size of a weight of the MLP, without those that gather weights."""
-    weight = model(size).hidden_size * model(size).intermediate_size
+    weight = MODELS[size].hidden_size * MODELS[size].intermediate_size
     found = [x for x in plan("train", size).collectives if math.prod(x.dims) == weight and x.kind != "all-gather"]
     return {kind: times for kind, (times, _) in total_by_kind(found).items()}
 
 
-@pytest.mark.parametrize("size", ["0.6B", "0.6B bucketed"])
-def test_gradients_of_the_mlp_are_scattered_to_where_their_parameters_rest(size):
+def test_gradients_of_the_mlp_are_scattered_to_where_their_parameters_rest():
     """An all-reduce over fsdp would bring every device the whole of a gradient of which it keeps a part."""
     # By cached gradients: a backward pass of each chunk.
-    assert mlp_gradients(size) == {"reduce-scatter": 3 * chunks(size) * model(size).num_hidden_layers}
+    assert mlp_gradients("0.6B") == {"reduce-scatter": 3 * chunks("0.6B") * MODELS["0.6B"].num_hidden_layers}
 
 
 def test_over_all_of_a_4x4_slice_gradients_of_the_mlp_are_summed_by_all_reduce():
