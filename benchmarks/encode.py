@@ -42,10 +42,7 @@ OURS = {"float32": "f2llm-fp32", "bfloat16": "f2llm-bf16"}
 
 # What is measured unless something else is asked for.
 _SIZES = {"cpu": ("80M", "330M", "0.6B"), "gpu": ("80M", "0.6B", "4B")}
-_ENGINES = {
-    "cpu": tuple(name for name in ENGINES if name != "ceiling"),
-    "gpu": ("torch-bf16", "f2llm-bf16", "f2llm-int8"),
-}
+_ENGINES = {"cpu": tuple(name for name in ENGINES if name != "ceiling"), "gpu": ("torch-bf16", "f2llm-bf16")}
 
 # What a turn is sized for: the matmul rate of a middling engine on a middling machine.
 _ASSUMED_FLOPS = {"cpu": 200e9, "gpu": 200e12}

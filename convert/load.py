@@ -27,6 +27,17 @@ Bounds = tuple[tuple[int, int], ...]
 PARAM_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
+def params_bytes(config: ModelConfig, dtype: str) -> int:
+    """Bytes of the parameters that ``f2llm_jax.load`` gives in ``float32``, ``bfloat16`` or ``int8``."""
+
+    def of(tensor: Tensor) -> int:
+        if dtype == "int8" and tensor.inputs:
+            return tensor.size + 4 * math.prod(tensor.shape[: len(tensor.shape) - tensor.inputs])
+        return tensor.size * PARAM_DTYPES["bfloat16" if dtype == "int8" else dtype].itemsize
+
+    return sum(map(of, tensor_table(config)))
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """The weights of a release folder or of a converted one, whichever it is; headers are read, no weights.
 

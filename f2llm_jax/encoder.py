@@ -104,7 +104,7 @@ class Encoder:
         self.default_prompt_name = default_prompt_name
         self.max_length = max_length or config.max_position_embeddings
         self.dtype = dtype
-        self._compute_dtype = jnp.dtype(_float_dtype(dtype))
+        self._compute_dtype = jnp.dtype(float_dtype(dtype))
         self.mesh = mesh
         self.kernel = resolve_kernel(kernel, self._platform, self._compute_dtype)
         on_cpu = self._platform == "cpu" and mesh is None
@@ -358,8 +358,8 @@ class Encoder:
             return embeddings_bd if embeddings_bd.is_fully_addressable else put_everywhere(embeddings_bd, self.mesh)
 
 
-def _float_dtype(dtype: str) -> str:
-    """Of all but the projections."""
+def float_dtype(dtype: str) -> str:
+    """Of all but the projections, in a model loaded in ``dtype``."""
     return "bfloat16" if dtype == "int8" else dtype
 
 
@@ -408,7 +408,7 @@ def load(
     release = read_release(find_release(model, revision))
     tokenizer = Tokenizer.from_release(release.path)
     params = load_params(
-        open_checkpoint(release.path), release.config, dtype=_float_dtype(dtype), int8=dtype == "int8", mesh=mesh
+        open_checkpoint(release.path), release.config, dtype=float_dtype(dtype), int8=dtype == "int8", mesh=mesh
     )
     return Encoder(
         params,

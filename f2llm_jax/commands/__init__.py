@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from f2llm_jax.encoder import Encoder
 
 
+DTYPES = ("float32", "bfloat16", "int8")
+"""``encoder.DTYPES``, which a parser need not import JAX for."""
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """What ``load_model`` needs, and the limits of a call of ``Encoder.encode``."""
     parser.add_argument("--model", required=True, metavar="M", help="release folder or hub id")
@@ -25,7 +29,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         default="float32",
-        choices=("float32", "bfloat16", "int8"),
+        choices=DTYPES,
         help="of weights and of what they are multiplied with; default: %(default)s",
     )
     parser.add_argument("--dim", type=int, help="Matryoshka size: keep the first DIM values; default: all")

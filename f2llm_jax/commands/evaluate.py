@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from f2llm_jax.commands import add_progress, positive, show_progress
+from f2llm_jax.commands import DTYPES, add_progress, positive, show_progress
 from f2llm_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         default="bfloat16",
-        choices=("float32", "bfloat16", "int8"),
+        choices=DTYPES,
         help="of weights and of what they are multiplied with (st: models: bfloat16 for int8); default: %(default)s",
     )
     parser.add_argument("--dim", type=positive, help="for MTEB: the Matryoshka size; default: all")

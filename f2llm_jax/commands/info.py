@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from f2llm_jax.commands import DTYPES
+
 if TYPE_CHECKING:
     from f2llm_jax.release import Release
 
@@ -30,13 +32,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _describe(release: Release) -> list[tuple[str, str]]:
+    from f2llm_jax.convert.load import params_bytes
     from f2llm_jax.model import count_parameters
 
     config = release.config
     parameters = count_parameters(config)
     table = config.vocab_size * config.hidden_size
     default = release.default_prompt_name
-    sizes = {"float32": 4 * parameters, "bfloat16": 2 * parameters, "int8": parameters + table}
+    sizes = {dtype: params_bytes(config, dtype) for dtype in DTYPES}
     return [
         ("parameters", f"{parameters:,} ({table:,} of them the embedding table)"),
         ("layers", str(config.num_hidden_layers)),

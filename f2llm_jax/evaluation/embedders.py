@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from jax.sharding import Mesh
 
-from f2llm_jax.encoder import Encoder, load
+from f2llm_jax.encoder import Encoder, float_dtype, load
 from f2llm_jax.evaluation import optional
 from f2llm_jax.evaluation.registry import bitext_prompt, instructions, registered
 
@@ -100,8 +100,9 @@ def load_embedder(
     """
     if model.startswith(SENTENCE_TRANSFORMERS):
         name = model.removeprefix(SENTENCE_TRANSFORMERS)
-        dtype = "bfloat16" if dtype == "int8" else dtype
-        return SentenceTransformersEmbedder(name, dtype=dtype, revision=revision, show_progress_bar=show_progress)
+        return SentenceTransformersEmbedder(
+            name, dtype=float_dtype(dtype), revision=revision, show_progress_bar=show_progress
+        )
     encoder = load(model, dtype=dtype, mesh=mesh, revision=revision)
     return F2LLMEmbedder(
         model,

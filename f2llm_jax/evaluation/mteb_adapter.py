@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from f2llm_jax.config import ModelConfig
+from f2llm_jax.convert.load import params_bytes
 from f2llm_jax.encoder import Encoder, load
 from f2llm_jax.errors import InputError
 from f2llm_jax.evaluation import optional
@@ -41,7 +42,6 @@ DTYPE = "bfloat16"
 MAX_LENGTH = 8192
 
 _OUTPUT_DTYPES = {"int8": OutputDType.BF16, "bfloat16": OutputDType.BF16, "float32": OutputDType.FLOAT32}
-_BYTES = {"int8": 1, "bfloat16": 2, "float32": 4}  # with int8, the embedding table takes 2
 
 
 class MTEBEncoder(AbsEncoder):
@@ -230,15 +230,14 @@ def _model_meta(
 ) -> ModelMeta:
     """The registry's entry of the model with what is different here, or all that a local release tells of itself."""
     parameters = count_parameters(config)
-    table = config.vocab_size * config.hidden_size
     here: dict[str, Any] = {
         "loader": partial(_load_for_mteb, model=str(model)),
         "loader_kwargs": {name: value for name, value in settings.items() if name != "embed_dim"},
         "revision": _revision(folder),
         "framework": ["JAX"],
         "n_parameters": parameters,
-        "n_embedding_parameters": table,
-        "memory_usage_mb": math.ceil((parameters * _BYTES[dtype] + (dtype == "int8") * table) / 2**20),
+        "n_embedding_parameters": config.vocab_size * config.hidden_size,
+        "memory_usage_mb": math.ceil(params_bytes(config, dtype) / 2**20),
         "max_tokens": config.max_position_embeddings,
         "embed_dim": dim or list(config.matryoshka_dims),
         "experiment_kwargs": settings or None,
