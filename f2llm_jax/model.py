@@ -25,10 +25,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from f2llm_jax.attention import BLOCKED_RESULTS, attention
+from f2llm_jax.attention import attention
 from f2llm_jax.axes import batch_parts, constrain, gather
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.products import from_bits, int8_product, product
+from f2llm_jax.ragged import ATTENTION_RESULTS
 from f2llm_jax.vocabulary import lookup
 
 Params = dict[str, Any]
@@ -38,12 +39,12 @@ REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(BLOCKED_RESULTS),
+        jax.checkpoint_policies.save_only_these_names(ATTENTION_RESULTS),
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-"""What of a layer is kept for the backward pass: all of it, the results of projections (and of attention, where the
-blocked kernel computes it), or only its input."""
+"""What of a layer is kept for the backward pass: all of it, the results of projections (and of attention, where
+neither Pallas nor cuDNN computes it), or only its input."""
 
 _tracing = threading.RLock()
 """Held while Flax runs: see ``apply``."""

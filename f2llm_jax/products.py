@@ -48,9 +48,12 @@ def einsum(spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike, m
 
 
 def _on_one_cpu() -> bool:
-    """How an array lies on a mesh of several is what its axes say: none are merged or moved there."""
+    """How an array lies on a mesh of several is what its axes say: none are merged or moved there.
+
+    Under ``shard_map`` over all of it, every device has arrays of its own.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return platform() == "cpu" and (mesh.empty or mesh.size == 1)
+    return platform() == "cpu" and (mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual)
 
 
 def _matrices(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ from f2llm_jax.attention import KERNELS, attention, default_kernel, fused, refer
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.errors import InputError
 from f2llm_jax.model import Backbone, init_params
+from f2llm_jax.ragged import _Blocks
 
 LARGEST_DIFFERENCE = {"float32": 2e-6, "bfloat16": 2e-2}  # relative to the largest value
 
@@ -24,6 +25,7 @@ CASES = {
     "one block": ((2, 128, 4, 2, 128), True),
     "one key/value head": ((1, 130, 3, 1, 128), False),
     "blocks that do not divide": ((1, 700, 2, 2, 128), True),
+    "rows that begin within blocks": ((3, 100, 4, 2, 16), True),
     "small heads": ((2, 24, 4, 2, 16), False),
 }
 
@@ -79,6 +81,7 @@ def test_kernels_equal_the_reference(shape, segments):
     inputs, segment_ids_bt = case(shape, "float32", segments=segments)
     expected = value_and_gradients(partial(attention, kernel="reference"), inputs, segment_ids_bt)
     for compute in (
+        partial(attention, kernel="ragged"),
         partial(attention, kernel="blocked"),
         partial(attention, kernel="splash"),
         partial(fused, implementation="xla"),
@@ -90,7 +93,7 @@ def test_in_bfloat16_too():
     inputs, segment_ids_bt = case(CASES["one block"][0], "bfloat16", segments=True)
     exact = [x.astype(jnp.float32) for x in inputs]
     expected = value_and_gradients(partial(attention, kernel="reference"), exact, segment_ids_bt)
-    for kernel in ("blocked", "splash"):
+    for kernel in ("ragged", "blocked", "splash"):
         got = value_and_gradients(partial(attention, kernel=kernel), inputs, segment_ids_bt)
         assert_close(got, expected, "bfloat16")
 
@@ -110,11 +113,11 @@ def test_float32_means_float32_within_splash(dtype, precision):
 
 
 @pytest.mark.parametrize(("remat", "products"), [("none", 2 + 5), ("dots", 2 + 5), ("full", 2 + 2 + 5)])
-def test_what_the_blocked_kernel_computes_again(remat, products):
+def test_what_the_ragged_kernel_computes_again(remat, products):
     """Scores alone, within its gradient; if a policy keeps nothing, all of it."""
     config = ModelConfig(32, 8, 16, 2, 2, 1, 8, rope_theta=1e4)
     params, tokens_bt = init_params(config, jax.random.key(0)), jnp.zeros((1, 16), jnp.int32)
-    backbone = Backbone(config, kernel="blocked", remat=remat)
+    backbone = Backbone(config, kernel="ragged", remat=remat)
     jaxpr = jax.make_jaxpr(jax.grad(lambda params: backbone.apply({"params": params}, tokens_bt).sum()))(params)
     batches = [equation.params["dimension_numbers"][1][0] for equation in equations(jaxpr, "dot_general")]
     assert len([batch for batch in batches if batch]) == products
@@ -135,17 +138,41 @@ def within(equation, name):
             yield from equations(value, name)
 
 
+@pytest.mark.parametrize("kernel", ["ragged", "splash"])
 @pytest.mark.parametrize("kv_heads", [4, 2])  # they divide over tensor=4; they are fewer
-def test_splash_on_a_mesh_takes_own_rows_and_heads(kv_heads):
+def test_on_a_mesh_kernels_take_own_rows_and_heads(kv_heads, kernel):
     inputs, segment_ids_bt = case((2, 100, 8, kv_heads, 16), "float32", segments=True)
     expected = value_and_gradients(partial(attention, kernel="reference"), inputs, segment_ids_bt)
     with jax.set_mesh(make_mesh(fsdp=2, tensor=4)):
-        got = value_and_gradients(partial(attention, kernel="splash"), inputs, segment_ids_bt)
+        got = value_and_gradients(partial(attention, kernel=kernel), inputs, segment_ids_bt)
     assert_close(got, expected, "float32")
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (5, 40), (3, 100), (2, 256), (1, 700)])
+@pytest.mark.parametrize("texts", [1, 2, 12], ids=lambda texts: f"{texts} a row")
+def test_a_block_takes_the_shortest_window_that_holds_its_texts(shape, texts):
+    """Whatever the rows are, and wherever they begin."""
+    b, t = shape
+    segment_ids_bt = np.sort(np.random.default_rng(0).integers(0, texts, shape))
+    blocks = _Blocks.of(shape, jnp.asarray(segment_ids_bt))
+    count = len(blocks.first_p) // blocks.size
+    visits_c = blocks.each(lambda block, window, c: c.at[block].add(window), jnp.zeros(count, int))
+    text_p = (segment_ids_bt + np.arange(b)[:, None] * texts).reshape(-1)
+    for block, window in enumerate(np.asarray(visits_c)):
+        queries = np.arange(block * blocks.size, (block + 1) * blocks.size)
+        texts_of_block = text_p[queries[queries < b * t]]
+        first = np.flatnonzero(text_p == texts_of_block[0])[0]
+        assert window == min(size for size in blocks.windows if size >= queries[-1] + 1 - first)
+        start = int(blocks.window_start(block, window))
+        seen_qs = np.asarray(blocks.seen(block, window, 1))[: len(texts_of_block)]
+        keys = start + np.arange(window)
+        same_qs = texts_of_block[:, None] == np.where(keys < b * t, text_p[np.minimum(keys, b * t - 1)], -1)
+        np.testing.assert_array_equal(seen_qs, same_qs & (keys <= queries[: len(texts_of_block), None]))
+    assert blocks.windows[-1] < t + 2 * blocks.size
+
+
 def test_the_platform_and_the_dtype_choose():
-    assert default_kernel("cpu", jnp.float32) == default_kernel("cpu", jnp.bfloat16) == "blocked"
+    assert default_kernel("cpu", jnp.float32) == default_kernel("cpu", jnp.bfloat16) == "ragged"
     assert default_kernel("tpu", jnp.float32) == default_kernel("tpu", jnp.bfloat16) == "splash"
     assert default_kernel("gpu", jnp.bfloat16) == "cudnn"
     assert (
@@ -153,7 +180,7 @@ def test_the_platform_and_the_dtype_choose():
     )  # cuDNN's kernel has no float32
     for name in KERNELS:
         assert resolve_kernel(name, "cpu", jnp.bfloat16) == name
-    with pytest.raises(InputError, match="no attention kernel 'flash'; there are auto, blocked, cudnn, reference, spl"):
+    with pytest.raises(InputError, match="no attention kernel 'flash'; there are auto, blocked, cudnn, ragged, ref"):
         resolve_kernel("flash", "cpu", jnp.float32)
     with pytest.raises(InputError, match="cudnn kernel computes in bfloat16 or float16"):
         resolve_kernel("cudnn", "gpu", jnp.float32)

@@ -92,7 +92,7 @@ def test_neighbours_do_not_matter(params, lengths, order, seed):
     assert (shuffled * straight[order]).sum(axis=1).min() >= SAME_COSINE
 
 
-@pytest.mark.parametrize("kernel", ["blocked", "reference", "splash"])
+@pytest.mark.parametrize("kernel", ["ragged", "reference", "splash"])
 def test_a_packed_text_is_as_it_is_alone(params, kernel):
     """Whatever its neighbours are, and wherever in the row it stands."""
     rows = [[5, 1, 60, 1, 23], [100], [33, 40, 2]]

@@ -304,7 +304,7 @@ def test_packed_rows_give_the_same(tiny, expected, caplog):
 
 
 def test_a_kernel_by_name(tiny, tiny_release, expected):
-    assert tiny.kernel == "blocked"
+    assert tiny.kernel == "ragged"
     model = f2llm_jax.load(tiny_release, kernel="splash")
     same(model.encode(TEXTS[:3]), expected[:3])
     with pytest.raises(InputError, match="no attention kernel 'fast'; there are auto, blocked"):

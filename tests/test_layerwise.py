@@ -30,17 +30,17 @@ def batches() -> list[Batch | PackedBatch]:
 @pytest.mark.parametrize("batch", batches(), ids=["bucketed", "packed"])
 def test_equals_the_one_program_bit_for_bit(params, batch):
     dtype = params["embed_tokens"].dtype
-    layerwise = Layerwise(params, TINY, dtype=dtype, kernel="blocked")
+    layerwise = Layerwise(params, TINY, dtype=dtype, kernel="ragged")
     embed = jax.jit(f2llm_jax.embed, static_argnames=("config", "dim", "dtype", "kernel"))
     for dim in (TINY.hidden_size, 8):
-        expected = embed(params, batch, config=TINY, dim=dim, dtype=dtype, kernel="blocked")
+        expected = embed(params, batch, config=TINY, dim=dim, dtype=dtype, kernel="ragged")
         np.testing.assert_array_equal(layerwise(batch, dim), expected)
-    found = embed(bit_views(params), batch, config=TINY, dtype=dtype, kernel="blocked")
+    found = embed(bit_views(params), batch, config=TINY, dtype=dtype, kernel="ragged")
     np.testing.assert_array_equal(found, layerwise(batch, TINY.hidden_size))
 
 
 def test_layers_are_views_of_the_stack(params):
-    layerwise = Layerwise(params, TINY, dtype=jnp.float32, kernel="blocked")
+    layerwise = Layerwise(params, TINY, dtype=jnp.float32, kernel="ragged")
     stacks = jax.tree.leaves(params["layers"])
     for number, layer in enumerate(layerwise._layers):
         for weight, stack in zip(jax.tree.leaves(layer), stacks, strict=True):

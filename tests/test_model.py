@@ -102,7 +102,7 @@ def test_what_gpus_round_costs_little(monkeypatch):
     config = MODELS["80M"]
     params = f2llm_jax.init_params(config, jax.random.key(0))
     batch = random_batch(config, (2, 17, 130))
-    embed = partial(f2llm_jax.embed, config=config, kernel="blocked")
+    embed = partial(f2llm_jax.embed, config=config, kernel="ragged")
     exact_bd = jax.jit(embed)(params, batch)
     monkeypatch.setattr(products, "platform", lambda: "gpu")
     traced = jax.jit(partial(embed, dtype="bfloat16")).trace(params, batch)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from f2llm_jax.attention import blocked
 from f2llm_jax.products import product
+from f2llm_jax.ragged import ragged
 from f2llm_jax.sharding import make_mesh
 
 SPECS = {
@@ -111,7 +111,7 @@ def test_compiled_for_a_cpu_attention_and_its_gradient_multiply_bfloat16():
         q_btnh = product("mi,oi->mo", x_md, q_oi, "bfloat16").reshape(2, 48, 4, 32)
         k_btkh = product("mi,oi->mo", x_md, kv_oi, "bfloat16").reshape(2, 48, 2, 32)
         q_btnh, k_btkh = q_btnh.astype("bfloat16"), k_btkh.astype("bfloat16")
-        return blocked(q_btnh, k_btkh, k_btkh, None).astype(jnp.float32).sum()
+        return ragged(q_btnh, k_btkh, k_btkh, None).astype(jnp.float32).sum()
 
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((96, 64), (128, 64), (64, 64))]
     lines = jax.jit(jax.grad(attention, argnums=(0, 1, 2))).lower(*shapes).compile().as_text().splitlines()

@@ -97,7 +97,7 @@ def test_losses_and_gradients_are_those_of_a_text_a_row(negatives, teacher, chun
     its = params(1) if teacher == "in the step" else None
     expected = run_step(params(), batch, its, compute=ComputeConfig(dtype="float32"))
     assert (float(expected[1]["distill"]) > 0) == (teacher is not None)
-    packed = as_packed(batch, chunk_rows=chunk_rows)
+    packed = as_packed(batch, chunk_rows=chunk_rows, fitted=False, row_length=64)
     assert len(packed.rows.tokens_bt) % (chunk_rows or 1) == 0
     assert packed.rows.tokens_bt.size < (QUERIES * 12 + (1 + negatives) * QUERIES * 30)
     found = run_step(params(), packed, its, compute=ComputeConfig(dtype="float32", chunk_rows=chunk_rows))
@@ -168,12 +168,14 @@ def test_work_is_counted_by_the_texts():
     shares=st.lists(st.lists(st.integers(1, 300), min_size=4, max_size=4), min_size=1, max_size=3),
     multiple=st.sampled_from([1, 6, 8]),
     chunk_rows=st.sampled_from([0, 2, 5]),
-    short_rows=st.booleans(),
+    fitted=st.booleans(),
 )
-def test_all_processes_fill_the_same_shape(shares, multiple, chunk_rows, short_rows):
-    packing = TrainPacking(300, multiple=multiple, chunk_rows=chunk_rows, short_rows=short_rows)
+def test_all_processes_fill_the_same_shape(shares, multiple, chunk_rows, fitted):
+    packing = TrainPacking(300, multiple=multiple, chunk_rows=chunk_rows, fitted=fitted)
     plan = packing.plan([np.array(lengths) for lengths in shares])
-    assert plan.length in packing.lengths and plan.rows % multiple == plan.rows % len(shares) == 0
+    tokens, longest = sum(map(sum, shares)), max(map(max, shares))
+    assert plan.length in packing.lengths(tokens, longest, len(shares))
+    assert plan.rows % multiple == plan.rows % len(shares) == 0
     assert not chunk_rows or plan.rows <= chunk_rows or plan.rows % chunk_rows == 0
     for lengths, filled in zip(shares, plan.shares, strict=True):
         assert len(filled) <= plan.rows // len(shares)
@@ -201,14 +203,18 @@ def test_slots_count_through_the_rows_of_all_processes(monkeypatch):
 
 
 def test_rows_are_as_long_as_pays():
-    """On CPUs short texts share short rows, and longer texts rows that they fill."""
-    rng = np.random.default_rng(0)
-    cpu = TrainPacking(1024, short_rows=True)
-    assert cpu.lengths == [64, 128, 192, 256, 384, 512, 768, 1024]
-    assert cpu.plan([rng.integers(8, 24, 144)]).length == 64
-    assert cpu.plan([rng.integers(140, 180, 64)]).length == 192 and cpu.plan([rng.integers(100, 300, 64)]).length == 384
+    """On CPUs of a length that the texts of a batch fill."""
+    cpu = TrainPacking(1024, fitted=True)
+    assert cpu.lengths(100_000, 200) == [512, 576, 640, 704, 768, 832, 896, 960, 1024]
+    assert cpu.lengths(100_000, 900) == [960, 1024] and cpu.lengths(100_000, 1100) == [1152, *range(1280, 2049, 128)]
+    assert cpu.lengths(100, 20) == list(range(64, 129, 8))
+    assert TrainPacking(1024, multiple=8, fitted=True).lengths(1000, 20, 2) == list(range(64, 129, 8))
+    paragraphs = np.random.default_rng(0).integers(100, 256, 18)
+    plan = cpu.plan([paragraphs])
+    assert 1 - paragraphs.sum() / (plan.rows * plan.length) < 0.05
+    assert all(plan.rows * plan.length <= cpu._plan([paragraphs], n).rows * n for n in (256, 512, 768, 1024))
     accelerator = TrainPacking(1024)
-    assert accelerator.lengths == [1024] and TrainPacking(3000).lengths == [1024, 2048, 4096]
+    assert accelerator.lengths(100, 20) == [1024] and accelerator.lengths(100, 2049) == [4096]
     assert TrainPacking(3000).plan([np.array([5, 1100])])[:3] == (1, 2048, 4)
     # Every text as long as a text may be: a text a row, and none added.
     assert accelerator.plan([np.full(4608, 1024)])[:3] == (4608, 1024, 1)
@@ -248,7 +254,7 @@ def texts_of(batch: TrainBatch | PackedTrainBatch) -> list[list[tuple[int, ...]]
 def test_a_step_holds_the_same_texts_in_both_layouts(folder, max_length):
     one, other = (
         TrainBatches(TrainingData(folder, max_length=max_length, packing=packing), batch_size=8)
-        for packing in (None, TrainPacking(max_length, multiple=2, short_rows=True))
+        for packing in (None, TrainPacking(max_length, multiple=2, fitted=True))
     )
     for number in range(0, len(one), 4):
         plain, packed = one[number].batch, other[number].batch
@@ -261,7 +267,7 @@ def test_a_step_holds_the_same_texts_in_both_layouts(folder, max_length):
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_shares_of_a_batch_have_one_shape_and_its_texts(folder, processes):
-    data = TrainingData(folder, packing=TrainPacking(1024, multiple=8, short_rows=True))
+    data = TrainingData(folder, packing=TrainPacking(1024, multiple=8, fitted=True))
     whole = TrainBatches(TrainingData(folder), batch_size=8)
     parts = [TrainBatches(data, batch_size=8, share=Share(n, processes)) for n in range(processes)]
     for number in range(0, len(whole), 5):
@@ -273,7 +279,7 @@ def test_shares_of_a_batch_have_one_shape_and_its_texts(folder, processes):
 
 
 def test_validation_batches_are_packed_too(folder):
-    data = TrainingData(folder, packing=TrainPacking(1024, short_rows=True))
+    data = TrainingData(folder, packing=TrainPacking(1024, fitted=True))
     plain, packed = (ValidationBatches(source, "aya", batch_size=4) for source in (TrainingData(folder), data))
     for number in range(len(plain)):
         assert texts_of(packed[number].batch) == texts_of(plain[number].batch)
@@ -287,11 +293,11 @@ PADDING = 0.12
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="shared/data/train_raw is not here")
-@pytest.mark.parametrize(("short_rows", "programs"), [(True, 48), (False, 24)])
-def test_real_batches_are_of_few_shapes_with_little_padding(real_data, short_rows, programs):
+@pytest.mark.parametrize(("fitted", "programs"), [(True, 48), (False, 24)])
+def test_real_batches_are_of_few_shapes_with_little_padding(real_data, fitted, programs):
     """Texts of 5 to 1,000 tokens of three tasks and 30 datasets, in batches of 32 and of 512."""
     for batch_size in (32, 512):
-        data = LengthsOnly(real_data, packing=TrainPacking(1024, short_rows=short_rows))
+        data = LengthsOnly(real_data, packing=TrainPacking(1024, fitted=fitted))
         batches = TrainBatches(data, batch_size=batch_size)
         plans = [batches[number].batch for number in range(0, len(batches), 4 if batch_size == 32 else 1)]
         tokens = sum(row.tokens for plan in plans for row in plan.shares[0])

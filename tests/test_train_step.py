@@ -127,7 +127,7 @@ def test_trajectory_is_the_references():
 
 
 @needs_oracle
-@pytest.mark.parametrize(("remat", "kernel"), [("dots", "blocked"), ("full", "blocked"), ("full", "splash")])
+@pytest.mark.parametrize(("remat", "kernel"), [("dots", "ragged"), ("full", "ragged"), ("full", "splash")])
 def test_remat_and_kernel_change_no_gradient(remat, kernel):
     config, params = load_model("student_init")
     rows = load_batch(0, 6).query

@@ -13,16 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from f2llm_jax.attention import QUERY_BLOCK
 from f2llm_jax.batching import PACKED_LENGTH, SHORT_ROW, Bucket, PackedRow, best_fit, fill_packed, round_rows, row_slots
 from f2llm_jax.embedding import PackedBatch
 
-# Of the number of rows, per doubling: an eighth more than needed at most, a sixteenth on average, and none up to 16.
+# Of the number of rows, per doubling: an eighth more than needed at most, a sixteenth on average, and none up to 16. Of
+# the lengths of fitted rows as well.
 _STEPS = 8
-
-# Keys that a query can see, in a row, for what a token costs beside: 480 in float32 and 250 in bfloat16, by training
-# steps of the 80M on two cores.
-_KEYS = 400
 
 
 class PackPlan(NamedTuple):
@@ -43,7 +39,7 @@ class PackPlan(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TrainPacking:
-    """The shapes that packed training batches may have: one row length on accelerators, a few on CPUs.
+    """The shapes that packed training batches may have.
 
     A program is compiled for each shape. The number of rows has eight steps per doubling, the slots of a row are a
     power of four: the texts of one dataset make a few shapes, and other datasets the same ones.
@@ -53,23 +49,28 @@ class TrainPacking:
         multiple: the rows of a batch are a multiple of it: devices that share a batch get equal parts.
         chunk_rows: rows computed at a time; more rows than these are a multiple of it. 0 for all at once.
         row_length: rows are of so many tokens, or for longer texts of a power of two times that.
-        short_rows: rows of 64, 128, 192, 256, 384, … tokens instead, for CPUs: each batch in those that cost least.
+        fitted: of eight lengths from half of that on instead, or shorter ones where a batch would not fill a row for
+            each of ``multiple``: each batch in those that pad it least. For CPUs, where a row costs by its tokens.
     """
 
     max_length: int
     multiple: int = 1
     chunk_rows: int = 0
     row_length: int = PACKED_LENGTH
-    short_rows: bool = False
+    fitted: bool = False
 
-    @property
-    def lengths(self) -> list[int]:
-        """The row lengths, ascending; the last holds any text."""
-        powers = [SHORT_ROW if self.short_rows else self.row_length]
-        while powers[-1] < max(self.max_length, self.row_length):
-            powers.append(2 * powers[-1])
-        between = [3 * length // 2 for length in powers[1:-1]] if self.short_rows else []
-        return sorted(powers + between)
+    def lengths(self, tokens: int, longest: int, processes: int = 1) -> list[int]:
+        """The row lengths to choose from, ascending, for a batch of so many tokens, ``longest`` those of a text."""
+        length = self.row_length
+        while length < longest:
+            length *= 2
+        if not self.fitted:
+            return [length]
+        rows = math.lcm(self.multiple, processes)
+        while length // 2 >= max(SHORT_ROW, longest, tokens / rows):
+            length //= 2
+        half = length // 2
+        return [n for n in range(half, length + 1, half // _STEPS) if n >= longest]
 
     def rows(self, at_least: int, processes: int = 1) -> int:
         """The number of rows of a batch that needs so many."""
@@ -85,22 +86,16 @@ class TrainPacking:
         Args:
             shares: the lengths of the texts of each process.
         """
-        longest = max(lengths.max() for lengths in shares)
-        fitting = [length for length in self.lengths if length >= longest]
-        plans = [self._plan(shares, length) for length in (fitting if self.short_rows else fitting[:1])]
-        return min(plans, key=_cost)
+        tokens = sum(int(lengths.sum()) for lengths in shares)
+        longest = max(int(lengths.max()) for lengths in shares)
+        plans = [self._plan(shares, length) for length in self.lengths(tokens, longest, len(shares))]
+        return min(plans, key=lambda plan: plan.rows * plan.length)
 
     def _plan(self, shares: Sequence[np.ndarray], length: int) -> PackPlan:
         filled = [best_fit(lengths, length) for lengths in shares]
         rows = self.rows(len(shares) * max(map(len, filled)), len(shares))
         texts = max(len(row.texts) for share in filled for row in share)
-        return PackPlan(rows, length, row_slots(length, texts, short=self.short_rows), filled)
-
-
-def _cost(plan: PackPlan) -> float:
-    """Of a batch on a CPU, in tokens: ``attention.blocked`` scores a block of queries against all that stand before."""
-    keys = plan.length if plan.length < QUERY_BLOCK else (plan.length + QUERY_BLOCK) / 2
-    return plan.rows * plan.length * (1 + keys / _KEYS)
+        return PackPlan(rows, length, row_slots(length, texts, short=self.fitted), filled)
 
 
 def pack(plan: PackPlan, process: int, texts: Sequence[np.ndarray], pad_id: int) -> tuple[PackedBatch, Any]:

@@ -61,5 +61,5 @@ def make_packing(config: TrainConfig, max_length: int, mesh: Mesh) -> TrainPacki
         multiple=batch_parts(mesh),
         chunk_rows=config.compute.chunk_rows,
         row_length=packed_length(platform),
-        short_rows=platform == "cpu",
+        fitted=platform == "cpu",
     )

@@ -1,0 +1,234 @@
+"""Attention for CPUs: block by block of queries, each against as many keys as its texts reach back to.
+
+The rows of a batch are joined to one. A query sees the positions from the first of its text up to itself; of a block of
+queries, the first one's text begins first, so that the block needs the keys from there to its own end. How many these
+are is known when the program runs: blocks are sorted by the shortest of a few static windows that holds them, and there
+is one loop for each window, over the blocks that take it. So no score is computed between texts but at the ends of a
+window, rows may be as long as is convenient, and what belongs to a block stays in the cache of a core.
+
+For the gradient, the result and the logarithm of each query's sum are kept, and weights are computed again block by
+block (FlashAttention-2, arXiv:2307.08691, algorithm 2): nothing of the size of the scores outlives its block.
+
+Dimensions, besides those of ``attention``: p position of the joined rows, padded to whole blocks; c block; q query of a
+block that shares a key/value head (position · g); s key of a window.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from f2llm_jax.products import einsum, from_bits, product, to_bits
+
+Carry = TypeVar("Carry")
+
+# Positions of a block. Larger ones multiply a little faster, and score more that no query sees.
+QUERY_BLOCK = 64
+
+ATTENTION_RESULTS = "attention results"
+"""The name, for policies of ``jax.checkpoint``, of what the gradient needs of the forward pass."""
+
+
+@jax.custom_vjp
+def ragged(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None) -> jax.Array:
+    """``attention`` on one device: float32, rounded to the dtype of the queries."""
+    return _forward(q_btnh, k_bskh, v_bskh, segment_ids_bt)[0].astype(jnp.float32)
+
+
+class _Blocks(NamedTuple):
+    """The blocks of the joined rows.
+
+    Attributes:
+        size: positions of a block.
+        first_p: int32, the first position of each position's text.
+        longest: the most positions that a text has.
+    """
+
+    size: int
+    first_p: jax.Array
+    longest: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, int], segment_ids_bt: jax.Array | None) -> _Blocks:
+        """Of rows of this shape; what pads the last block is texts of one token."""
+        b, t = shape
+        size = min(QUERY_BLOCK, b * t)
+        position_p = jnp.arange(math.ceil(b * t / size) * size)
+        starts_p = (position_p % t == 0) | (position_p >= b * t)
+        if segment_ids_bt is not None:
+            segment_ids_p = segment_ids_bt.reshape(-1)
+            changes_p = jnp.diff(segment_ids_p, prepend=segment_ids_p[:1]) != 0
+            starts_p |= jnp.pad(changes_p, (0, len(position_p) - b * t))
+        return cls(size, jax.lax.cummax(jnp.where(starts_p, position_p, 0)), t)
+
+    @property
+    def windows(self) -> list[int]:
+        """Static numbers of keys, ascending: one or one and a half times a power of two blocks; the last is enough."""
+        positions = len(self.first_p)
+        enough = min(math.ceil((self.longest + self.size - 1) / self.size) * self.size, positions)
+        if self.longest % self.size == 0:  # then no row begins within a block
+            enough = min(enough, self.longest)
+        blocks = sorted({factor * 2**power // 2 for power in range(1, 32) for factor in (2, 3)})
+        return [*(n * self.size for n in blocks if n * self.size < enough), enough]
+
+    def each(self, visit: Callable[[jax.Array, int, Carry], Carry], carry: Carry) -> Carry:
+        """``visit(block, window, carry)`` for all blocks, with the shortest window that holds all that it sees."""
+        end_c = jnp.arange(self.size, len(self.first_p) + 1, self.size)
+        keys_c = end_c - self.first_p[:: self.size]
+        order_c = jnp.argsort(keys_c)
+        done = jnp.int32(0)
+        for window in self.windows:
+            up_to = jnp.sum(keys_c <= window, dtype=jnp.int32)
+
+            def step(n: jax.Array, carry: Carry, window: int = window) -> Carry:
+                return visit(order_c[n], window, carry)
+
+            carry = jax.lax.fori_loop(done, up_to, step, carry)
+            done = up_to
+        return carry
+
+    def cut(self, x_p: jax.Array, block: jax.Array) -> jax.Array:
+        """What belongs to a block."""
+        return jax.lax.dynamic_slice_in_dim(x_p, block * self.size, self.size)
+
+    def window_start(self, block: jax.Array, window: int) -> jax.Array:
+        """A window ends where its block does, unless it would begin before all."""
+        return jnp.maximum((block + 1) * self.size - window, 0)
+
+    def seen(self, block: jax.Array, window: int, g: int) -> jax.Array:
+        """Whether each query [q, 1] sees each key [1, s]."""
+        query_q1 = jnp.repeat(block * self.size + jnp.arange(self.size), g)[:, None]
+        first_q1 = jnp.repeat(self.cut(self.first_p, block), g)[:, None]
+        key_1s = self.window_start(block, window) + jnp.arange(window)
+        return (first_q1 <= key_1s) & (key_1s <= query_q1)
+
+
+def _forward(
+    q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """The result in the dtype of the queries, and float32 log(sum(exp(score))) of each [c, k, q].
+
+    What is cut or joined is bits: see ``to_bits``.
+    """
+    b, t, n, _ = q_btnh.shape
+    k = k_bskh.shape[2]
+    g, dtype = n // k, q_btnh.dtype
+    blocks = _Blocks.of((b, t), segment_ids_bt)
+    q_pnh, k_pkh, v_pkh = (_joined(x, blocks) for x in (q_btnh, k_bskh, v_bskh))
+
+    def visit(block: jax.Array, window: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        out_pnh, log_sum_ckq = carry
+        q_kqh = from_bits(_heads_first(blocks.cut(q_pnh, block), k), dtype)
+        k_ksh, v_ksh = _keys(blocks, block, window, k_pkh, v_pkh, dtype)
+        score_kqs = product("kqh,ksh->kqs", q_kqh, k_ksh, dtype)
+        score_kqs += jnp.where(blocks.seen(block, window, g), 0.0, -jnp.inf)
+        # The sum is divided out after the product with v, where it touches h values a query instead of s.
+        largest_kq1 = jnp.max(score_kqs, axis=-1, keepdims=True)
+        weight_kqs = jnp.exp(score_kqs - largest_kq1)
+        out_kqh = product("kqs,ksh->kqh", weight_kqs, v_ksh, dtype)
+        sum_kq1 = jnp.sum(weight_kqs, axis=-1, keepdims=True)
+        out = _heads_last(to_bits((out_kqh / sum_kq1).astype(dtype)), g)
+        log_sum_kq = (largest_kq1 + jnp.log(sum_kq1))[..., 0]
+        return (
+            jax.lax.dynamic_update_slice_in_dim(out_pnh, out, block * blocks.size, 0),
+            jax.lax.dynamic_update_index_in_dim(log_sum_ckq, log_sum_kq, block, 0),
+        )
+
+    count = len(blocks.first_p) // blocks.size
+    out_pnh, log_sum_ckq = blocks.each(visit, (jnp.zeros_like(q_pnh), jnp.zeros((count, k, blocks.size * g))))
+    return from_bits(out_pnh[: b * t].reshape(q_btnh.shape), dtype), log_sum_ckq
+
+
+def _residuals(
+    q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None
+) -> tuple[jax.Array, Any]:
+    dtype = q_btnh.dtype
+    out_btnh, log_sum_ckq = _forward(q_btnh, k_bskh, v_bskh, segment_ids_bt)
+    out_btnh, log_sum_ckq = checkpoint_name((to_bits(out_btnh), log_sum_ckq), ATTENTION_RESULTS)
+    out_btnh = from_bits(out_btnh, dtype)
+    return out_btnh.astype(jnp.float32), (q_btnh, k_bskh, v_bskh, segment_ids_bt, out_btnh, log_sum_ckq)
+
+
+def _backward(residuals: Any, cotangent_btnh: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    """Keys are the rows of all that has the size of the scores: most of the products then take it as it lies."""
+    q_btnh, k_bskh, v_bskh, segment_ids_bt, out_btnh, log_sum_ckq = residuals
+    b, t, n, h = q_btnh.shape
+    k = k_bskh.shape[2]
+    g, dtype = n // k, q_btnh.dtype
+    blocks = _Blocks.of((b, t), segment_ids_bt)
+    q_pnh, k_pkh, v_pkh, d_out_pnh = (
+        _joined(x, blocks) for x in (q_btnh, k_bskh, v_bskh, cotangent_btnh.astype(dtype))
+    )
+    # What a query's weights have to do with each other by their sum being one.
+    mean_btn = jnp.sum(cotangent_btnh * out_btnh.astype(jnp.float32), axis=-1)
+    mean_pn1 = _joined(mean_btn[..., None], blocks)
+    multiply = functools.partial(einsum, dtype=dtype)
+
+    def visit(block: jax.Array, window: int, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        d_q_pnh, d_k_kph, d_v_kph = carry
+        q_kqh, d_out_kqh = (from_bits(_heads_first(blocks.cut(x, block), k), dtype) for x in (q_pnh, d_out_pnh))
+        k_ksh, v_ksh = _keys(blocks, block, window, k_pkh, v_pkh, dtype)
+        score_ksq = multiply("ksh,kqh->ksq", k_ksh, q_kqh)
+        log_sum_k1q = jax.lax.dynamic_index_in_dim(log_sum_ckq, block, 0, keepdims=False)[:, None]
+        weight_ksq = jnp.exp(jnp.where(blocks.seen(block, window, g).T, score_ksq - log_sum_k1q, -jnp.inf))
+        mean_k1q = _heads_first(blocks.cut(mean_pn1, block), k).swapaxes(1, 2)
+        d_score_ksq = weight_ksq * (multiply("ksh,kqh->ksq", v_ksh, d_out_kqh) - mean_k1q)
+        d_q = _heads_last(to_bits(multiply("ksq,ksh->kqh", d_score_ksq, k_ksh).astype(dtype)), g)
+        start = blocks.window_start(block, window)
+        return (
+            jax.lax.dynamic_update_slice_in_dim(d_q_pnh, d_q, block * blocks.size, 0),
+            _add_at(d_k_kph, multiply("ksq,kqh->ksh", d_score_ksq, q_kqh), start),
+            _add_at(d_v_kph, multiply("ksq,kqh->ksh", weight_ksq, d_out_kqh), start),
+        )
+
+    zeros_kph = jnp.zeros((k, len(blocks.first_p), h))
+    d_q_pnh, *d_kv = blocks.each(visit, (jnp.zeros_like(q_pnh), zeros_kph, zeros_kph))
+    d_q_btnh = from_bits(d_q_pnh[: b * t].reshape(q_btnh.shape), dtype)
+    d_k_bskh, d_v_bskh = (_heads_last(x[:, : b * t].astype(dtype), 1).reshape(k_bskh.shape) for x in d_kv)
+    return d_q_btnh, d_k_bskh, d_v_bskh, None
+
+
+ragged.defvjp(_residuals, _backward)
+
+
+def _joined(x_btnh: jax.Array, blocks: _Blocks) -> jax.Array:
+    """The rows one after the other, as bits, padded to whole blocks."""
+    x_pnh = to_bits(x_btnh).reshape(-1, *x_btnh.shape[2:])
+    return jnp.pad(x_pnh, ((0, len(blocks.first_p) - len(x_pnh)), (0, 0), (0, 0)))
+
+
+def _keys(
+    blocks: _Blocks, block: jax.Array, window: int, k_pkh: jax.Array, v_pkh: jax.Array, dtype: Any
+) -> Iterator[jax.Array]:
+    """Keys and values of a block's window, [k, s, h]."""
+    start = blocks.window_start(block, window)
+    for x_pkh in (k_pkh, v_pkh):
+        yield from_bits(_heads_first(jax.lax.dynamic_slice_in_dim(x_pkh, start, window), x_pkh.shape[1]), dtype)
+
+
+def _heads_first(x_pnh: jax.Array, k: int) -> jax.Array:
+    """[k, q, h], where the queries of a position that share a key/value head follow each other.
+
+    Keys and values, too, have the axis of those that share one, if of size one: XLA's CPU compiler would fold a plain
+    transposition into the product that follows, and multiply bfloat16 in float32.
+    """
+    p, n, h = x_pnh.shape
+    return x_pnh.reshape(p, k, n // k, h).swapaxes(0, 1).reshape(k, p * n // k, h)
+
+
+def _heads_last(x_kqh: jax.Array, g: int) -> jax.Array:
+    """Undoes ``_heads_first``."""
+    k, q, h = x_kqh.shape
+    return x_kqh.reshape(k, q // g, g, h).swapaxes(0, 1).reshape(q // g, k * g, h)
+
+
+def _add_at(total_kph: jax.Array, part_ksh: jax.Array, start: jax.Array) -> jax.Array:
+    """Their sum, the part standing from a position on."""
+    before = jax.lax.dynamic_slice_in_dim(total_kph, start, part_ksh.shape[1], 1)
+    return jax.lax.dynamic_update_slice_in_dim(total_kph, before + part_ksh, start, 1)
