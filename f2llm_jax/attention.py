@@ -7,7 +7,7 @@ they are filled from the left, so that no token of the text sees the padding beh
     ragged     CPUs                            blocks of queries, each against the keys of its texts; ``ragged.py``
     splash     TPUs; interpreted on CPUs       jax.experimental.pallas.ops.tpu.splash_attention
     cudnn      GPUs, not in float32            jax.nn.dot_product_attention(implementation="cudnn")
-    blocked    everywhere; GPUs in float32     plain products of blocks, nothing above the diagonal
+    blocked    everywhere; GPUs in float32     plain products of blocks, nothing above the diagonal; ``blocked.py``
     reference  everywhere                      the formula; what the others are tested against
 
 All take grouped queries as they are: keys and values are never repeated. On a mesh, ragged, splash and cudnn run under
@@ -26,16 +26,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from f2llm_jax.axes import COMPUTE_RULES, partition_spec, platform
+from f2llm_jax.blocked import blocked
 from f2llm_jax.errors import InputError
 from f2llm_jax.products import matmul_precision
-from f2llm_jax.ragged import ATTENTION_RESULTS, ragged
-
-# Queries of a block see at most the keys up to its own end, so a causal row of n blocks computes (n + 1) / 2n of the
-# full score matrix.
-QUERY_BLOCK = 128
+from f2llm_jax.ragged import ragged
 
 # Positions of a block of the splash kernel, at most; a block is a multiple of the lanes of a TPU's vector unit.
 SPLASH_BLOCK = 512
@@ -60,8 +56,8 @@ def attention(
         kernel: one of ``KERNELS``, or "auto" for ``default_kernel`` of the platform.
 
     Returns:
-        float32, shaped like the queries. Scores, softmax and sums are float32 whatever the inputs are; ragged, splash
-        and cudnn round what they return to the dtype of the queries.
+        float32, shaped like the queries. Scores, softmax and sums are float32 whatever the inputs are; all
+        but the reference round what they return to the dtype of the queries.
 
     Raises:
         InputError: no such kernel, or one that does not compute in this dtype.
@@ -97,18 +93,6 @@ def resolve_kernel(kernel: str, platform: str, dtype: jax.typing.DTypeLike) -> s
 
 def reference(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None) -> jax.Array:
     """All scores at once, as the formula says: what the others are tested against."""
-    return _formula(q_btnh, k_bskh, v_bskh, segment_ids_bt if segment_ids_bt is None else (segment_ids_bt,) * 2)
-
-
-def _formula(
-    q_btnh: jax.Array,
-    k_bskh: jax.Array,
-    v_bskh: jax.Array,
-    segments: tuple[jax.Array, jax.Array] | None,
-    *,
-    first: int = 0,
-) -> jax.Array:
-    """Queries from position ``first`` on against keys from 0 on; the segment ids [b, t] and [b, s] of both."""
     b, t, n, h = q_btnh.shape
     k = k_bskh.shape[2]
     precision = matmul_precision(q_btnh.dtype)
@@ -119,9 +103,9 @@ def _formula(
         precision=precision,
         preferred_element_type=jnp.float32,
     )
-    seen_bts = (jnp.arange(k_bskh.shape[1]) <= first + jnp.arange(t)[:, None])[None]
-    if segments is not None:
-        seen_bts &= segments[0][:, :, None] == segments[1][:, None, :]
+    seen_bts = jnp.tril(jnp.ones((1, t, t), bool))
+    if segment_ids_bt is not None:
+        seen_bts &= segment_ids_bt[:, :, None] == segment_ids_bt[:, None, :]
     weight_bkgts = jax.nn.softmax(jnp.where(seen_bts[:, None, None], score_bkgts, -jnp.inf), axis=-1)
     out_btkgh = jnp.einsum(
         "bkgts,bskh->btkgh",
@@ -131,20 +115,6 @@ def _formula(
         preferred_element_type=jnp.float32,
     )
     return out_btkgh.reshape(q_btnh.shape)
-
-
-def blocked(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None) -> jax.Array:
-    """Query blocks, each against the keys up to its end: what lies above the diagonal blocks is never computed.
-
-    The scores of a block are computed again for its gradient: no more than those of one block are there at a time.
-    """
-    blocks = []
-    for first in range(0, q_btnh.shape[1], QUERY_BLOCK):
-        queries, keys = slice(first, first + QUERY_BLOCK), slice(0, first + QUERY_BLOCK)
-        segments = segment_ids_bt if segment_ids_bt is None else (segment_ids_bt[:, queries], segment_ids_bt[:, keys])
-        block = jax.checkpoint(functools.partial(_formula, first=first))
-        blocks.append(block(q_btnh[:, queries], k_bskh[:, keys], v_bskh[:, keys], segments))
-    return checkpoint_name(jnp.concatenate(blocks, axis=1), ATTENTION_RESULTS)
 
 
 def splash(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None) -> jax.Array:

@@ -86,7 +86,9 @@ class Job:
         """Tokens of a row."""
         if not self.packed:
             return self.length
-        return Packing(1, self.length).lengths[-1] if self.recipe is None else self.train_packing(1).lengths[-1]
+        if self.recipe is None:
+            return Packing(1, self.length).lengths[-1]
+        return self.train_packing(1).lengths(self.length, self.length)[-1]
 
     @property
     def texts_per_row(self) -> int:

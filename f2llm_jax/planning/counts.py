@@ -124,8 +124,8 @@ class Passes:
 
 ATTENTION_BACKWARD = {"reference": 2.0, "ragged": 2.5, "blocked": 3.0, "splash": 3.5}
 """Products of a backward pass over products of a forward pass: autodiff keeps the weights and has 4 to 2; flash kernels
-compute the scores again, the splash kernel in each of its two (dq: 3 products, dk and dv: 4), blocked all of its forward
-pass."""
+compute the scores again, the splash kernel in each of its two (dq: 3 products, dk and dv: 4); blocked computes a whole
+forward pass again."""
 
 
 def training_passes(config: ModelConfig, *, cached: bool, remat: str, kernel: str) -> Passes:

@@ -1,0 +1,103 @@
+"""Attention by plain products of static blocks: what every platform compiles well, and CPUs for short rows.
+
+Dimensions: those of ``attention``, and q query of the group that shares a key/value head (t · g).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from f2llm_jax.products import from_bits, product, to_bits
+
+# Queries of a block see at most the keys up to its own end, so a causal row of n blocks computes (n + 1) / 2n of the
+# full score matrix, and the scores of one block stay in the cache of a core.
+QUERY_BLOCK = 128
+
+
+@jax.custom_vjp
+def blocked(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None) -> jax.Array:
+    """Query blocks, each against the keys up to its end: what lies above the diagonal blocks is never computed.
+
+    The queries that share a key/value head are rows of one matrix (q = (t, g)), so that a block is a plain product per
+    text and key/value head. What is cut or joined is bits (see ``to_bits``), unless there is a gradient: for that a
+    block is computed again, so that no scores outlive it.
+    """
+    return _blocks(q_btnh, k_bskh, v_bskh, segment_ids_bt, to_bits)
+
+
+def _differentiable(
+    q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None
+) -> tuple[jax.Array, Any]:
+    return jax.vjp(lambda q, k, v: _blocks(q, k, v, segment_ids_bt, lambda x: x), q_btnh, k_bskh, v_bskh)
+
+
+blocked.defvjp(_differentiable, lambda pull, cotangent_btnh: (*pull(cotangent_btnh), None))
+
+
+def _blocks(
+    q_btnh: jax.Array,
+    k_bskh: jax.Array,
+    v_bskh: jax.Array,
+    segment_ids_bt: jax.Array | None,
+    bits: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    length, dtype = q_btnh.shape[1], q_btnh.dtype
+    outs = []
+    for first in range(0, length, QUERY_BLOCK):
+        end = min(first + QUERY_BLOCK, length)
+        block = jax.checkpoint(functools.partial(_block, first=first, end=end, bits=bits))
+        outs.append(block(q_btnh, k_bskh, v_bskh, segment_ids_bt))
+    out_btnh = jnp.concatenate(outs, axis=1) if len(outs) > 1 else outs[0]
+    return from_bits(out_btnh, dtype).astype(jnp.float32)
+
+
+def _block(
+    q_btnh: jax.Array,
+    k_bskh: jax.Array,
+    v_bskh: jax.Array,
+    segment_ids_bt: jax.Array | None,
+    *,
+    first: int,
+    end: int,
+    bits: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """The result of some queries, in their dtype or as bits."""
+    k = k_bskh.shape[2]
+    g = q_btnh.shape[2] // k
+    dtype = q_btnh.dtype
+    q_bkqh = from_bits(_heads_first(bits(q_btnh)[:, first:end], k), dtype)
+    k_bksh, v_bksh = (from_bits(_heads_first(bits(x_bskh)[:, :end], k), dtype) for x_bskh in (k_bskh, v_bskh))
+    score_bkqs = product("bkqh,bksh->bkqs", q_bkqh, k_bksh, dtype)
+    seen_qs = first + jnp.arange((end - first) * g)[:, None] // g >= jnp.arange(end)
+    if segment_ids_bt is not None:
+        segment_ids_bq = jnp.repeat(segment_ids_bt[:, first:end], g, axis=1)
+        seen_qs = seen_qs & (segment_ids_bq[:, None, :, None] == segment_ids_bt[:, None, None, :end])
+    score_bkqs += jnp.where(seen_qs, 0.0, -jnp.inf)
+    # The sum is divided out after the product with v, where it touches h values a query instead of s.
+    weight_bkqs = jnp.exp(score_bkqs - jnp.max(score_bkqs, axis=-1, keepdims=True))
+    out_bkqh = product("bkqs,bksh->bkqh", weight_bkqs, v_bksh, dtype)
+    out_bkqh = (out_bkqh / jnp.sum(weight_bkqs, axis=-1, keepdims=True)).astype(dtype)
+    return _heads_last(bits(out_bkqh), g)
+
+
+def _heads_first(x_btnh: jax.Array, k: int) -> jax.Array:
+    """[b, k, q, h], where the queries q = (t, g) share a key/value head.
+
+    XLA merges this with the loop that turns the halves of heads, as which they are therefore moved: its index is then
+    no division. For the same reason positions are cut before.
+    """
+    b, t, n, h = x_btnh.shape
+    x_bktg2h = x_btnh.reshape(b, t, k, n // k, 2, h // 2).transpose(0, 2, 1, 3, 4, 5)
+    return x_bktg2h.reshape(b, k, t * n // k, h)
+
+
+def _heads_last(x_bkqh: jax.Array, g: int) -> jax.Array:
+    """Undoes ``_heads_first``."""
+    b, k, q, h = x_bkqh.shape
+    x_btkg2h = x_bkqh.reshape(b, k, q // g, g, 2, h // 2).transpose(0, 2, 1, 3, 4, 5)
+    return x_btkg2h.reshape(b, q // g, k * g, h)
