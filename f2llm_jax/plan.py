@@ -88,7 +88,7 @@ class Job:
             return self.length
         if self.recipe is None:
             return Packing(1, self.length).lengths[-1]
-        return self.train_packing(1).lengths(self.length, self.length)[-1]
+        return self.train_packing(1).lengths(self.length)[-1]
 
     @property
     def texts_per_row(self) -> int:

@@ -80,13 +80,7 @@ class _Blocks(NamedTuple):
 
     @property
     def windows(self) -> list[int]:
-        """Static numbers of keys, ascending: one or one and a half times a power of two blocks; the last is enough."""
-        positions = len(self.first_p)
-        enough = min(math.ceil((self.longest + self.size - 1) / self.size) * self.size, positions)
-        if self.longest % self.size == 0 or self.size % self.longest == 0:  # then no row begins within a block
-            enough = max(self.longest, self.size)
-        blocks = sorted({factor * 2**power // 2 for power in range(1, 32) for factor in (2, 3)})
-        return [*(n * self.size for n in blocks if n * self.size < enough), enough]
+        return windows(self.size, self.longest, len(self.first_p))
 
     def each(self, visit: Callable[[jax.Array, int, Carry], Carry], carry: Carry) -> Carry:
         """``visit(block, window, carry)`` for all blocks, with the shortest window that holds all that it sees."""
@@ -128,6 +122,22 @@ def block_size(b: int, t: int) -> int:
     sizes = (n for n in range(LARGEST_BLOCK, 0, -1) if t % n == 0 or (n % t == 0 and b * t % n == 0))
     size = next(sizes)
     return size if 3 * size >= min(LARGEST_BLOCK, b * t) else min(2 * LARGEST_BLOCK // 3, b * t)
+
+
+def windows(size: int, longest: int, positions: int) -> list[int]:
+    """Static numbers of keys, ascending: one or one and a half times a power of two blocks; the last is always enough.
+
+    Args:
+        size: of a block.
+        longest: of a text, or of a row.
+        positions: of all rows.
+    """
+    if longest % size == 0 or size % longest == 0:  # then no row begins within a block
+        enough = max(longest, size)
+    else:
+        enough = min(math.ceil((longest + size - 1) / size) * size, positions)
+    blocks = sorted({factor * 2**power // 2 for power in range(1, 32) for factor in (2, 3)})
+    return [*(n * size for n in blocks if n * size < enough), enough]
 
 
 def _forward(

@@ -7,6 +7,7 @@ to the same shape without a word, and each fills its part of the rows with its o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,10 +16,14 @@ import numpy as np
 
 from f2llm_jax.batching import PACKED_LENGTH, SHORT_ROW, Bucket, PackedRow, best_fit, fill_packed, round_rows, row_slots
 from f2llm_jax.embedding import PackedBatch
+from f2llm_jax.ragged import block_size, windows
 
 # Of the number of rows, per doubling: an eighth more than needed at most, a sixteenth on average, and none up to 16. Of
-# the lengths of fitted rows as well.
+# the lengths of fitted rows from 256 on as well.
 _STEPS = 8
+
+# Keys that a query is scored with, for what a token costs beside, by training steps of the 80M on two cores.
+_KEYS = 250
 
 
 class PackPlan(NamedTuple):
@@ -49,8 +54,8 @@ class TrainPacking:
         multiple: the rows of a batch are a multiple of it: devices that share a batch get equal parts.
         chunk_rows: rows computed at a time; more rows than these are a multiple of it. 0 for all at once.
         row_length: rows are of so many tokens, or for longer texts of a power of two times that.
-        fitted: of eight lengths from half of that on instead, or shorter ones where a batch would not fill a row for
-            each of ``multiple``: each batch in those that pad it least. For CPUs, where a row costs by its tokens.
+        fitted: of 64, 128, 192, 256 and then eight lengths per doubling up to that instead: each batch in those that
+            cost least. For CPUs, where short rows are as fast as long ones.
     """
 
     max_length: int
@@ -59,18 +64,18 @@ class TrainPacking:
     row_length: int = PACKED_LENGTH
     fitted: bool = False
 
-    def lengths(self, tokens: int, longest: int, processes: int = 1) -> list[int]:
-        """The row lengths to choose from, ascending, for a batch of so many tokens, ``longest`` those of a text."""
+    def lengths(self, longest: int) -> list[int]:
+        """The row lengths to choose from, ascending, for a batch whose longest text has so many tokens."""
         length = self.row_length
         while length < longest:
             length *= 2
         if not self.fitted:
             return [length]
-        rows = math.lcm(self.multiple, processes)
-        while length // 2 >= max(SHORT_ROW, longest, tokens / rows):
-            length //= 2
-        half = length // 2
-        return [n for n in range(half, length + 1, half // _STEPS) if n >= longest]
+        lengths = {length}
+        while (half := length // 2) >= max(SHORT_ROW, longest // 2):
+            lengths |= {n for n in range(half, length, half // _STEPS if half >= 256 else 64) if n >= longest}
+            length = half
+        return sorted(lengths)
 
     def rows(self, at_least: int, processes: int = 1) -> int:
         """The number of rows of a batch that needs so many."""
@@ -86,16 +91,29 @@ class TrainPacking:
         Args:
             shares: the lengths of the texts of each process.
         """
-        tokens = sum(int(lengths.sum()) for lengths in shares)
         longest = max(int(lengths.max()) for lengths in shares)
-        plans = [self._plan(shares, length) for length in self.lengths(tokens, longest, len(shares))]
-        return min(plans, key=lambda plan: plan.rows * plan.length)
+        plans = [self._plan(shares, length) for length in self.lengths(longest)]
+        return plans[0] if len(plans) == 1 else min(plans, key=functools.partial(_cost, shares))
 
     def _plan(self, shares: Sequence[np.ndarray], length: int) -> PackPlan:
         filled = [best_fit(lengths, length) for lengths in shares]
         rows = self.rows(len(shares) * max(map(len, filled)), len(shares))
         texts = max(len(row.texts) for share in filled for row in share)
         return PackPlan(rows, length, row_slots(length, texts, short=self.fitted), filled)
+
+
+def _cost(shares: Sequence[np.ndarray], plan: PackPlan) -> float:
+    """Of a batch on a CPU, in tokens: those of its rows, and what ``ragged`` scores of them."""
+    size = block_size(plan.rows, plan.length)
+    sizes = np.array(windows(size, plan.length, plan.rows * plan.length))
+    block_starts = np.arange(0, plan.length, size)
+    keys = 0
+    for lengths, filled in zip(shares, plan.shares, strict=True):
+        for row in filled:
+            text_starts = np.cumsum([0, *lengths[row.texts]])
+            firsts = text_starts[np.searchsorted(text_starts, block_starts, side="right") - 1]
+            keys += sizes[np.searchsorted(sizes, block_starts + size - firsts)].sum()
+    return plan.rows * plan.length + min(size, plan.length) * keys / _KEYS
 
 
 def pack(plan: PackPlan, process: int, texts: Sequence[np.ndarray], pad_id: int) -> tuple[PackedBatch, Any]:
