@@ -23,7 +23,7 @@ from inputs import SIZES, TEXTS, read_texts, write_release
 
 KINDS = {
     "projections": r"_proj/.*dot_general|[qk]_norm/reduce_sum",
-    "attention": r"attention/(reduce|dot_general|exp|sub|add|div|bk)",
+    "attention": r"attention/(while/body/)?(reduce|dot_general|exp|sub|add|div|bk|kq)",
     "rotary positions, transpositions": r"attention/",
     "activation": r"mlp/(mul|down_proj|silu|jit\(silu\))",
     "norms, residual sums, the rest": r"",
@@ -102,8 +102,8 @@ def profile(model: Any, batch: Any) -> dict[str, float]:
     found = dict.fromkeys(KINDS, 0.0)
     for event in (event for plane in data.planes for line in plane.lines for event in line.events):
         name, module = event.name, dict(event.stats).get("hlo_module")
-        # A call is the sum of what is in it.
-        if module is None or name.startswith("call"):
+        # A call or a loop is the sum of what is in it.
+        if module is None or name.startswith(("call", "while")):
             continue
         in_layer = f"%{name} = " in program and module in program
         source = f"{name} {sources.get(name, 'attention/transpose' if 'transpose' in name else '')}" if in_layer else ""

@@ -52,7 +52,8 @@ def attention(
         q_btnh: queries [batch, length, heads, head_dim], already divided by sqrt(head_dim).
         k_bskh: keys [batch, length, key/value heads, head_dim], same dtype as the queries.
         v_bskh: values, like the keys.
-        segment_ids_bt: int32 [batch, length]; None where every row is one segment.
+        segment_ids_bt: int32 [batch, length], equal for neighbouring positions of one text; None where every row is
+            one.
         kernel: one of ``KERNELS``, or "auto" for ``default_kernel`` of the platform.
 
     Returns:

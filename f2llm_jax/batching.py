@@ -169,8 +169,9 @@ PACKED_LENGTH = 1024
 """Of a packed row on TPUs. Longer rows waste less and attend more: of a row's scores only those within a text count."""
 
 GPU_PACKED_LENGTH = 512
-"""On GPUs: cuDNN computes every score under the diagonal. On an H100 a layer's attention over 32,768 tokens of the 0.6B
-takes 0.65 ms in rows of 1,024 and 0.33 in rows of 256; the layer's other work takes 2.5."""
+"""On GPUs, and of training batches on CPUs at most: cuDNN computes every score under the diagonal. On an H100 a layer's
+attention over 32,768 tokens of the 0.6B takes 0.65 ms in rows of 1,024 and 0.33 in rows of 256; the layer's other work
+takes 2.5."""
 
 SHORT_ROW = 64
 """Of a packed row on CPUs, at least: several texts of the usual sentence fill it almost, and its scores cost little."""

@@ -24,16 +24,16 @@ def blocked(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids
     """Query blocks, each against the keys up to its end: what lies above the diagonal blocks is never computed.
 
     The queries that share a key/value head are rows of one matrix (q = (t, g)), so that a block is a plain product per
-    text and key/value head. What is cut or joined is bits (see ``to_bits``), unless there is a gradient: for that a
+    row and key/value head. What is cut or joined is bits (see ``to_bits``), unless there is a gradient: for that a
     block is computed again, so that no scores outlive it.
     """
-    return _blocks(q_btnh, k_bskh, v_bskh, segment_ids_bt, to_bits)
+    return _blocks(q_btnh, k_bskh, v_bskh, segment_ids_bt, differentiable=False)
 
 
 def _differentiable(
     q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None
 ) -> tuple[jax.Array, Any]:
-    return jax.vjp(lambda q, k, v: _blocks(q, k, v, segment_ids_bt, lambda x: x), q_btnh, k_bskh, v_bskh)
+    return jax.vjp(lambda q, k, v: _blocks(q, k, v, segment_ids_bt, differentiable=True), q_btnh, k_bskh, v_bskh)
 
 
 blocked.defvjp(_differentiable, lambda pull, cotangent_btnh: (*pull(cotangent_btnh), None))
@@ -44,14 +44,17 @@ def _blocks(
     k_bskh: jax.Array,
     v_bskh: jax.Array,
     segment_ids_bt: jax.Array | None,
-    bits: Callable[[jax.Array], jax.Array],
+    *,
+    differentiable: bool,
 ) -> jax.Array:
     length, dtype = q_btnh.shape[1], q_btnh.dtype
+    bits = (lambda x: x) if differentiable else to_bits
     outs = []
     for first in range(0, length, QUERY_BLOCK):
         end = min(first + QUERY_BLOCK, length)
-        block = jax.checkpoint(functools.partial(_block, first=first, end=end, bits=bits))
-        outs.append(block(q_btnh, k_bskh, v_bskh, segment_ids_bt))
+        block = functools.partial(_block, first=first, end=end, bits=bits)
+        compute = jax.checkpoint(block) if differentiable else block
+        outs.append(compute(q_btnh, k_bskh, v_bskh, segment_ids_bt))
     out_btnh = jnp.concatenate(outs, axis=1) if len(outs) > 1 else outs[0]
     return from_bits(out_btnh, dtype).astype(jnp.float32)
 

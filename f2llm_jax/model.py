@@ -43,8 +43,8 @@ REMAT_POLICIES = {
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-"""What of a layer is kept for the backward pass: all of it, the results of projections (and of attention, where
-neither Pallas nor cuDNN computes it), or only its input."""
+"""What of a layer is kept for the backward pass: all of it, the results of projections (and of attention, where the
+ragged kernel computes it), or only its input."""
 
 _tracing = threading.RLock()
 """Held while Flax runs: see ``apply``."""

@@ -3,8 +3,9 @@
 The rows of a batch are joined to one. A query sees the positions from the first of its text up to itself; of a block of
 queries, the first one's text begins first, so that the block needs the keys from there to its own end. How many these
 are is known when the program runs: blocks are sorted by the shortest of a few static windows that holds them, and there
-is one loop for each window, over the blocks that take it. So no score is computed between texts but at the ends of a
-window, rows may be as long as is convenient, and what belongs to a block stays in the cache of a core.
+is one loop for each window, over the blocks that take it. So few scores are computed between texts: of blocks in which
+a text begins, and where a window is longer than it need be. Rows may be as long as is convenient, and what belongs to a
+block stays in the cache of a core.
 
 For the gradient, the result and the logarithm of each query's sum are kept, and weights are computed again block by
 block (FlashAttention-2, arXiv:2307.08691, algorithm 2): nothing of the size of the scores outlives its block.
@@ -58,12 +59,12 @@ class _Blocks(NamedTuple):
     Attributes:
         size: positions of a block.
         first_p: int32, the first position of each position's text.
-        longest: the most positions that a text has.
+        length: of a row, and so of a text at most.
     """
 
     size: int
     first_p: jax.Array
-    longest: int
+    length: int
 
     @classmethod
     def of(cls, shape: tuple[int, int], segment_ids_bt: jax.Array | None) -> _Blocks:
@@ -80,7 +81,7 @@ class _Blocks(NamedTuple):
 
     @property
     def windows(self) -> list[int]:
-        return windows(self.size, self.longest, len(self.first_p))
+        return windows(self.size, self.length, len(self.first_p))
 
     def each(self, visit: Callable[[jax.Array, int, Carry], Carry], carry: Carry) -> Carry:
         """``visit(block, window, carry)`` for all blocks, with the shortest window that holds all that it sees."""
@@ -121,21 +122,21 @@ def block_size(b: int, t: int) -> int:
     """
     sizes = (n for n in range(LARGEST_BLOCK, 0, -1) if t % n == 0 or (n % t == 0 and b * t % n == 0))
     size = next(sizes)
-    return size if 3 * size >= min(LARGEST_BLOCK, b * t) else min(2 * LARGEST_BLOCK // 3, b * t)
+    return size if 3 * size >= min(LARGEST_BLOCK, b * t) else 2 * LARGEST_BLOCK // 3
 
 
-def windows(size: int, longest: int, positions: int) -> list[int]:
+def windows(size: int, length: int, positions: int) -> list[int]:
     """Static numbers of keys, ascending: one or one and a half times a power of two blocks; the last is always enough.
 
     Args:
         size: of a block.
-        longest: of a text, or of a row.
+        length: of a row, and so of a text at most.
         positions: of all rows.
     """
-    if longest % size == 0 or size % longest == 0:  # then no row begins within a block
-        enough = max(longest, size)
+    if length % size == 0 or size % length == 0:  # then rows and blocks begin together
+        enough = max(length, size)
     else:
-        enough = min(math.ceil((longest + size - 1) / size) * size, positions)
+        enough = min(math.ceil((length + size - 1) / size) * size, positions)
     blocks = sorted({factor * 2**power // 2 for power in range(1, 32) for factor in (2, 3)})
     return [*(n * size for n in blocks if n * size < enough), enough]
 

@@ -16,7 +16,7 @@ from f2llm_jax.attention import KERNELS, attention, default_kernel, fused, refer
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.errors import InputError
 from f2llm_jax.model import Backbone, init_params
-from f2llm_jax.ragged import _Blocks
+from f2llm_jax.ragged import SHORT, _Blocks, ragged
 
 LARGEST_DIFFERENCE = {"float32": 2e-6, "bfloat16": 2e-2}  # relative to the largest value
 
@@ -89,8 +89,9 @@ def test_kernels_equal_the_reference(shape, segments):
         assert_close(value_and_gradients(compute, inputs, segment_ids_bt), expected, "float32")
 
 
-def test_in_bfloat16_too():
-    inputs, segment_ids_bt = case(CASES["one block"][0], "bfloat16", segments=True)
+@pytest.mark.parametrize("name", ["one block", "rows that begin within blocks"])
+def test_in_bfloat16_too(name):
+    inputs, segment_ids_bt = case(CASES[name][0], "bfloat16", segments=True)
     exact = [x.astype(jnp.float32) for x in inputs]
     expected = value_and_gradients(partial(attention, kernel="reference"), exact, segment_ids_bt)
     for kernel in ("ragged", "blocked", "splash"):
@@ -139,13 +140,28 @@ def within(equation, name):
 
 
 @pytest.mark.parametrize("kernel", ["ragged", "splash"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kv_heads", [4, 2])  # they divide over tensor=4; they are fewer
-def test_on_a_mesh_kernels_take_own_rows_and_heads(kv_heads, kernel):
-    inputs, segment_ids_bt = case((2, 100, 8, kv_heads, 16), "float32", segments=True)
-    expected = value_and_gradients(partial(attention, kernel="reference"), inputs, segment_ids_bt)
+def test_on_a_mesh_kernels_take_own_rows_and_heads(kv_heads, dtype, kernel):
+    inputs, segment_ids_bt = case((2, 100, 8, kv_heads, 16), dtype, segments=True)
+    exact = [x.astype(jnp.float32) for x in inputs]
+    expected = value_and_gradients(partial(attention, kernel="reference"), exact, segment_ids_bt)
     with jax.set_mesh(make_mesh(fsdp=2, tensor=4)):
         got = value_and_gradients(partial(attention, kernel=kernel), inputs, segment_ids_bt)
-    assert_close(got, expected, "float32")
+    assert_close(got, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_without_a_gradient_long_rows_and_short_ones(dtype):
+    """Short rows are then of static blocks."""
+    for length in (SHORT - 40, SHORT + 44):
+        inputs, segment_ids_bt = case((2, length, 4, 2, 16), dtype, segments=True)
+        exact = [x.astype(jnp.float32) for x in inputs]
+        expected = attention(*exact, segment_ids_bt, kernel="reference")
+        loops = "while" in str(jax.make_jaxpr(ragged)(*inputs, segment_ids_bt))
+        assert loops == (length > SHORT)
+        error = jnp.abs(attention(*inputs, segment_ids_bt, kernel="ragged") - expected).max() / jnp.abs(expected).max()
+        assert error <= LARGEST_DIFFERENCE[dtype]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (5, 40), (3, 100), (2, 256), (1, 700)])
@@ -175,9 +191,8 @@ def test_the_platform_and_the_dtype_choose():
     assert default_kernel("cpu", jnp.float32) == default_kernel("cpu", jnp.bfloat16) == "ragged"
     assert default_kernel("tpu", jnp.float32) == default_kernel("tpu", jnp.bfloat16) == "splash"
     assert default_kernel("gpu", jnp.bfloat16) == "cudnn"
-    assert (
-        default_kernel("gpu", jnp.float32) == default_kernel("gpu", "float32") == "blocked"
-    )  # cuDNN's kernel has no float32
+    # cuDNN's kernel has no float32.
+    assert default_kernel("gpu", jnp.float32) == default_kernel("gpu", "float32") == "blocked"
     for name in KERNELS:
         assert resolve_kernel(name, "cpu", jnp.bfloat16) == name
     with pytest.raises(InputError, match="no attention kernel 'flash'; there are auto, blocked, cudnn, ragged, ref"):

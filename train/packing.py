@@ -107,13 +107,14 @@ def _cost(shares: Sequence[np.ndarray], plan: PackPlan) -> float:
     size = block_size(plan.rows, plan.length)
     sizes = np.array(windows(size, plan.length, plan.rows * plan.length))
     block_starts = np.arange(0, plan.length, size)
+    rows = [lengths[row.texts] for lengths, filled in zip(shares, plan.shares, strict=True) for row in filled]
+    rows += [np.zeros(0, int)] * (plan.rows - len(rows))  # without a text: padding, which sees all padding before it
     keys = 0
-    for lengths, filled in zip(shares, plan.shares, strict=True):
-        for row in filled:
-            text_starts = np.cumsum([0, *lengths[row.texts]])
-            firsts = text_starts[np.searchsorted(text_starts, block_starts, side="right") - 1]
-            keys += sizes[np.searchsorted(sizes, block_starts + size - firsts)].sum()
-    return plan.rows * plan.length + min(size, plan.length) * keys / _KEYS
+    for lengths in rows:
+        text_starts = np.cumsum([0, *lengths])
+        firsts = text_starts[np.searchsorted(text_starts, block_starts, side="right") - 1]
+        keys += sizes[np.searchsorted(sizes, block_starts + size - firsts)].sum()
+    return plan.rows * plan.length + size * keys / _KEYS
 
 
 def pack(plan: PackPlan, process: int, texts: Sequence[np.ndarray], pad_id: int) -> tuple[PackedBatch, Any]:

@@ -134,7 +134,11 @@ def training_passes(config: ModelConfig, *, cached: bool, remat: str, kernel: st
     A layer that is computed again stops short of its last projection, whose result no gradient needs.
     """
     last = config.hidden_size * config.intermediate_size / layer_weights(config)
-    again_projections, again_attention = {"none": (0.0, 0.0), "dots": (0.0, 1.0), "full": (1.0 - last, 1.0)}[remat]
+    again_projections, again_attention = {
+        "none": (0.0, 0.0),
+        "dots": (0.0, float(kernel != "ragged")),
+        "full": (1.0 - last, 1.0),
+    }[remat]
     forward = 2.0 if cached else 1.0
     return Passes(
         projections=forward + again_projections + 2.0,
