@@ -96,7 +96,7 @@ def main() -> None:
 def first_batch(prepared: Path, size: int, layout: str) -> tuple[AnyTrainBatch, TrainBatch]:
     """A batch as we lay it out, and as PyTorch's side does."""
     platform = jax.default_backend()
-    packing = TrainPacking(MAX_LENGTH, row_length=packed_length(platform), fitted=platform == "cpu")
+    packing = TrainPacking(row_length=packed_length(platform), fitted=platform == "cpu")
     packed, padded = (
         TrainBatches(TrainingData(prepared, packing=option), batch_size=size)[0].batch for option in (packing, None)
     )

@@ -99,7 +99,7 @@ class Job:
         from f2llm_jax.train.packing import TrainPacking
 
         assert self.recipe is not None
-        return TrainPacking(self.length, multiple, self.recipe.compute.chunk_rows)
+        return TrainPacking(multiple, self.recipe.compute.chunk_rows)
 
     def runs(self, axes: Axes) -> tuple[int, ...]:
         """Rows of a training batch: of all texts packed, or of the queries and of the documents."""

@@ -137,7 +137,7 @@ def windows(size: int, length: int, positions: int) -> list[int]:
         enough = max(length, size)
     else:
         enough = min(math.ceil((length + size - 1) / size) * size, positions)
-    blocks = sorted({factor * 2**power // 2 for power in range(1, 32) for factor in (2, 3)})
+    blocks = sorted({factor * 2**power // 2 for power in range(32) for factor in (2, 3)})
     return [*(n * size for n in blocks if n * size < enough), enough]
 
 

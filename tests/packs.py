@@ -13,7 +13,7 @@ def as_packed(batch: TrainBatch, *, fitted: bool = True, **options: int) -> Pack
     kinds = [kind for kind in (batch.query, batch.passage, batch.negatives) if kind is not None]
     texts = [tokens[:length] for kind in kinds for tokens, length in zip(*kind, strict=True)]
     lengths = np.array([len(tokens) for tokens in texts])
-    plan = TrainPacking(int(lengths.max()), fitted=fitted, **options).plan([lengths])
+    plan = TrainPacking(fitted=fitted, **options).plan([lengths])
     rows, slots = pack(plan, 0, texts, pad_id=0)
     count = len(batch.passage_ids_b)
     negatives = None if batch.negatives is None else slots[2 * count :]

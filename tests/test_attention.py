@@ -184,7 +184,7 @@ def test_a_block_takes_the_shortest_window_that_holds_its_texts(shape, texts):
         keys = start + np.arange(window)
         same_qs = texts_of_block[:, None] == np.where(keys < b * t, text_p[np.minimum(keys, b * t - 1)], -1)
         np.testing.assert_array_equal(seen_qs, same_qs & (keys <= queries[: len(texts_of_block), None]))
-    assert blocks.windows[-1] < t + 2 * blocks.size
+    assert blocks.windows[0] == blocks.size and blocks.windows[-1] < t + 2 * blocks.size
 
 
 def test_the_platform_and_the_dtype_choose():

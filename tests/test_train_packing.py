@@ -171,7 +171,7 @@ def test_work_is_counted_by_the_texts():
     fitted=st.booleans(),
 )
 def test_all_processes_fill_the_same_shape(shares, multiple, chunk_rows, fitted):
-    packing = TrainPacking(300, multiple=multiple, chunk_rows=chunk_rows, fitted=fitted)
+    packing = TrainPacking(multiple=multiple, chunk_rows=chunk_rows, fitted=fitted)
     plan = packing.plan([np.array(lengths) for lengths in shares])
     assert plan.length in packing.lengths(max(map(max, shares)))
     assert plan.rows % multiple == plan.rows % len(shares) == 0
@@ -203,7 +203,7 @@ def test_slots_count_through_the_rows_of_all_processes(monkeypatch):
 
 def test_rows_are_as_long_as_pays():
     """On CPUs of a length that the texts of a batch fill, and short ones where the texts are."""
-    cpu = TrainPacking(1024, row_length=packed_length("cpu"), fitted=True)
+    cpu = TrainPacking(row_length=packed_length("cpu"), fitted=True)
     assert cpu.lengths(200) == list(range(256, 513, 32))
     assert cpu.lengths(900) == [960, 1024] and cpu.lengths(1100) == list(range(1152, 2049, 128))
     assert cpu.lengths(20) == [64, 128, 192, *range(256, 513, 32)]
@@ -212,9 +212,9 @@ def test_rows_are_as_long_as_pays():
     assert cpu.plan([sentences]).length <= 96
     plan = cpu.plan([paragraphs])
     assert 1 - paragraphs.sum() / (plan.rows * plan.length) < 0.08
-    accelerator = TrainPacking(1024)
+    accelerator = TrainPacking()
     assert accelerator.lengths(20) == [1024] and accelerator.lengths(2049) == [4096]
-    assert TrainPacking(3000).plan([np.array([5, 1100])])[:3] == (1, 2048, 4)
+    assert TrainPacking().plan([np.array([5, 1100])])[:3] == (1, 2048, 4)
     # Every text as long as a text may be: a text a row, and none added.
     assert accelerator.plan([np.full(4608, 1024)])[:3] == (4608, 1024, 1)
 
@@ -253,7 +253,7 @@ def texts_of(batch: TrainBatch | PackedTrainBatch) -> list[list[tuple[int, ...]]
 def test_a_step_holds_the_same_texts_in_both_layouts(folder, max_length):
     one, other = (
         TrainBatches(TrainingData(folder, max_length=max_length, packing=packing), batch_size=8)
-        for packing in (None, TrainPacking(max_length, multiple=2, fitted=True))
+        for packing in (None, TrainPacking(multiple=2, fitted=True))
     )
     for number in range(0, len(one), 4):
         plain, packed = one[number].batch, other[number].batch
@@ -266,7 +266,7 @@ def test_a_step_holds_the_same_texts_in_both_layouts(folder, max_length):
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_shares_of_a_batch_have_one_shape_and_its_texts(folder, processes):
-    data = TrainingData(folder, packing=TrainPacking(1024, multiple=8, fitted=True))
+    data = TrainingData(folder, packing=TrainPacking(multiple=8, fitted=True))
     whole = TrainBatches(TrainingData(folder), batch_size=8)
     parts = [TrainBatches(data, batch_size=8, share=Share(n, processes)) for n in range(processes)]
     for number in range(0, len(whole), 5):
@@ -278,7 +278,7 @@ def test_shares_of_a_batch_have_one_shape_and_its_texts(folder, processes):
 
 
 def test_validation_batches_are_packed_too(folder):
-    data = TrainingData(folder, packing=TrainPacking(1024, fitted=True))
+    data = TrainingData(folder, packing=TrainPacking(fitted=True))
     plain, packed = (ValidationBatches(source, "aya", batch_size=4) for source in (TrainingData(folder), data))
     for number in range(len(plain)):
         assert texts_of(packed[number].batch) == texts_of(plain[number].batch)
@@ -297,7 +297,7 @@ def test_real_batches_are_of_few_shapes_with_little_padding(real_data, fitted, p
     """Texts of 5 to 1,000 tokens of three tasks and 30 datasets, in batches of 32 and of 512."""
     for batch_size in (32, 512):
         row_length = packed_length("cpu" if fitted else "tpu")
-        data = LengthsOnly(real_data, packing=TrainPacking(1024, row_length=row_length, fitted=fitted))
+        data = LengthsOnly(real_data, packing=TrainPacking(row_length=row_length, fitted=fitted))
         batches = TrainBatches(data, batch_size=batch_size)
         plans = [batches[number].batch for number in range(0, len(batches), 4 if batch_size == 32 else 1)]
         tokens = sum(row.tokens for plan in plans for row in plan.shares[0])

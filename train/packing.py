@@ -50,7 +50,6 @@ class TrainPacking:
     power of four: the texts of one dataset make a few shapes, and other datasets the same ones.
 
     Attributes:
-        max_length: of a text.
         multiple: the rows of a batch are a multiple of it: devices that share a batch get equal parts.
         chunk_rows: rows computed at a time; more rows than these are a multiple of it. 0 for all at once.
         row_length: rows are of so many tokens, or for longer texts of a power of two times that.
@@ -58,7 +57,6 @@ class TrainPacking:
             cost least. For CPUs, where short rows are as fast as long ones.
     """
 
-    max_length: int
     multiple: int = 1
     chunk_rows: int = 0
     row_length: int = PACKED_LENGTH

@@ -41,7 +41,7 @@ def open_loader(config: TrainConfig) -> DataLoader:
             width=ModelConfig.from_release(release).hidden_size,
             teacher=config.teacher,
         )
-    packing = make_packing(config, max_length, mesh) if config.data.packed else None
+    packing = make_packing(config, mesh) if config.data.packed else None
     data = TrainingData(config.data.path, max_length=max_length, teacher=store, packing=packing)
     batches = TrainBatches(
         data,
@@ -53,11 +53,10 @@ def open_loader(config: TrainConfig) -> DataLoader:
     return DataLoader(batches, multiple=batch_parts(mesh), workers=config.data.workers)
 
 
-def make_packing(config: TrainConfig, max_length: int, mesh: Mesh) -> TrainPacking:
-    """The shapes of a run's packed batches, of texts of up to ``max_length`` tokens."""
+def make_packing(config: TrainConfig, mesh: Mesh) -> TrainPacking:
+    """The shapes of a run's packed batches."""
     platform = mesh.devices.flat[0].platform
     return TrainPacking(
-        max_length,
         multiple=batch_parts(mesh),
         chunk_rows=config.compute.chunk_rows,
         row_length=packed_length(platform),
