@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from f2llm_jax.axes import COMPUTE_RULES, partition_spec, platform
 from f2llm_jax.blocked import blocked
 from f2llm_jax.errors import InputError
-from f2llm_jax.products import matmul_precision
+from f2llm_jax.products import matmul_precision, product
 from f2llm_jax.ragged import ragged
 
 # Positions of a block of the splash kernel, at most; a block is a multiple of the lanes of a TPU's vector unit.
@@ -43,6 +43,7 @@ def attention(
     k_bskh: jax.Array,
     v_bskh: jax.Array,
     segment_ids_bt: jax.Array | None = None,
+    ends_be: jax.Array | None = None,
     *,
     kernel: str = "auto",
 ) -> jax.Array:
@@ -54,7 +55,10 @@ def attention(
         v_bskh: values, like the keys.
         segment_ids_bt: int32 [batch, length], equal for neighbouring positions of one text; None where every row is
             one.
-        kernel: one of ``KERNELS``, or "auto" for ``default_kernel`` of the platform.
+        ends_be: int32 [batch, ends], the positions of the queries where there are but a few, [batch, ends, heads,
+            head_dim]; None where every position has one.
+        kernel: one of ``KERNELS``, or "auto" for ``default_kernel`` of the platform. A few queries are computed as the
+            formula says, whatever it is.
 
     Returns:
         float32, shaped like the queries. Scores, softmax and sums are float32 whatever the inputs are; all
@@ -64,6 +68,8 @@ def attention(
         InputError: no such kernel, or one that does not compute in this dtype.
     """
     name = resolve_kernel(kernel, platform(), q_btnh.dtype)
+    if ends_be is not None:
+        return of_ends(q_btnh, k_bskh, v_bskh, segment_ids_bt, ends_be)
     compute = KERNELS[name]
     if name in ("ragged", "splash", "cudnn") and not jax.sharding.get_abstract_mesh().empty:
         compute = functools.partial(_on_shards, compute)
@@ -116,6 +122,29 @@ def reference(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_i
         preferred_element_type=jnp.float32,
     )
     return out_btkgh.reshape(q_btnh.shape)
+
+
+def of_ends(
+    q_benh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None, ends_be: jax.Array
+) -> jax.Array:
+    """A few queries of each row against all of its keys: float32, rounded to the dtype of the queries.
+
+    The queries of the group that shares a key/value head are rows of one matrix, q = (e, g).
+    """
+    b, e, n, h = q_benh.shape
+    t, k = k_bskh.shape[1:3]
+    g, dtype = n // k, q_benh.dtype
+    q_bkqh = q_benh.reshape(b, e, k, g, h).swapaxes(1, 2).reshape(b, k, e * g, h)
+    k_bksh, v_bksh = (x_bskh.swapaxes(1, 2) for x_bskh in (k_bskh, v_bskh))
+    seen_bes = jnp.arange(t) <= ends_be[..., None]
+    if segment_ids_bt is not None:
+        seen_bes &= segment_ids_bt[:, None] == jnp.take_along_axis(segment_ids_bt, ends_be, axis=1)[..., None]
+    seen_b1qs = jnp.repeat(seen_bes, g, axis=1)[:, None]
+    score_bkqs = jnp.where(seen_b1qs, product("bkqh,bksh->bkqs", q_bkqh, k_bksh, dtype), -jnp.inf)
+    weight_bkqs = jnp.exp(score_bkqs - jnp.max(score_bkqs, axis=-1, keepdims=True))
+    out_bkqh = product("bkqs,bksh->bkqh", weight_bkqs, v_bksh, dtype) / jnp.sum(weight_bkqs, axis=-1, keepdims=True)
+    out_benh = out_bkqh.reshape(b, k, e, g, h).swapaxes(1, 2).reshape(b, e, n, h)
+    return out_benh.astype(dtype).astype(jnp.float32)
 
 
 def splash(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None) -> jax.Array:

@@ -240,8 +240,14 @@ class Packing:
 
 
 def row_slots(length: int, texts: int, *, short: bool) -> int:
-    """The slots of a row for at most so many texts: a power of four; of short rows 64 at least."""
-    return min(_power_of(4, max(texts, 64) if short else texts), length)
+    """The slots of a row for at most so many texts: a power of four, times 16 (of 128 tokens and more 32) if short.
+
+    Few, because the last layer computes them all; and of few numbers, because a program is compiled for each.
+    """
+    slots = (32 if length >= 128 else 16) if short else 1
+    while slots < texts:
+        slots *= 4
+    return min(slots, length)
 
 
 def packed_length(platform: str) -> int:
@@ -252,7 +258,7 @@ def packed_length(platform: str) -> int:
 def round_rows(rows: int, multiple: int, *, steps: int) -> int:
     """A number of rows, rounded up to ``steps`` steps per doubling, times ``multiple``."""
     parts = math.ceil(rows / multiple)
-    step = max(_power_of(2, parts) // (2 * steps), 1)
+    step = max(_power_of_two(parts) // (2 * steps), 1)
     return multiple * math.ceil(parts / step) * step
 
 
@@ -430,9 +436,6 @@ def text_lengths(batch: PackedBatch) -> np.ndarray:
     return np.unique(texts_bt[segment_ids_bt > 0], return_counts=True)[1]
 
 
-def _power_of(base: int, at_least: int) -> int:
-    """The least power of ``base`` that is not below ``at_least``."""
-    power = 1
-    while power < at_least:
-        power *= base
-    return power
+def _power_of_two(at_least: int) -> int:
+    """The least one that is not below a positive number."""
+    return 1 << (at_least - 1).bit_length()

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from f2llm_jax.axes import platform
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.errors import InputError
-from f2llm_jax.model import Backbone, Params, apply
+from f2llm_jax.model import Backbone, Params, apply, at_positions
 
 
 class Batch(NamedTuple):
@@ -71,16 +72,19 @@ def eos_states(
     if not jnp.issubdtype(dtype, jnp.floating):
         raise InputError(f"dtype must be float32 or bfloat16, not {jnp.dtype(dtype)}; with int8 projections, bfloat16")
     backbone = Backbone(config, dtype=jnp.dtype(dtype), kernel=kernel, remat=remat)
-    segment_ids_bt = batch.segment_ids_bt if isinstance(batch, PackedBatch) else None
-    return pool(apply(backbone, params, batch.tokens_bt, segment_ids_bt), batch)
+    packed = isinstance(batch, PackedBatch)
+    inputs = (batch.tokens_bt, batch.segment_ids_bt if packed else None)
+    ends_be = ends(batch)
+    if platform() == "cpu":
+        states_bed = apply(backbone, params, *inputs, ends_be)
+    else:
+        states_bed = at_positions(apply(backbone, params, *inputs), ends_be)
+    return states_bed if packed else states_bed[:, 0]
 
 
-def pool(states_btd: jax.Array, batch: Batch | PackedBatch) -> jax.Array:
-    """The states of the texts' EOS: [batch, hidden], of a ``PackedBatch`` [batch, texts, hidden]."""
-    if isinstance(batch, PackedBatch):
-        return jnp.take_along_axis(states_btd, batch.ends_be[..., None], axis=1)
-    last_b11 = (batch.lengths_b - 1)[:, None, None]
-    return jnp.take_along_axis(states_btd, last_b11, axis=1)[:, 0]
+def ends(batch: Batch | PackedBatch) -> jax.Array:
+    """Where the EOS of each text of each row is: int32 [batch, texts]."""
+    return jnp.asarray(batch.ends_be if isinstance(batch, PackedBatch) else batch.lengths_b[:, None] - 1)
 
 
 def embed(

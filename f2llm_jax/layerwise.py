@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from f2llm_jax.config import ModelConfig
-from f2llm_jax.embedding import Batch, PackedBatch, matryoshka, pool
+from f2llm_jax.embedding import Batch, PackedBatch, ends, matryoshka
 from f2llm_jax.model import Block, Params, RMSNorm, apply, positions, rotary_angles
 from f2llm_jax.vocabulary import lookup
 
@@ -46,9 +46,9 @@ class Layerwise:
         """Float32 unit embeddings [batch, dim], of a ``PackedBatch`` [batch, texts, dim], as a promise."""
         segment_ids_bt = batch.segment_ids_bt if isinstance(batch, PackedBatch) else None
         x_btd, rotary = _first(self._table_vd, batch.tokens_bt, segment_ids_bt, config=self.config)
-        for weights in self._layers:
+        for weights in self._layers[:-1]:
             x_btd = _layer(weights, x_btd, rotary, segment_ids_bt, **self._options)
-        return _last(self._norm, x_btd, batch, config=self.config, dim=dim)
+        return _last(self._layers[-1], self._norm, x_btd, rotary, batch, dim=dim, **self._options)
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -103,7 +103,21 @@ def _layer(
     return apply(Block(config, dtype, kernel), weights, x_btd, rotary, segment_ids_bt, False)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dim"))
-def _last(norm: Params, x_btd: jax.Array, batch: Batch | PackedBatch, *, config: ModelConfig, dim: int) -> jax.Array:
-    states_btd = apply(RMSNorm(config.hidden_size, "embed", config.rms_norm_eps), norm, x_btd)
-    return matryoshka(pool(states_btd, batch), (dim,))[dim]
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "kernel", "dim"))
+def _last(
+    weights: Params,
+    norm: Params,
+    x_btd: jax.Array,
+    rotary: tuple[jax.Array, jax.Array],
+    batch: Batch | PackedBatch,
+    *,
+    config: ModelConfig,
+    dtype: Any,
+    kernel: str,
+    dim: int,
+) -> jax.Array:
+    packed = isinstance(batch, PackedBatch)
+    block = Block(config, dtype, kernel)
+    x_bed, _ = apply(block, weights, x_btd, rotary, batch.segment_ids_bt if packed else None, False, ends(batch))
+    states_bed = apply(RMSNorm(config.hidden_size, "embed", config.rms_norm_eps), norm, x_bed)
+    return matryoshka(states_bed if packed else states_bed[:, 0], (dim,))[dim]

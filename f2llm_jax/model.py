@@ -17,8 +17,10 @@ v vocabulary.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -110,15 +112,22 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_btd: jax.Array, rotary: tuple[jax.Array, jax.Array], segment_ids_bt: jax.Array | None
+        self,
+        x_btd: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        segment_ids_bt: jax.Array | None,
+        ends_be: jax.Array | None,
     ) -> jax.Array:
         c = self.config
         n, k, h, d = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size
         kv_axes = ("kv_heads", "head_dim", "embed")
-        q_btnh = Projection((n, h), (d,), ("heads", "head_dim", "embed"), self.dtype, name="q_proj")(x_btd)
+        query_btd, query_rotary = x_btd, rotary
+        if ends_be is not None:
+            query_btd, query_rotary = at_positions(x_btd, ends_be), tuple(at_positions(x, ends_be) for x in rotary)
+        q_btnh = Projection((n, h), (d,), ("heads", "head_dim", "embed"), self.dtype, name="q_proj")(query_btd)
         k_btkh = Projection((k, h), (d,), kv_axes, self.dtype, name="k_proj")(x_btd)
         v_btkh = Projection((k, h), (d,), kv_axes, self.dtype, name="v_proj")(x_btd)
-        q_btnh = rotate(RMSNorm(h, "head_dim", c.rms_norm_eps, name="q_norm")(q_btnh), rotary)
+        q_btnh = rotate(RMSNorm(h, "head_dim", c.rms_norm_eps, name="q_norm")(q_btnh), query_rotary)
         k_btkh = rotate(RMSNorm(h, "head_dim", c.rms_norm_eps, name="k_norm")(k_btkh), rotary)
         # Scaled here, before the one rounding to dtype.
         out_btnh = attention(
@@ -126,6 +135,7 @@ class Attention(nn.Module):
             k_btkh.astype(self.dtype),
             v_btkh.astype(self.dtype),
             segment_ids_bt,
+            ends_be,
             kernel=self.kernel,
         )
         o_proj = Projection((d,), (n, h), ("embed", "heads", "head_dim"), self.dtype, may_round=False, name="o_proj")
@@ -146,7 +156,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer. Returns the residual stream twice: as the carry of the scan, and as this layer's output."""
+    """One decoder layer. Returns the residual stream twice: as the carry of the scan, and as this layer's output.
+
+    With ``ends_be`` the residual stream of those positions alone, [b, e, d]: the others are only keys and values.
+    """
 
     config: ModelConfig
     dtype: Any
@@ -159,10 +172,13 @@ class Block(nn.Module):
         rotary: tuple[jax.Array, jax.Array],
         segment_ids_bt: jax.Array | None,
         all_layers: bool,
+        ends_be: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
         c = self.config
         normed_btd = RMSNorm(c.hidden_size, "embed", c.rms_norm_eps, name="input_norm")(x_btd)
-        x_btd = x_btd + Attention(c, self.dtype, self.kernel, name="attention")(normed_btd, rotary, segment_ids_bt)
+        attention = Attention(c, self.dtype, self.kernel, name="attention")
+        attended_btd = attention(normed_btd, rotary, segment_ids_bt, ends_be)
+        x_btd = (x_btd if ends_be is None else at_positions(x_btd, ends_be)) + attended_btd
         normed_btd = RMSNorm(c.hidden_size, "embed", c.rms_norm_eps, name="mlp_norm")(x_btd)
         x_btd = x_btd + MLP(c, self.dtype, name="mlp")(normed_btd)
         x_btd = constrain(x_btd, "batch", "length", "embed")
@@ -186,7 +202,12 @@ class Backbone(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens_bt: jax.Array, segment_ids_bt: jax.Array | None = None, *, all_layers: bool = False
+        self,
+        tokens_bt: jax.Array,
+        segment_ids_bt: jax.Array | None = None,
+        ends_be: jax.Array | None = None,
+        *,
+        all_layers: bool = False,
     ) -> Any:
         """Runs the decoder.
 
@@ -194,11 +215,13 @@ class Backbone(nn.Module):
             tokens_bt: int32 [batch, length] token ids; rows filled from the left.
             segment_ids_bt: int32 [batch, length], equal for neighbouring tokens of one text, which sees no other text
                 and whose positions start at 0; None for rows of one text each.
-            all_layers: also return the output of every layer.
+            ends_be: int32 [batch, ends], the positions whose states are wanted; None for all. Of the last layer, what
+                only other positions need is then not computed.
+            all_layers: also return the output of every layer; not with ``ends_be``.
 
         Returns:
-            float32 [batch, length, hidden] final-norm states; with ``all_layers`` a pair of these and the residual
-            stream after each layer, [layers, batch, length, hidden].
+            float32 [batch, length, hidden] final-norm states, or [batch, ends, hidden]; with ``all_layers`` a pair of
+            these and the residual stream after each layer, [layers, batch, length, hidden].
         """
         c = self.config
         table_vd = self.param(
@@ -206,6 +229,14 @@ class Backbone(nn.Module):
         )
         x_btd = lookup(table_vd, tokens_bt).astype(jnp.float32)
         rotary = rotary_angles(positions(tokens_bt.shape[1], segment_ids_bt), c.head_dim, c.rope_theta)
+        norm = RMSNorm(c.hidden_size, "embed", c.rms_norm_eps, name="norm")
+        if ends_be is not None:
+            layer = functools.partial(_layer, Block(c, self.dtype, self.kernel, parent=None))
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            weights = self.variables["params"]["layers"]
+            x_btd = _all_but_last(layer, weights, x_btd, rotary, segment_ids_bt)
+            last = jax.tree.map(lambda weight: weight[-1], weights)
+            return norm(layer(last, x_btd, rotary, segment_ids_bt, ends_be))
         # Within a scan nothing can be merged with the forward pass anyway: prevent_cse would only cost.
         block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False, static_argnums=(4,))
         layers = nn.scan(
@@ -217,8 +248,51 @@ class Backbone(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.dtype, self.kernel, name="layers")
         x_btd, layer_outputs_lbtd = layers(x_btd, rotary, segment_ids_bt, all_layers)
-        states_btd = RMSNorm(c.hidden_size, "embed", c.rms_norm_eps, name="norm")(x_btd)
+        states_btd = norm(x_btd)
         return (states_btd, layer_outputs_lbtd) if all_layers else states_btd
+
+
+def _layer(block: Block, weights: Params, x_btd: jax.Array, rotary: Any, segment_ids_bt: Any, ends_be: Any) -> jax.Array:
+    return block.apply({"params": weights}, x_btd, rotary, segment_ids_bt, False, ends_be)[0]
+
+
+def _all_but_last(
+    layer: Callable[..., jax.Array], weights: Params, x_btd: jax.Array, rotary: Any, segment_ids_bt: jax.Array | None
+) -> jax.Array:
+    """The residual stream after the last layer but one.
+
+    Without a gradient each layer's weights are read where they are. For a gradient the loop runs over a copy without
+    the last layer: that of a layer read within the loop would be added to one of the whole stack at every turn.
+    """
+    count = jax.tree.leaves(weights)[0].shape[0] - 1
+
+    @jax.custom_vjp
+    def run(weights: Params, x_btd: jax.Array, rotary: Any, segment_ids_bt: jax.Array | None) -> jax.Array:
+        def step(n: jax.Array, x_btd: jax.Array) -> jax.Array:
+            own = jax.tree.map(lambda weight: jax.lax.dynamic_index_in_dim(weight, n, keepdims=False), weights)
+            return layer(own, x_btd, rotary, segment_ids_bt, None)
+
+        return jax.lax.fori_loop(0, count, step, x_btd)
+
+    def differentiable(
+        weights: Params, x_btd: jax.Array, rotary: Any, segment_ids_bt: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
+        def scan(weights: Params, x_btd: jax.Array) -> jax.Array:
+            def step(x_btd: jax.Array, own: Params) -> tuple[jax.Array, None]:
+                return layer(own, x_btd, rotary, segment_ids_bt, None), None
+
+            return jax.lax.scan(step, x_btd, jax.tree.map(lambda weight: weight[:count], weights))[0]
+
+        return jax.vjp(scan, weights, x_btd)
+
+    run.defvjp(differentiable, lambda pull, cotangent_btd: (*pull(cotangent_btd), None, None))
+    return run(weights, x_btd, rotary, segment_ids_bt)
+
+
+def at_positions(x_bt: jax.Array, position_be: jax.Array) -> jax.Array:
+    """What an array [batch, length, ...] (or [1, length, ...]) has at some positions of each row: [batch, e, ...]."""
+    index_be = position_be.reshape(*position_be.shape, *(1,) * (x_bt.ndim - 2))
+    return jnp.take_along_axis(x_bt, index_be, axis=1)
 
 
 def apply(module: nn.Module, params: Params, *args: Any, **options: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -51,7 +52,67 @@ def test_the_state_is_that_of_the_last_token(params):
     batch = f2llm_jax.Batch(random_tokens(6, 16), np.array([1, 2, 8, 9, 15, 16], np.int32))
     states = f2llm_jax.Backbone(TINY).apply({"params": params}, batch.tokens_bt)
     expected = np.stack([states[row, length - 1] for row, length in enumerate(batch.lengths_b)])
-    np.testing.assert_array_equal(f2llm_jax.eos_states(params, batch, config=TINY), expected)
+    np.testing.assert_allclose(f2llm_jax.eos_states(params, batch, config=TINY), expected, rtol=0, atol=1e-5)
+
+
+def rows_of_each_layout() -> list[f2llm_jax.Batch | f2llm_jax.PackedBatch]:
+    """The same tokens twice; in packed rows texts of 1, 9, 30 and 24 tokens, and a slot without one."""
+    tokens_bt = random_tokens(2, 64)
+    segment_ids_bt = np.repeat(np.array([[1, 2, 3, 4], [1, 2, 3, 4]], np.int32), [1, 9, 30, 24], axis=1)
+    ends_be = np.array([[0, 9, 39, 63, 0], [0, 9, 39, 63, 0]], np.int32)
+    return [
+        f2llm_jax.Batch(tokens_bt, np.array([64, 17], np.int32)),
+        f2llm_jax.PackedBatch(tokens_bt, segment_ids_bt, ends_be),
+    ]
+
+
+@pytest.mark.parametrize("batch", rows_of_each_layout(), ids=["bucketed", "packed"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 5e-6), ("bfloat16", 2e-2)])
+def test_the_last_layer_for_ends_alone_is_that_for_all(params, batch, remat, dtype, limit):
+    """States and gradients, against those of all positions, of which the ends are taken."""
+    packed = isinstance(batch, f2llm_jax.PackedBatch)
+    segment_ids_bt = batch.segment_ids_bt if packed else None
+    ends_be = batch.ends_be if packed else batch.lengths_b[:, None] - 1
+    weight_bed = np.random.default_rng(1).normal(size=(*ends_be.shape, TINY.hidden_size)).astype(np.float32)
+
+    def of_ends(params):
+        states = f2llm_jax.eos_states(params, batch, config=TINY, dtype=dtype, remat=remat)
+        return states if packed else states[:, None]
+
+    def of_all(params):
+        backbone = f2llm_jax.Backbone(TINY, dtype=jnp.dtype(dtype), remat=remat)
+        states_btd = backbone.apply({"params": params}, batch.tokens_bt, segment_ids_bt)
+        return jnp.take_along_axis(states_btd, ends_be[..., None], axis=1)
+
+    def with_gradient(states):
+        return states(params), jax.grad(lambda params: (states(params) * weight_bed).sum())(params)
+
+    for got, expected in zip(*(jax.tree.leaves(with_gradient(states)) for states in (of_ends, of_all)), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=limit * np.abs(expected).max())
+
+
+def test_the_last_layer_computes_few_positions():
+    """By the compiler's count. Of a layer's weights, keys and values are 96 · 128 and all others 96 · 736."""
+    config = dataclasses.replace(TINY, num_hidden_layers=1)
+    params = f2llm_jax.init_params(config, jax.random.key(0))
+    tokens_bt = random_tokens(8, 64)
+
+    def flops(compute, *args):
+        return jax.jit(compute).lower(params, *args).compile().cost_analysis()["flops"]
+
+    every = flops(lambda params, tokens_bt: f2llm_jax.Backbone(config).apply({"params": params}, tokens_bt), tokens_bt)
+    batch = f2llm_jax.Batch(tokens_bt, np.full(8, 64, np.int32))
+    assert flops(lambda params, batch: f2llm_jax.eos_states(params, batch, config=config), batch) < every / 4
+
+
+def test_no_weights_are_copied_without_a_gradient():
+    config = dataclasses.replace(TINY, num_hidden_layers=6, intermediate_size=4096)
+    params = f2llm_jax.init_params(config, jax.random.key(0))
+    batch = f2llm_jax.Batch(random_tokens(1, 8), np.array([8], np.int32))
+    compiled = jax.jit(partial(f2llm_jax.eos_states, config=config)).lower(params, batch).compile()
+    stack_bytes = sum(x.nbytes for x in jax.tree.leaves(params["layers"]))
+    assert compiled.memory_analysis().temp_size_in_bytes < stack_bytes / 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

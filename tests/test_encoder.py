@@ -476,12 +476,12 @@ def test_threads_do_not_trace_at_the_same_time(tiny, monkeypatch):
     monkeypatch.setattr(nn, "remat", watched)
 
     def trace(length: int) -> tuple[int, ...]:
-        batch = f2llm_jax.Batch(np.zeros((1, length), np.int32), np.ones(1, np.int32))
-        return jax.eval_shape(functools.partial(f2llm_jax.embed, config=tiny.config), tiny.params, batch).shape
+        states = functools.partial(f2llm_jax.model.apply, f2llm_jax.Backbone(tiny.config))
+        return jax.eval_shape(states, tiny.params, np.zeros((1, length), np.int32)).shape
 
     with ThreadPoolExecutor(4) as pool:
         counts = [pool.submit(f2llm_jax.model.count_parameters, tiny.config) for _ in range(2)]
         shapes = list(pool.map(trace, range(11, 19)))
         assert len({count.result() for count in counts}) == 1
-    assert shapes == [(1, tiny.config.hidden_size)] * 8
+    assert shapes == [(1, length, tiny.config.hidden_size) for length in range(11, 19)]
     assert most == [1] * 10
