@@ -90,8 +90,12 @@ def profile(model: Any, batch: Any) -> dict[str, float]:
     from jax.profiler import ProfileData
 
     compute, dim = model._layerwise, model.config.hidden_size
-    program = compute.layer_program(batch)
-    sources = dict(re.findall(r"%([\w.-]+) = .*?op_name=\"([^\"]*)\"", program))
+    sources = {
+        program.removeprefix("HloModule ").partition(",")[0]: dict(
+            re.findall(r"%([\w.-]+) = .*?op_name=\"([^\"]*)\"", program)
+        )
+        for program in compute.programs(batch)
+    }
     times = 3
     compute(batch, dim).block_until_ready()
     with tempfile.TemporaryDirectory() as folder:
@@ -105,8 +109,9 @@ def profile(model: Any, batch: Any) -> dict[str, float]:
         # A call or a loop is the sum of what is in it.
         if module is None or name.startswith(("call", "while")):
             continue
-        in_layer = f"%{name} = " in program and module in program
-        source = f"{name} {sources.get(name, 'attention/transpose' if 'transpose' in name else '')}" if in_layer else ""
+        source = ""
+        if module in sources:
+            source = f"{name} {sources[module].get(name, 'attention/transpose' if 'transpose' in name else '')}"
         kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, source))
         found[kind] += event.duration_ns / 1e6 / times
     return found

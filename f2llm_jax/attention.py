@@ -10,6 +10,7 @@ they are filled from the left, so that no token of the text sees the padding beh
     blocked    everywhere; GPUs in float32     plain products of blocks, nothing above the diagonal; ``blocked.py``
     reference  everywhere                      the formula; what the others are tested against
 
+Where but a few positions have a query (the last layer on CPUs, whose others no one asks for), ``of_ends`` is the formula.
 All take grouped queries as they are: keys and values are never repeated. On a mesh, ragged, splash and cudnn run under
 ``shard_map`` over batch and heads; the compiler splits the others by itself.
 
@@ -141,7 +142,7 @@ def of_ends(
         seen_bes &= segment_ids_bt[:, None] == jnp.take_along_axis(segment_ids_bt, ends_be, axis=1)[..., None]
     seen_b1qs = jnp.repeat(seen_bes, g, axis=1)[:, None]
     score_bkqs = jnp.where(seen_b1qs, product("bkqh,bksh->bkqs", q_bkqh, k_bksh, dtype), -jnp.inf)
-    weight_bkqs = jnp.exp(score_bkqs - jnp.max(score_bkqs, axis=-1, keepdims=True))
+    weight_bkqs = jnp.exp(score_bkqs - jax.lax.stop_gradient(jnp.max(score_bkqs, axis=-1, keepdims=True)))
     out_bkqh = product("bkqs,bksh->bkqh", weight_bkqs, v_bksh, dtype) / jnp.sum(weight_bkqs, axis=-1, keepdims=True)
     out_benh = out_bkqh.reshape(b, k, e, g, h).swapaxes(1, 2).reshape(b, e, n, h)
     return out_benh.astype(dtype).astype(jnp.float32)

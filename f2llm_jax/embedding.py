@@ -14,6 +14,9 @@ from f2llm_jax.config import ModelConfig
 from f2llm_jax.errors import InputError
 from f2llm_jax.model import Backbone, Params, apply, at_positions
 
+MANY_TOKENS = 256
+"""Of a batch, padding included: see ``ends_alone``."""
+
 
 class Batch(NamedTuple):
     """Texts as rows of token ids, filled from the left.
@@ -32,8 +35,8 @@ class PackedBatch(NamedTuple):
 
     Attributes:
         tokens_bt: int32 [batch, length]; what belongs to no text may be anything, nothing depends on it.
-        segment_ids_bt: int32 [batch, length], equal for the tokens of one text, different for its neighbours'; 0 for
-            padding.
+        segment_ids_bt: int32 [batch, length], equal for the tokens of one text, different from those of the row's other
+            texts; 0 for padding.
         ends_be: int32 [batch, texts], where in its row each text's EOS is; 0 in a slot without a text, whose state
             means nothing.
     """
@@ -75,7 +78,7 @@ def eos_states(
     packed = isinstance(batch, PackedBatch)
     inputs = (batch.tokens_bt, batch.segment_ids_bt if packed else None)
     ends_be = ends(batch)
-    if platform() == "cpu":
+    if ends_alone(batch):
         states_bed = apply(backbone, params, *inputs, ends_be)
     else:
         states_bed = at_positions(apply(backbone, params, *inputs), ends_be)
@@ -85,6 +88,15 @@ def eos_states(
 def ends(batch: Batch | PackedBatch) -> jax.Array:
     """Where the EOS of each text of each row is: int32 [batch, texts]."""
     return jnp.asarray(batch.ends_be if isinstance(batch, PackedBatch) else batch.lengths_b[:, None] - 1)
+
+
+def ends_alone(batch: Batch | PackedBatch) -> bool:
+    """Whether the last layer is computed for the texts' ends alone, but for keys and values: on CPUs, of many tokens.
+
+    Of few, it is reading the weights that takes the time, and a second kind of layer has to be compiled. On
+    accelerators it was not measured; there, models have more layers, of which the last is less.
+    """
+    return platform() == "cpu" and batch.tokens_bt.size >= MANY_TOKENS
 
 
 def embed(

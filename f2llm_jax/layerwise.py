@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from f2llm_jax.config import ModelConfig
-from f2llm_jax.embedding import Batch, PackedBatch, ends, matryoshka
-from f2llm_jax.model import Block, Params, RMSNorm, apply, positions, rotary_angles
+from f2llm_jax.embedding import Batch, PackedBatch, ends, ends_alone, matryoshka
+from f2llm_jax.model import Block, Params, RMSNorm, apply, at_positions, positions, rotary_angles
 from f2llm_jax.vocabulary import lookup
 
 LONGEST_ROW = 256
@@ -46,19 +46,25 @@ class Layerwise:
         """Float32 unit embeddings [batch, dim], of a ``PackedBatch`` [batch, texts, dim], as a promise."""
         segment_ids_bt = batch.segment_ids_bt if isinstance(batch, PackedBatch) else None
         x_btd, rotary = _first(self._table_vd, batch.tokens_bt, segment_ids_bt, config=self.config)
-        for weights in self._layers[:-1]:
+        last = len(self._layers) - 1 if ends_alone(batch) else len(self._layers)
+        for weights in self._layers[:last]:
             x_btd = _layer(weights, x_btd, rotary, segment_ids_bt, **self._options)
-        return _last(self._layers[-1], self._norm, x_btd, rotary, batch, dim=dim, **self._options)
+        for weights in self._layers[last:]:
+            x_btd = _layer_of_ends(weights, x_btd, rotary, segment_ids_bt, ends(batch), **self._options)
+        return _last(self._norm, x_btd, batch, config=self.config, dim=dim)
 
     @property
     def _options(self) -> dict[str, Any]:
         return {"config": self.config, "dtype": self.dtype, "kernel": self.kernel}
 
-    def layer_program(self, batch: Batch | PackedBatch) -> str | None:
-        """The compiled program of a layer, as text: what a profile's names stand for."""
+    def programs(self, batch: Batch | PackedBatch) -> list[str]:
+        """The compiled programs of a layer and of one for the ends alone: what a profile's names stand for."""
         segment_ids_bt = batch.segment_ids_bt if isinstance(batch, PackedBatch) else None
         inputs = _first(self._table_vd, batch.tokens_bt, segment_ids_bt, config=self.config)
-        return _layer.lower(self._layers[0], *inputs, segment_ids_bt, **self._options).compile().as_text()
+        weights = self._layers[-1]
+        layer = _layer.lower(weights, *inputs, segment_ids_bt, **self._options)
+        of_ends = _layer_of_ends.lower(weights, *inputs, segment_ids_bt, ends(batch), **self._options)
+        return [lowered.compile().as_text() or "" for lowered in (layer, of_ends)]
 
 
 def bit_views(params: Params) -> Params:
@@ -103,21 +109,24 @@ def _layer(
     return apply(Block(config, dtype, kernel), weights, x_btd, rotary, segment_ids_bt, False)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "kernel", "dim"))
-def _last(
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "kernel"))
+def _layer_of_ends(
     weights: Params,
-    norm: Params,
     x_btd: jax.Array,
     rotary: tuple[jax.Array, jax.Array],
-    batch: Batch | PackedBatch,
+    segment_ids_bt: jax.Array | None,
+    ends_be: jax.Array,
     *,
     config: ModelConfig,
     dtype: Any,
     kernel: str,
-    dim: int,
 ) -> jax.Array:
-    packed = isinstance(batch, PackedBatch)
-    block = Block(config, dtype, kernel)
-    x_bed, _ = apply(block, weights, x_btd, rotary, batch.segment_ids_bt if packed else None, False, ends(batch))
-    states_bed = apply(RMSNorm(config.hidden_size, "embed", config.rms_norm_eps), norm, x_bed)
-    return matryoshka(states_bed if packed else states_bed[:, 0], (dim,))[dim]
+    return apply(Block(config, dtype, kernel), weights, x_btd, rotary, segment_ids_bt, False, ends_be)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dim"))
+def _last(norm: Params, x_btd: jax.Array, batch: Batch | PackedBatch, *, config: ModelConfig, dim: int) -> jax.Array:
+    states_bed = apply(RMSNorm(config.hidden_size, "embed", config.rms_norm_eps), norm, x_btd)
+    if not ends_alone(batch):
+        states_bed = at_positions(states_bed, ends(batch))
+    return matryoshka(states_bed if isinstance(batch, PackedBatch) else states_bed[:, 0], (dim,))[dim]

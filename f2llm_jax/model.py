@@ -231,12 +231,12 @@ class Backbone(nn.Module):
         rotary = rotary_angles(positions(tokens_bt.shape[1], segment_ids_bt), c.head_dim, c.rope_theta)
         norm = RMSNorm(c.hidden_size, "embed", c.rms_norm_eps, name="norm")
         if ends_be is not None:
+            assert not all_layers
             layer = functools.partial(_layer, Block(c, self.dtype, self.kernel, parent=None))
+            # The last layer may be merged with its forward pass: it is of few positions.
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
             weights = self.variables["params"]["layers"]
-            x_btd = _all_but_last(layer, weights, x_btd, rotary, segment_ids_bt)
-            last = jax.tree.map(lambda weight: weight[-1], weights)
-            return norm(layer(last, x_btd, rotary, segment_ids_bt, ends_be))
+            return norm(_through_layers(layer, weights, x_btd, rotary, segment_ids_bt, ends_be))
         # Within a scan nothing can be merged with the forward pass anyway: prevent_cse would only cost.
         block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False, static_argnums=(4,))
         layers = nn.scan(
@@ -252,41 +252,54 @@ class Backbone(nn.Module):
         return (states_btd, layer_outputs_lbtd) if all_layers else states_btd
 
 
-def _layer(block: Block, weights: Params, x_btd: jax.Array, rotary: Any, segment_ids_bt: Any, ends_be: Any) -> jax.Array:
-    return block.apply({"params": weights}, x_btd, rotary, segment_ids_bt, False, ends_be)[0]
-
-
-def _all_but_last(
-    layer: Callable[..., jax.Array], weights: Params, x_btd: jax.Array, rotary: Any, segment_ids_bt: jax.Array | None
+def _layer(
+    block: Block, weights: Params, x_btd: jax.Array, rotary: Any, segment_ids_bt: Any, ends_be: Any = None
 ) -> jax.Array:
-    """The residual stream after the last layer but one.
+    return apply(block, weights, x_btd, rotary, segment_ids_bt, False, ends_be)[0]
+
+
+def _through_layers(
+    layer: Callable[..., jax.Array],
+    weights: Params,
+    x_btd: jax.Array,
+    rotary: tuple[jax.Array, jax.Array],
+    segment_ids_bt: jax.Array | None,
+    ends_be: jax.Array,
+) -> jax.Array:
+    """The residual stream after all layers, the last computed for some positions alone: [batch, ends, hidden].
 
     Without a gradient each layer's weights are read where they are. For a gradient the loop runs over a copy without
-    the last layer: that of a layer read within the loop would be added to one of the whole stack at every turn.
+    the last layer: the gradient of a layer read within the loop would be added to a whole stack at every turn.
     """
     count = jax.tree.leaves(weights)[0].shape[0] - 1
 
     @jax.custom_vjp
-    def run(weights: Params, x_btd: jax.Array, rotary: Any, segment_ids_bt: jax.Array | None) -> jax.Array:
-        def step(n: jax.Array, x_btd: jax.Array) -> jax.Array:
-            own = jax.tree.map(lambda weight: jax.lax.dynamic_index_in_dim(weight, n, keepdims=False), weights)
-            return layer(own, x_btd, rotary, segment_ids_bt, None)
+    def run(weights: Params, x_btd: jax.Array, *inputs: Any) -> jax.Array:
+        *others, ends_be = inputs
 
-        return jax.lax.fori_loop(0, count, step, x_btd)
+        def at(n: Any) -> Params:
+            return jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, n, keepdims=False), weights)
 
-    def differentiable(
-        weights: Params, x_btd: jax.Array, rotary: Any, segment_ids_bt: jax.Array | None
-    ) -> tuple[jax.Array, Any]:
-        def scan(weights: Params, x_btd: jax.Array) -> jax.Array:
-            def step(x_btd: jax.Array, own: Params) -> tuple[jax.Array, None]:
-                return layer(own, x_btd, rotary, segment_ids_bt, None), None
+        x_btd = jax.lax.fori_loop(0, count, lambda n, x_btd: layer(at(n), x_btd, *others), x_btd)
+        return layer(at(count), x_btd, *others, ends_be)
 
-            return jax.lax.scan(step, x_btd, jax.tree.map(lambda weight: weight[:count], weights))[0]
+    def forward(weights: Params, x_btd: jax.Array, *inputs: Any) -> tuple[jax.Array, Any]:
+        *others, ends_be = inputs
 
-        return jax.vjp(scan, weights, x_btd)
+        def through(first: Params, last: Params, x_btd: jax.Array) -> jax.Array:
+            x_btd, _ = jax.lax.scan(lambda x_btd, own: (layer(own, x_btd, *others), None), x_btd, first)
+            return layer(last, x_btd, *others, ends_be)
 
-    run.defvjp(differentiable, lambda pull, cotangent_btd: (*pull(cotangent_btd), None, None))
-    return run(weights, x_btd, rotary, segment_ids_bt)
+        first, last = (jax.tree.map(lambda stack, part=part: stack[part], weights) for part in (slice(count), count))
+        return jax.vjp(through, first, last, x_btd)
+
+    def backward(pull: Any, cotangent_bed: jax.Array) -> tuple[Any, ...]:
+        d_first, d_last, d_x_btd = pull(cotangent_bed)
+        d_weights = jax.tree.map(lambda first, last: jnp.concatenate([first, last[None]]), d_first, d_last)
+        return d_weights, d_x_btd, None, None, None
+
+    run.defvjp(forward, backward)
+    return run(weights, x_btd, rotary, segment_ids_bt, ends_be)
 
 
 def at_positions(x_bt: jax.Array, position_be: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import f2llm_jax
 from f2llm_jax.embedding import Batch, PackedBatch
 from f2llm_jax.layerwise import Layerwise, bit_views
 
-ROWS, LENGTH = 3, 40
+LENGTH = 40
 
 
 @pytest.fixture(params=["float32", "bfloat16"])
@@ -19,15 +19,16 @@ def params(request) -> dict:
     return jax.tree.map(lambda x: x.astype(request.param), params)
 
 
-def batches() -> list[Batch | PackedBatch]:
+def batches(rows: int) -> list[Batch | PackedBatch]:
     random = np.random.default_rng(0)
-    tokens_bt = random.integers(TINY.vocab_size, size=(ROWS, LENGTH)).astype(np.int32)
-    segment_ids_bt = np.sort(random.integers(1, 5, size=(ROWS, LENGTH)), axis=1).astype(np.int32)
+    tokens_bt = random.integers(TINY.vocab_size, size=(rows, LENGTH)).astype(np.int32)
+    segment_ids_bt = np.sort(random.integers(1, 5, size=(rows, LENGTH)), axis=1).astype(np.int32)
     ends_be = np.array([np.searchsorted(row, [1, 2, 3, 4], side="right") - 1 for row in segment_ids_bt], np.int32)
-    return [Batch(tokens_bt, np.array([1, 17, 40], np.int32)), PackedBatch(tokens_bt, segment_ids_bt, ends_be)]
+    lengths_b = np.resize(np.array([1, 17, 40], np.int32), rows)
+    return [Batch(tokens_bt, lengths_b), PackedBatch(tokens_bt, segment_ids_bt, ends_be)]
 
 
-@pytest.mark.parametrize("batch", batches(), ids=["bucketed", "packed"])
+@pytest.mark.parametrize("batch", batches(3) + batches(7), ids=["bucketed", "packed", "many, bucketed", "many, packed"])
 def test_equals_the_one_program_bit_for_bit(params, batch):
     dtype = params["embed_tokens"].dtype
     layerwise = Layerwise(params, TINY, dtype=dtype, kernel="ragged")

@@ -46,8 +46,8 @@ class PackPlan(NamedTuple):
 class TrainPacking:
     """The shapes that packed training batches may have.
 
-    A program is compiled for each shape. The number of rows has eight steps per doubling, the slots of a row are a
-    power of four: the texts of one dataset make a few shapes, and other datasets the same ones.
+    A program is compiled for each shape. The number of rows has eight steps per doubling, the slots of a row four times
+    as many per step (``row_slots``): the texts of one dataset make a few shapes, and other datasets the same ones.
 
     Attributes:
         multiple: the rows of a batch are a multiple of it: devices that share a batch get equal parts.
