@@ -10,9 +10,9 @@ they are filled from the left, so that no token of the text sees the padding beh
     blocked    everywhere; GPUs in float32     plain products of blocks, nothing above the diagonal; ``blocked.py``
     reference  everywhere                      the formula; what the others are tested against
 
-Where but a few positions have a query (the last layer on CPUs, whose others no one asks for), ``of_ends`` is the formula.
-All take grouped queries as they are: keys and values are never repeated. On a mesh, ragged, splash and cudnn run under
-``shard_map`` over batch and heads; the compiler splits the others by itself.
+Where but a few positions have a query (of the last layer on CPUs no one asks for the others), ``of_ends`` computes what
+the formula says. All take grouped queries as they are: keys and values are never repeated. On a mesh, ragged, splash
+and cudnn run under ``shard_map`` over batch and heads; the compiler splits the others by itself.
 
 Dimensions: b batch, t query position, s key position, n query head, k key/value head, g query head of the group that
 shares a key/value head, h size of a head.

@@ -57,6 +57,9 @@ def eos_states(
 ) -> jax.Array:
     """The final-norm hidden state of every text's EOS, unnormalised: what distillation compares.
 
+    On CPUs, of batches of ``MANY_TOKENS`` and more, the last layer computes keys and values for all tokens and the rest
+    for the EOS alone, attention as the formula says whatever the kernel is.
+
     Args:
         params: the parameters, as ``init_params`` or ``load`` give them.
         batch: the rows.

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from f2llm_jax.attention import attention
 from f2llm_jax.axes import batch_parts, constrain, gather
 from f2llm_jax.config import ModelConfig
+from f2llm_jax.errors import InputError
 from f2llm_jax.products import from_bits, int8_product, product
 from f2llm_jax.ragged import ATTENTION_RESULTS
 from f2llm_jax.vocabulary import lookup
@@ -236,6 +237,8 @@ class Backbone(nn.Module):
             # The last layer may be merged with its forward pass: it is of few positions.
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
             weights = self.variables["params"]["layers"]
+            if (found := jax.tree.leaves(weights)[0].shape[0]) != c.num_hidden_layers:
+                raise InputError(f"the parameters are of {found} layers, the config of {c.num_hidden_layers}")
             return norm(_through_layers(layer, weights, x_btd, rotary, segment_ids_bt, ends_be))
         # Within a scan nothing can be merged with the forward pass anyway: prevent_cse would only cost.
         block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False, static_argnums=(4,))

@@ -110,6 +110,13 @@ def test_the_last_layer_computes_few_positions():
     assert flops(lambda params, batch: f2llm_jax.eos_states(params, batch, config=config), batch) < every / 4
 
 
+def test_another_number_of_layers_is_refused(params):
+    batch = f2llm_jax.Batch(random_tokens(4, 64), np.full(4, 64, np.int32))
+    config = dataclasses.replace(TINY, num_hidden_layers=2)
+    with pytest.raises(InputError, match="of 3 layers, the config of 2"):
+        jax.eval_shape(partial(f2llm_jax.eos_states, config=config), params, batch)
+
+
 def test_no_weights_are_copied_without_a_gradient():
     config = dataclasses.replace(TINY, num_hidden_layers=12, intermediate_size=8192)
     params = f2llm_jax.init_params(config, jax.random.key(0))
