@@ -302,7 +302,8 @@ def _through_layers(
         return d_weights, d_x_btd, None, None, None
 
     run.defvjp(forward, backward)
-    return run(weights, x_btd, rotary, segment_ids_bt, ends_be)
+    # For who calls this outside of ``jax.jit``: operation by operation, a layer is some hundred programs to compile.
+    return jax.jit(run)(weights, x_btd, rotary, segment_ids_bt, ends_be)
 
 
 def at_positions(x_bt: jax.Array, position_be: jax.Array) -> jax.Array:
