@@ -78,14 +78,13 @@ def eos_states(
     if not jnp.issubdtype(dtype, jnp.floating):
         raise InputError(f"dtype must be float32 or bfloat16, not {jnp.dtype(dtype)}; with int8 projections, bfloat16")
     backbone = Backbone(config, dtype=jnp.dtype(dtype), kernel=kernel, remat=remat)
-    packed = isinstance(batch, PackedBatch)
-    inputs = (batch.tokens_bt, batch.segment_ids_bt if packed else None)
+    inputs = (batch.tokens_bt, batch.segment_ids_bt if isinstance(batch, PackedBatch) else None)
     ends_be = ends(batch)
     if ends_alone(batch):
         states_bed = apply(backbone, params, *inputs, ends_be)
     else:
         states_bed = at_positions(apply(backbone, params, *inputs), ends_be)
-    return states_bed if packed else states_bed[:, 0]
+    return states_bed if isinstance(batch, PackedBatch) else states_bed[:, 0]
 
 
 def ends(batch: Batch | PackedBatch) -> jax.Array:

@@ -124,7 +124,8 @@ class Attention(nn.Module):
         kv_axes = ("kv_heads", "head_dim", "embed")
         query_btd, query_rotary = x_btd, rotary
         if ends_be is not None:
-            query_btd, query_rotary = at_positions(x_btd, ends_be), tuple(at_positions(x, ends_be) for x in rotary)
+            query_btd = at_positions(x_btd, ends_be)
+            query_rotary = (at_positions(rotary[0], ends_be), at_positions(rotary[1], ends_be))
         q_btnh = Projection((n, h), (d,), ("heads", "head_dim", "embed"), self.dtype, name="q_proj")(query_btd)
         k_btkh = Projection((k, h), (d,), kv_axes, self.dtype, name="k_proj")(x_btd)
         v_btkh = Projection((k, h), (d,), kv_axes, self.dtype, name="v_proj")(x_btd)
@@ -233,9 +234,9 @@ class Backbone(nn.Module):
         norm = RMSNorm(c.hidden_size, "embed", c.rms_norm_eps, name="norm")
         if ends_be is not None:
             assert not all_layers
-            layer = functools.partial(_layer, Block(c, self.dtype, self.kernel, parent=None))
+            plain = functools.partial(_layer, Block(c, self.dtype, self.kernel, parent=None))
             # The last layer may be merged with its forward pass: it is of few positions.
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            layer = jax.checkpoint(plain, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
             weights = self.variables["params"]["layers"]
             if (found := jax.tree.leaves(weights)[0].shape[0]) != c.num_hidden_layers:
                 raise InputError(f"the parameters are of {found} layers, the config of {c.num_hidden_layers}")
