@@ -277,14 +277,14 @@ class XQuAD(AbsTaskRetrieval):
 
 
 class Tatoeba(AbsTaskBitextMining):
-    """The first 100 pairs of each language."""
+    """The first 100 pairs of every fourth language."""
 
     metadata = metadata("TatoebaLocal", "BitextMining", [], "f1")
     pairs: int | None = 100
 
     def load_data(self, *args: Any, **kwargs: Any) -> None:
         self.dataset = {}
-        for file in bitext_files():
+        for file in bitext_files()[::4]:
             first, second = (column[: self.pairs] for column in columns(file, "text", "english"))
             self.dataset[file.stem] = {"test": Dataset.from_dict({"sentence1": first, "sentence2": second})}
         self.hf_subsets = list(self.dataset)
@@ -330,8 +330,9 @@ def test_tatoeba_scores_are_mtebs(flat: MTEBEncoder, flat_release: Path, tmp_pat
     task.load_data()
     theirs = scores_by_subset(flat, task)
     model = load_embedder(str(flat_release), dtype="float32")
-    assert len(theirs) == 106
-    for file in bitext_files():
+    files = bitext_files()[::4]
+    assert sorted(theirs) == [file.stem for file in files]
+    for file in files:
         part = tmp_path / file.name
         parquet.write_table(parquet.read_table(file).slice(0, task.pairs), part)
         scores = evaluate_bitext([model], part).rows[0].scores

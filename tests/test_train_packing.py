@@ -37,7 +37,8 @@ from f2llm_jax.train.step import (
 )
 from f2llm_jax.train.validation import validation_step
 
-QUERIES = 16
+QUERIES = 8
+LONGEST = 15  # of a passage
 LOSS = LossConfig(mrl_dims=(8, 32), kd_mrl=True)
 
 
@@ -58,9 +59,9 @@ def bucketed(negatives: int = 2, *, teacher: bool = False, seed: int = 0) -> Tra
 
     count = QUERIES * negatives
     return TrainBatch(
-        texts(QUERIES, 12),
-        texts(QUERIES, 30),
-        texts(count, 30) if negatives else None,
+        texts(QUERIES, 8),
+        texts(QUERIES, LONGEST),
+        texts(count, LONGEST) if negatives else None,
         np.arange(QUERIES, dtype=np.int32) // 2,
         TeacherStates(states(QUERIES), states(QUERIES), states(count) if negatives else None) if teacher else None,
     )
@@ -99,7 +100,7 @@ def test_losses_and_gradients_are_those_of_a_text_a_row(negatives, teacher, chun
     assert (float(expected[1]["distill"]) > 0) == (teacher is not None)
     packed = as_packed(batch, chunk_rows=chunk_rows, fitted=False, row_length=64)
     assert len(packed.rows.tokens_bt) % (chunk_rows or 1) == 0
-    assert packed.rows.tokens_bt.size < (QUERIES * 12 + (1 + negatives) * QUERIES * 30)
+    assert packed.rows.tokens_bt.size < (QUERIES * 8 + (1 + negatives) * QUERIES * LONGEST)
     found = run_step(params(), packed, its, compute=ComputeConfig(dtype="float32", chunk_rows=chunk_rows))
     assert_same(found, expected)
 

@@ -85,20 +85,21 @@ def run_steps(compute: ComputeConfig, mesh: jax.sharding.Mesh | None = None, lay
         kd_weight=run["kd_weight"],
     )
     optimizer, schedule = reference_optimizer()
+    shardings = teacher_shardings = None
+    if mesh is not None:
+        shardings = shardings_of(abstract_state(config, optimizer, "float32", mesh))
+        teacher_shardings = param_shardings(teacher_config, mesh)
     step = jax.jit(
         functools.partial(
             train_step, config=config, loss=loss, compute=compute, optimizer=optimizer, teacher_config=teacher_config
         ),
         static_argnames="in_batch",
-        out_shardings=None
-        if mesh is None
-        else (shardings_of(abstract_state(config, optimizer, "float32", mesh)), None),
+        out_shardings=None if mesh is None else (shardings, None),
     )
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        if mesh is not None:
-            params = jax.device_put(params, param_shardings(config, mesh))
-            teacher = jax.device_put(teacher, param_shardings(teacher_config, mesh))
-        return follow(step, TrainState(np.int32(0), params, optimizer.init(params)), teacher, schedule, layout)
+        # Where a step leaves it: from elsewhere the first step would be a program of its own.
+        state = jax.device_put(TrainState(np.int32(0), params, optimizer.init(params)), shardings or jax.devices()[0])
+        return follow(step, state, jax.device_put(teacher, teacher_shardings), schedule, layout)
 
 
 def follow(step, state, teacher, schedule, layout):
