@@ -250,7 +250,7 @@ def test_validation_batches_are_shared_and_few_shapes(data):
 
 
 READ_IN_PROCESSES = """
-import sys
+import multiprocessing, sys, time
 import numpy as np
 from f2llm_jax.train.data import DataLoader, TrainBatches, TrainingData
 
@@ -264,7 +264,10 @@ if __name__ == "__main__":
         for part, other in zip(item.batch[:3], expected.batch[:3], strict=True):
             np.testing.assert_array_equal(part.tokens_bt, other.tokens_bt)
     assert loader.get_state() == {"step": 5}
+    [worker] = multiprocessing.active_children()
+    time.sleep(1)  # it has read ahead as far as it may
     loader.close()
+    assert worker.exitcode == 0  # it left by itself
 """
 
 
