@@ -168,6 +168,7 @@ class Tuning:
         self.tune = tune
         self.device = device
         self.settings: dict[str, Setting] = json.loads(file.read_text()) if file.exists() else {}
+        self.worker: Worker | None = None  # of the engine tuned last: it serves all kinds of texts
 
     def setting(self, engine: str, size: str, texts: Texts, release: Path) -> Setting:
         kind = ENGINES[engine].kind
@@ -191,18 +192,29 @@ class Tuning:
         OpenVINO 2026.4 divides by zero where it has AMX, bfloat16 and one thread for a batch: a setting that ends the
         process is none to choose.
         """
-        worker = Worker(engine, release, self.device)
         tried: list[tuple[Turn, Setting]] = []
+        worker = self._worker(engine, release)
         try:
             for setting in ladder:
                 worker.ask("encode", texts, setting)
                 tried.append((worker.turn(texts, setting, repeats=1), setting))
                 if tried[-1][0].seconds > 1.1 * min(turn.seconds for turn, _ in tried):
                     break
-            worker.close()
         except Lost as error:
             note(f"{error} at {setting}")
+            self.worker = None
         return tried
+
+    def _worker(self, engine: str, release: Path) -> Worker:
+        if self.worker is None or self.worker.name != engine:
+            self.close()
+            self.worker = Worker(engine, release, self.device)
+        return self.worker
+
+    def close(self) -> None:
+        if self.worker is not None:
+            self.worker.close()
+            self.worker = None
 
 
 def compare(
@@ -227,8 +239,12 @@ def compare(
     workload = [Texts(kind, size, data, release, flops, device) for kind in kinds]
     exact = _exact_embeddings(workload, release, cache / f"{size}-{device}", device)
     tuning = Tuning(cache / "tuning.json", tune, device)
+    settings = {
+        (texts.kind, engine): tuning.setting(engine, size, texts, release) for engine in engines for texts in workload
+    }
+    tuning.close()
     rows = {
-        (texts.kind, engine): Row(size, texts, engine, tuning.setting(engine, size, texts, release), exact[texts.kind])
+        (texts.kind, engine): Row(size, texts, engine, settings[texts.kind, engine], exact[texts.kind])
         for texts in workload
         for engine in engines
     }

@@ -55,7 +55,7 @@ class Torch:
         """Of the card's memory."""
         import torch
 
-        return torch.cuda.max_memory_reserved()
+        return torch.cuda.max_memory_allocated()
 
 
 class F2LLM:
