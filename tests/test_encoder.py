@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 import ml_dtypes
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ from releases import QUERY_PROMPT, TINY, write_release
 from sentence_transformers.util import quantize_embeddings
 
 import f2llm_jax
+from f2llm_jax import encoder
 from f2llm_jax.batching import Buckets, Packing
 from f2llm_jax.errors import InputError
 
@@ -458,6 +460,26 @@ def test_jaxs_own_cache_settings_win(tiny_release, tmp_path, setting):
     script = "import sys, f2llm_jax; f2llm_jax.load(sys.argv[1]).encode('a')"
     subprocess.run([sys.executable, "-c", script, str(tiny_release)], env=environment, check=True)
     assert not (tmp_path / "cache").exists()
+
+
+def test_freed_memory_goes_back_to_the_system():
+    """Blocks too small for a mapping of their own, the last of which lies behind all others and is not freed."""
+    resident = psutil.Process().memory_info
+    blocks = [bytes(1000) for _ in range(200_000)]
+    last = blocks.pop()
+    blocks.clear()
+    kept = resident().rss
+    encoder.give_back_memory()
+    assert resident().rss < kept - 150e6
+    assert len(last) == 1000
+
+
+def test_memory_is_given_back_after_batches_of_new_shapes(smallest, monkeypatch):
+    times: list[None] = []
+    monkeypatch.setattr(encoder, "give_back_memory", lambda: times.append(None))
+    for text, dim, count in (("Z" * 91, None, 1), ("X" * 91, None, 1), ("Z" * 91, 4, 2), ("Z" * 99, 4, 3)):
+        smallest.encode([text], dim=dim, max_length=100, layout="bucketed")
+        assert len(times) == count
 
 
 def test_threads_do_not_trace_at_the_same_time(tiny, monkeypatch):
