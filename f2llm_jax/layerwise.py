@@ -48,13 +48,14 @@ class Layerwise:
         x_btd, rotary = _first(self._table_vd, batch.tokens_bt, segment_ids_bt, config=self.config)
         last = len(self._layers) - 1 if ends_alone(batch) else len(self._layers)
         for weights in self._layers[:last]:
-            x_btd = _layer(weights, x_btd, rotary, segment_ids_bt, **self._options)
+            x_btd = _layer(weights, x_btd, rotary, segment_ids_bt, **self._block)
         for weights in self._layers[last:]:
-            x_btd = _layer_of_ends(weights, x_btd, rotary, segment_ids_bt, ends(batch), **self._options)
+            x_btd = _layer_of_ends(weights, x_btd, rotary, segment_ids_bt, ends(batch), **self._block)
         return _last(self._norm, x_btd, batch, config=self.config, dim=dim)
 
     @property
-    def _options(self) -> dict[str, Any]:
+    def _block(self) -> dict[str, Any]:
+        """The fields of ``Block``."""
         return {"config": self.config, "dtype": self.dtype, "kernel": self.kernel}
 
     def programs(self, batch: Batch | PackedBatch) -> list[str]:
@@ -62,8 +63,8 @@ class Layerwise:
         segment_ids_bt = batch.segment_ids_bt if isinstance(batch, PackedBatch) else None
         inputs = _first(self._table_vd, batch.tokens_bt, segment_ids_bt, config=self.config)
         weights = self._layers[-1]
-        layer = _layer.lower(weights, *inputs, segment_ids_bt, **self._options)
-        of_ends = _layer_of_ends.lower(weights, *inputs, segment_ids_bt, ends(batch), **self._options)
+        layer = _layer.lower(weights, *inputs, segment_ids_bt, **self._block)
+        of_ends = _layer_of_ends.lower(weights, *inputs, segment_ids_bt, ends(batch), **self._block)
         return [lowered.compile().as_text() or "" for lowered in (layer, of_ends)]
 
 
@@ -95,33 +96,19 @@ def _first(
     return lookup(table_vd, tokens_bt).astype(jnp.float32), rotary
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "kernel"), donate_argnums=1)
-def _layer(
-    weights: Params,
-    x_btd: jax.Array,
-    rotary: tuple[jax.Array, jax.Array],
-    segment_ids_bt: jax.Array | None,
-    *,
-    config: ModelConfig,
-    dtype: Any,
-    kernel: str,
-) -> jax.Array:
-    return apply(Block(config, dtype, kernel), weights, x_btd, rotary, segment_ids_bt, False)[0]
+_OF_BLOCK = ("config", "dtype", "kernel")
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "kernel"))
+@functools.partial(jax.jit, static_argnames=_OF_BLOCK, donate_argnums=1)
+def _layer(weights: Params, x_btd: jax.Array, rotary: Any, segment_ids_bt: jax.Array | None, **block: Any) -> jax.Array:
+    return apply(Block(**block), weights, x_btd, rotary, segment_ids_bt, False)[0]
+
+
+@functools.partial(jax.jit, static_argnames=_OF_BLOCK)  # nothing to donate: its result is smaller
 def _layer_of_ends(
-    weights: Params,
-    x_btd: jax.Array,
-    rotary: tuple[jax.Array, jax.Array],
-    segment_ids_bt: jax.Array | None,
-    ends_be: jax.Array,
-    *,
-    config: ModelConfig,
-    dtype: Any,
-    kernel: str,
+    weights: Params, x_btd: jax.Array, rotary: Any, segment_ids_bt: jax.Array | None, ends_be: jax.Array, **block: Any
 ) -> jax.Array:
-    return apply(Block(config, dtype, kernel), weights, x_btd, rotary, segment_ids_bt, False, ends_be)[0]
+    return apply(Block(**block), weights, x_btd, rotary, segment_ids_bt, False, ends_be)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dim"))

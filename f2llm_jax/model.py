@@ -224,6 +224,9 @@ class Backbone(nn.Module):
         Returns:
             float32 [batch, length, hidden] final-norm states, or [batch, ends, hidden]; with ``all_layers`` a pair of
             these and the residual stream after each layer, [layers, batch, length, hidden].
+
+        Raises:
+            InputError: ``all_layers`` with ``ends_be``, or parameters of another number of layers than the config's.
         """
         c = self.config
         table_vd = self.param(
@@ -233,7 +236,8 @@ class Backbone(nn.Module):
         rotary = rotary_angles(positions(tokens_bt.shape[1], segment_ids_bt), c.head_dim, c.rope_theta)
         norm = RMSNorm(c.hidden_size, "embed", c.rms_norm_eps, name="norm")
         if ends_be is not None:
-            assert not all_layers
+            if all_layers:
+                raise InputError("all_layers needs the states of all positions, and ends_be leaves them out")
             plain = functools.partial(_layer, Block(c, self.dtype, self.kernel, parent=None))
             # The last layer may be merged with its forward pass: it is of few positions.
             layer = jax.checkpoint(plain, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
