@@ -112,7 +112,7 @@ class Encoder:
         on_cpu = self._platform == "cpu" and mesh is None
         self._weights = bit_views(params) if on_cpu else params
         self._layerwise = Layerwise(params, config, dtype=self._compute_dtype, kernel=self.kernel) if on_cpu else None
-        self._compiled: set[tuple[Any, ...]] = set()  # the shapes that there are programs for
+        self._shapes_met: set[tuple[Any, ...]] = set()
 
     @property
     def params(self) -> Params:
@@ -348,8 +348,8 @@ class Encoder:
 
     def _after_compilation(self, shapes: tuple[Any, ...]) -> None:
         """After a batch of new shapes: what its compilation freed goes back to the system."""
-        if shapes not in self._compiled:
-            self._compiled.add(shapes)
+        if shapes not in self._shapes_met:
+            self._shapes_met.add(shapes)
             give_back_memory()
 
     def _dispatch(self, batch: Batch | PackedBatch, dim: int) -> jax.Array:
@@ -371,11 +371,11 @@ class Encoder:
 def give_back_memory() -> None:
     """Returns freed memory to the system, where the C library is glibc, which keeps it in an arena for each thread.
 
-    Compiling the 80M's programs for texts of all lengths leaves 600 MB so, loading them from disk 250; it takes 10 to
-    50 ms.
+    Compiling the 80M's programs for texts of all lengths leaves 600 MB so, loading them from disk 250 (bfloat16, by
+    hand). It takes 10 to 50 ms.
     """
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
+        trim(ctypes.c_size_t(0))
 
 
 def float_dtype(dtype: str) -> str:

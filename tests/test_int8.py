@@ -14,6 +14,7 @@ from f2llm_jax.convert.conversion import convert_release
 from f2llm_jax.convert.load import load_params, open_checkpoint, params_bytes
 from f2llm_jax.evaluation.embedders import load_embedder
 from f2llm_jax.evaluation.mteb_adapter import mteb_model
+from f2llm_jax.layerwise import LONGEST_ROW
 from f2llm_jax.plan import Job
 from f2llm_jax.products import int8_product, int8_rows
 
@@ -59,9 +60,9 @@ def test_embeddings_are_near_those_of_float32(models, texts):
     exact, rounded = (models[dtype].encode(texts) for dtype in ("float32", "int8"))
     assert cosines(exact, rounded).min() > 0.999
     assert cosines(exact, rounded).max() < 0.999999  # something was rounded
-    # Neighbours stay neighbours: of the ten nearest texts of each, nine.
-    nearest = [np.argsort(-(e @ e.T), axis=1)[:, 1:11] for e in (exact, rounded)]
-    kept = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(*nearest, strict=True)])
+    # Neighbours stay neighbours: of the six nearest of 31 texts, nine tenths.
+    nearest = [np.argsort(-(e @ e.T), axis=1)[:, 1:7] for e in (exact, rounded)]
+    kept = np.mean([len(set(a) & set(b)) / 6 for a, b in zip(*nearest, strict=True)])
     assert kept > 0.9
 
 
@@ -87,6 +88,7 @@ def test_one_program_computes_what_one_for_each_layer_does(models, texts):
     """Rows of more than 256 tokens are computed by the first, shorter ones by the second."""
     model = models["int8"]
     ids = model.tokenizer.encode([" ".join(texts)], 500)[0]
+    assert len(ids[0]) > LONGEST_ROW
     batch = f2llm_jax.Batch(np.asarray(ids[0], np.int32)[None], np.array([len(ids[0])], np.int32))
     one = f2llm_jax.embed(model.params, batch, config=model.config, dtype=jnp.bfloat16)
     each = model._layerwise(batch, model.config.hidden_size)
@@ -105,7 +107,7 @@ def test_on_a_mesh(models, real_release, texts, sizes):
         if "scale" in projection:  # lies where the rows of the weight lie
             spec = projection["weight"].sharding.spec
             assert tuple(projection["scale"].sharding.spec) == tuple(spec[: projection["scale"].ndim])
-    assert cosines(model.encode(texts[:40]), models["int8"].encode(texts[:40])).min() > 0.999
+    assert cosines(model.encode(texts), models["int8"].encode(texts)).min() > 0.999
     copied = model.copy_to(jax.devices()[::-1])
     np.testing.assert_array_equal(copied.encode(texts[:8]), model.encode(texts[:8]))
 

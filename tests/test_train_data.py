@@ -250,7 +250,7 @@ def test_validation_batches_are_shared_and_few_shapes(data):
 
 
 READ_IN_PROCESSES = """
-import multiprocessing, sys, time
+import sys, time
 import numpy as np
 from f2llm_jax.train.data import DataLoader, TrainBatches, TrainingData
 
@@ -264,10 +264,10 @@ if __name__ == "__main__":
         for part, other in zip(item.batch[:3], expected.batch[:3], strict=True):
             np.testing.assert_array_equal(part.tokens_bt, other.tokens_bt)
     assert loader.get_state() == {"step": 5}
-    [worker] = multiprocessing.active_children()
     time.sleep(1)  # it has read ahead as far as it may
+    started = time.monotonic()
     loader.close()
-    assert worker.exitcode == 0  # it left by itself
+    assert time.monotonic() - started < 10
 """
 
 
@@ -275,7 +275,7 @@ def test_a_loader_reads_in_processes_too(folder, tmp_path):
     """In a process of its own: pickling looks into every imported module, and transformers' then import many more."""
     script = tmp_path / "script.py"
     script.write_text(READ_IN_PROCESSES)
-    subprocess.run([sys.executable, script, folder], check=True)
+    subprocess.run([sys.executable, script, folder], check=True, timeout=120)
 
 
 def test_data_travels_to_another_process(data):

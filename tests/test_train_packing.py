@@ -91,7 +91,7 @@ def assert_same(found, expected) -> None:
 # --- the same losses and gradients
 
 
-@pytest.mark.parametrize("chunk_rows", [0, 2])
+@pytest.mark.parametrize("chunk_rows", [0, 1])
 @pytest.mark.parametrize(("negatives", "teacher"), [(2, None), (0, "states"), (2, "states"), (2, "in the step")])
 def test_losses_and_gradients_are_those_of_a_text_a_row(negatives, teacher, chunk_rows):
     batch = bucketed(negatives, teacher=teacher == "states")
@@ -99,7 +99,7 @@ def test_losses_and_gradients_are_those_of_a_text_a_row(negatives, teacher, chun
     expected = run_step(params(), batch, its, compute=ComputeConfig(dtype="float32"))
     assert (float(expected[1]["distill"]) > 0) == (teacher is not None)
     packed = as_packed(batch, chunk_rows=chunk_rows, fitted=False, row_length=64)
-    assert len(packed.rows.tokens_bt) % (chunk_rows or 1) == 0
+    assert len(packed.rows.tokens_bt) > chunk_rows
     assert packed.rows.tokens_bt.size < (QUERIES * 8 + (1 + negatives) * QUERIES * LONGEST)
     found = run_step(params(), packed, its, compute=ComputeConfig(dtype="float32", chunk_rows=chunk_rows))
     assert_same(found, expected)
@@ -111,7 +111,9 @@ def test_gradients_on_a_mesh_are_those_of_one_device(axes, chunk_rows):
     batch = bucketed(teacher=True)
     expected = run_step(params(), batch, None, compute=ComputeConfig(dtype="float32"))
     mesh = make_mesh(**axes)
-    packed = as_packed(batch, multiple=mesh.shape["data"] * mesh.shape["fsdp"], chunk_rows=chunk_rows)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    packed = as_packed(batch, multiple=parts, chunk_rows=chunk_rows, fitted=False, row_length=16)
+    assert len(packed.rows.tokens_bt) > chunk_rows
     with jax.set_mesh(mesh):
         shardings = param_shardings(TINY, mesh)
         run = jax.jit(step, static_argnames="compute", out_shardings=(None, None, shardings))
