@@ -34,7 +34,7 @@ _BATCH_TOKENS = (256, 512, 1024, 2048, 4096)
 class Torch:
     """sentence-transformers on PyTorch, attention by ``scaled_dot_product_attention``; it sorts texts by itself."""
 
-    usual: ClassVar[dict[str, Setting]] = {"cpu": {"batch_size": 32}, "gpu": {"batch_size": 256}}
+    usual: ClassVar[dict[str, Setting]] = {"cpu": {"batch_size": 32}, "gpu": {"batch_size": 64}}
     ladders: ClassVar[Ladders] = {
         device: [[{"batch_size": rows} for rows in ladder]] for device, ladder in _BATCH_ROWS.items()
     }
