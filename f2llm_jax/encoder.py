@@ -412,7 +412,7 @@ def load(
         dtype: ``float32``; ``bfloat16``: parameters and operands of matrix products in bfloat16, everything between in
             float32; or ``int8``: weights of projections in int8 with a scale for each output, and what they are
             multiplied with in int8 with a scale for each token, all else as with bfloat16. Layers take half the
-            memory, for a little accuracy; on CPUs faster than bfloat16 from the 330M on, slower for batches of the 80M
+            memory, for a little accuracy; on CPUs faster than bfloat16 with the 0.6B, slower for batches of the 80M
             (docs/performance.md). Not what ``encode(output="int8")`` is, which rounds embeddings.
         mesh: a mesh from ``make_mesh`` to spread the model over; None for one device.
         kernel: the attention kernel: ``auto`` for the platform's, or one of ``attention.KERNELS``.
