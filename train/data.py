@@ -17,7 +17,6 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
-from grain._src.python.dataset.transformations import process_prefetch  # for what it has no setting for
 
 from f2llm_jax.configs.datasets import NEGATIVES, Task
 from f2llm_jax.embedding import Batch
@@ -220,8 +219,10 @@ def _kill_processes_soon() -> None:
     """Grain's processes are killed a second after they are told to stop, not 25.
 
     One that has a batch ready which fills the pipe waits until somebody takes it, and nobody does then. They read, and
-    have nothing to lose.
+    have nothing to lose. Grain has no setting for it: whoever has no such processes does not need its inner module.
     """
+    from grain._src.python.dataset.transformations import process_prefetch
+
     process_prefetch._PROCESS_KILL_TIMEOUT_S = 1
 
 
