@@ -1,7 +1,7 @@
 """Training steps, ours and PyTorch's, side by side in one run.
 
     python benchmarks/train_speed.py --data ../shared/data
-    python benchmarks/train_speed.py --data ../shared/data --device gpu --size 0.6B
+    python benchmarks/train_speed.py --data ../shared/data --device gpu --size 0.6B --queries 4
 
 Both take the same batches of real text (DATA/train_raw, the Qwen3 tokenizer), the same weights, losses, optimizer and
 schedule: hard negatives and in-batch at every Matryoshka size, AdamW, clipping. PyTorch's side is the loop of the
@@ -71,11 +71,13 @@ def main() -> None:
     parser.add_argument("--device", choices=QUERIES, default="cpu")
     parser.add_argument("--size", choices=MODELS, default="80M", help="of the model; default: %(default)s")
     parser.add_argument("--batches", nargs="+", choices=DATASETS, default=list(DATASETS), help="which; default: both")
+    parser.add_argument("--queries", type=int, help="of a batch; default: of the 80M, what suits the device")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each; default: %(default)s")
     parser.add_argument("--layout", choices=("packed", "bucketed"), default="packed", help="ours; default: %(default)s")
     parser.add_argument("--remat", default="dots", help="our rematerialisation policy; default: %(default)s")
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # of a card that PyTorch needs too
     if jax.default_backend() != args.device:
         raise SystemExit(f"JAX sees no {args.device}, but {jax.devices()}; JAX_PLATFORMS and its extras say which")
     print(f"{args.size} shape, {machine(args.device, 'jax', 'torch', 'transformers')}\n")
@@ -86,7 +88,7 @@ def main() -> None:
         for kind in args.batches:
             prepared = Path(folder, kind)
             prepare(args.data / "train_raw", release, prepared, include=(DATASETS[kind],), max_length=MAX_LENGTH)
-            batches = first_batch(prepared, QUERIES[args.device][kind], args.layout)
+            batches = first_batch(prepared, args.queries or QUERIES[args.device][kind], args.layout)
             for dtype in DTYPES[args.device]:
                 ours, theirs = our_step(release, dtype, args.remat), torch_step(release, dtype, args.device)
                 print(row(kind, dtype, batches, list(timed(ours, theirs, batches, args.rounds))), flush=True)

@@ -23,6 +23,10 @@ def matmul_precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
+# Of a core's own cache, where a core multiplies bfloat16 matrices (AMX).
+_CACHE_BYTES = 2 << 20
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
 def product(spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike, may_round: bool = False) -> jax.Array:
     """An einsum of two arrays that enter it in ``dtype``; float32.
@@ -80,15 +84,30 @@ def _matrices(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
     # A product reads its second operand in either order, so that is left as it is.
     columns_first = of_b.index(columns[0]) < of_b.index(summed[0])
+    b = matrices(b, of_b, shared, *((columns, summed) if columns_first else (summed, columns)))
     batch = (0,) if shared else ()
-    y = jax.lax.dot_general(
-        matrices(a, of_a, shared, rows, summed),
-        matrices(b, of_b, shared, *((columns, summed) if columns_first else (summed, columns))),
-        (((len(batch) + 1,), (len(batch) + columns_first,)), (batch, batch)),
-        preferred_element_type=jnp.float32,
+    y = jnp.concatenate(
+        [
+            jax.lax.dot_general(
+                part,
+                b,
+                (((len(batch) + 1,), (len(batch) + columns_first,)), (batch, batch)),
+                preferred_element_type=jnp.float32,
+            )
+            for part in _within_cache(matrices(a, of_a, shared, rows, summed))
+        ]
     )
     letters = [*shared, *rows, *columns]
     return y.reshape([size[letter] for letter in letters]).transpose([letters.index(letter) for letter in out])
+
+
+def _within_cache(a: jax.Array) -> list[jax.Array]:
+    """The first operand of a product, by rows where that is faster: the product reads all of it for every 32 columns.
+
+    Much larger ones, as training has, gain nothing.
+    """
+    parts = math.ceil(a.nbytes / _CACHE_BYTES)
+    return jnp.array_split(a, parts) if a.ndim == 2 and 1 < parts <= 4 else [a]
 
 
 def _row_major(x: jax.Array) -> jax.Array:

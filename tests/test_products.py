@@ -76,6 +76,18 @@ def test_cpus_multiply_in_bfloat16(spec, on_mesh):
     assert {types[operand] for operands in dots for operand in operands} == {"bf16"}
 
 
+@pytest.mark.parametrize(("rows", "products"), [(16, 1), (512, 2), (5000, 1)])
+def test_an_operand_that_a_core_cannot_keep_is_multiplied_in_parts(rows, products):
+    """Of as many bits as in one: each row's sums are its own."""
+    a_mi, b_oi = (jax.random.normal(jax.random.key(n), (n, 3072)) for n in (rows, 40))
+    run = jax.jit(lambda a, b: product("mi,oi->mo", a, b, "bfloat16"))
+    assert run.lower(a_mi, b_oi).as_text().count("dot_general") == products
+    alone = [run(a_mi[part], b_oi) for part in (slice(0, 16), slice(rows - 16, rows))]
+    found = run(a_mi, b_oi)
+    np.testing.assert_array_equal(found[:16], alone[0])
+    np.testing.assert_array_equal(found[-16:], alone[1])
+
+
 def test_a_transposed_gradient_compiles():
     """A transpose merged into a product makes one that the CPU has no bfloat16 kernel for, and cannot run at all."""
     a, b, cotangent = case("mi,oi->mo")
