@@ -95,9 +95,8 @@ def test_one_program_computes_what_one_for_each_layer_does(models, texts):
     assert cosines(np.asarray(one), np.asarray(each)).min() > 0.9999
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["fsdp", "mixed"])
-def test_on_a_mesh(models, real_release, texts, sizes):
-    mesh = make_mesh(**sizes)
+def test_on_a_mesh(models, real_release, texts):
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
     model = f2llm_jax.load(real_release, dtype="int8", mesh=mesh)
     one = models["int8"].params["layers"]
     for name, projection in {**model.params["layers"]["attention"], **model.params["layers"]["mlp"]}.items():

@@ -157,10 +157,11 @@ def test_trajectory_on_a_mesh_in_packed_rows_with_cached_gradients():
     assert_on_trajectory(*run_steps(compute, make_mesh(data=2, fsdp=4), "packed"))
 
 
-@pytest.mark.parametrize("chunk_rows", [0, 16])
-def test_gradients_on_a_mesh_are_those_of_one_device(chunk_rows):
-    """The in-batch loss is over the batch of all devices, and its gradient reaches passages on other devices."""
-    compute = ComputeConfig(dtype="float32", chunk_rows=chunk_rows)
+def test_gradients_on_a_mesh_are_those_of_one_device():
+    """The in-batch loss is over the batch of all devices, and its gradient reaches passages on other devices.
+
+    There with cached gradients, on one device without.
+    """
     params = init_params(TINY, jax.random.key(0))
     rng = np.random.default_rng(0)
 
@@ -169,19 +170,19 @@ def test_gradients_on_a_mesh_are_those_of_one_device(chunk_rows):
 
     batch = TrainBatch(rows(16), rows(16), rows(32), np.arange(16, dtype=np.int32) // 2)
 
-    def grads(params, batch):
+    def grads(params, batch, chunk_rows):
         def loss(states):
             terms = loss_terms(states, batch, LossConfig(mrl_dims=(8, 32)), in_batch=True)
             return terms["hard"] + terms["in_batch"], terms
 
-        return value_and_grad(loss, params, batch, TINY, compute)
+        return value_and_grad(loss, params, batch, TINY, ComputeConfig(dtype="float32", chunk_rows=chunk_rows))
 
-    (expected_loss, _, expected) = jax.jit(grads)(params, batch)
+    (expected_loss, _, expected) = jax.jit(grads, static_argnums=2)(params, batch, 0)
     mesh = make_mesh(data=8)
     with jax.set_mesh(mesh):
         shardings = param_shardings(TINY, mesh)
-        (loss, _, found) = jax.jit(grads, out_shardings=(None, None, shardings))(
-            jax.device_put(params, shardings), global_batch(batch, mesh)
+        (loss, _, found) = jax.jit(grads, static_argnums=2, out_shardings=(None, None, shardings))(
+            jax.device_put(params, shardings), global_batch(batch, mesh), 16
         )
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-6)
     for (path, own), reference in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
