@@ -71,13 +71,13 @@ def main() -> None:
     parser.add_argument("--device", choices=QUERIES, default="cpu")
     parser.add_argument("--size", choices=MODELS, default="80M", help="of the model; default: %(default)s")
     parser.add_argument("--batches", nargs="+", choices=DATASETS, default=list(DATASETS), help="which; default: both")
-    parser.add_argument("--queries", type=int, help="of a batch; default: of the 80M, what suits the device")
+    parser.add_argument("--queries", type=int, help="a batch; default: what suits the 80M and the device")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each; default: %(default)s")
     parser.add_argument("--layout", choices=("packed", "bucketed"), default="packed", help="ours; default: %(default)s")
     parser.add_argument("--remat", default="dots", help="our rematerialisation policy; default: %(default)s")
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # of a card that PyTorch needs too
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory of the same card
     if jax.default_backend() != args.device:
         raise SystemExit(f"JAX sees no {args.device}, but {jax.devices()}; JAX_PLATFORMS and its extras say which")
     print(f"{args.size} shape, {machine(args.device, 'jax', 'torch', 'transformers')}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -90,6 +91,7 @@ def check_against_transformers(config: ModelConfig, *batches_of_lengths: Sequenc
         assert error_lt.max() <= STATES_RELATIVE, f"layer and position {np.argwhere(error_lt > STATES_RELATIVE)[0]}"
 
     del model
+    gc.collect()
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     for batch, expected_bd in zip(batches, expected, strict=True):
         got_bd = np.asarray(embed(params, batch, dtype="bfloat16"))

@@ -1,6 +1,7 @@
 """Products and their gradients: JAX's own in float32; in bfloat16 the operands are rounded and the sums are not."""
 
 import contextlib
+import functools
 import re
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from f2llm_jax import products
 from f2llm_jax.products import product
 from f2llm_jax.ragged import ragged
 from f2llm_jax.sharding import make_mesh
@@ -70,22 +72,42 @@ def test_cpus_multiply_in_bfloat16(spec, on_mesh):
     run = jax.jit(lambda a, b: jax.vjp(lambda a, b: product(spec, a, b, "bfloat16"), a, b)[1](cotangent))
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1])) if on_mesh else contextlib.nullcontext():
         text = run.lower(a, b).compile().as_text()
-    dots = re.findall(r" dot\(%([\w.-]+), %([\w.-]+)\)", text)
-    types = dict(re.findall(r"%([\w.-]+) = (\w+)\[", text))
-    assert len(dots) == 2
-    assert {types[operand] for operands in dots for operand in operands} == {"bf16"}
+    assert operand_types(text) == [{"bf16"}] * 2
 
 
-@pytest.mark.parametrize(("rows", "products"), [(16, 1), (512, 2), (5000, 1)])
-def test_an_operand_that_a_core_cannot_keep_is_multiplied_in_parts(rows, products):
-    """Of as many bits as in one: each row's sums are its own."""
-    a_mi, b_oi = (jax.random.normal(jax.random.key(n), (n, 3072)) for n in (rows, 40))
-    run = jax.jit(lambda a, b: product("mi,oi->mo", a, b, "bfloat16"))
-    assert run.lower(a_mi, b_oi).as_text().count("dot_general") == products
-    alone = [run(a_mi[part], b_oi) for part in (slice(0, 16), slice(rows - 16, rows))]
-    found = run(a_mi, b_oi)
-    np.testing.assert_array_equal(found[:16], alone[0])
-    np.testing.assert_array_equal(found[-16:], alone[1])
+def operand_types(program: str) -> list[set[str]]:
+    """Of each product of a compiled program."""
+    types = dict(re.findall(r"%([\w.-]+) = (\w+)\[", program))
+    return [{types[operand] for operand in dot} for dot in re.findall(r" dot\(%([\w.-]+), %([\w.-]+)\)", program)]
+
+
+@pytest.mark.parametrize(("times", "halved"), [(1, False), (1.1, True), (2, True), (2.1, False)])
+def test_an_operand_that_a_core_cannot_keep_is_multiplied_in_halves(monkeypatch, times, halved):
+    """The first, of so many times the size of the cache; those of the two gradients fit."""
+    shapes = ((75, 64), (24, 64), (75, 24))
+    monkeypatch.setattr(products, "_CACHE_BYTES", int(75 * 64 * 2 / times))
+    a, b, cotangent = (
+        jax.random.normal(key, shape).astype(jnp.bfloat16).astype(jnp.float32)
+        for key, shape in zip(jax.random.split(jax.random.key(0), 3), shapes, strict=True)
+    )
+
+    def run(a, b, multiply):
+        y, pull = jax.vjp(multiply, a, b)
+        return y, *pull(cotangent)
+
+    own = jax.jit(functools.partial(run, multiply=lambda a, b: product("mi,oi->mo", a, b, "bfloat16")))
+    compiled = own.lower(a, b).compile()
+    for one, other in zip(compiled(a, b), run(a, b, lambda a, b: jnp.einsum("mi,oi->mo", a, b)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-5)
+    assert operand_types(compiled.as_text()) == [{"bf16"}] * (4 if halved else 3)
+
+
+def test_an_operand_is_not_halved_for_a_wider_result(monkeypatch):
+    monkeypatch.setattr(products, "_CACHE_BYTES", 5000)
+    program = jax.jit(lambda a, b: product("mi,oi->mo", a, b, "bfloat16"))
+    for outputs, dots in ((63, 2), (64, 1)):
+        text = program.lower(jnp.zeros((75, 64)), jnp.zeros((outputs, 64))).compile().as_text()
+        assert operand_types(text) == [{"bf16"}] * dots
 
 
 def test_a_transposed_gradient_compiles():

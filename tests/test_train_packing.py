@@ -93,7 +93,7 @@ def assert_same(found, expected) -> None:
 
 @pytest.mark.parametrize(
     ("negatives", "teacher", "chunk_rows"),
-    [(2, None, 1), (0, "states", 0), (2, "states", 0), (2, "states", 1), (2, "in the step", 1)],
+    [(2, None, 1), (0, "states", 1), (2, "states", 0), (2, "states", 1), (2, "in the step", 1)],
 )
 def test_losses_and_gradients_are_those_of_a_text_a_row(negatives, teacher, chunk_rows):
     batch = bucketed(negatives, teacher=teacher == "states")
