@@ -3,7 +3,8 @@ PYTHON ?= python3
 MODEL ?=
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --quiet --constraint constraints.txt
+# What is imported is compiled then; all that is installed would take half a minute.
+INSTALL := $(PIP) install --quiet --no-compile --constraint constraints.txt
 FILES := pyproject.toml constraints.txt
 
 export JAX_PLATFORMS ?= cpu
