@@ -94,20 +94,20 @@ def _matrices(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
                 (((len(batch) + 1,), (len(batch) + columns_first,)), (batch, batch)),
                 preferred_element_type=jnp.float32,
             )
-            for part in _within_cache(matrices(a, of_a, shared, rows, summed), b.size)
+            for part in _within_cache(matrices(a, of_a, shared, rows, summed), math.prod(size[n] for n in columns))
         ]
     )
     letters = [*shared, *rows, *columns]
     return y.reshape([size[letter] for letter in letters]).transpose([letters.index(letter) for letter in out])
 
 
-def _within_cache(a: jax.Array, size_of_b: int) -> list[jax.Array]:
+def _within_cache(a: jax.Array, columns: int) -> list[jax.Array]:
     """The first operand of a product, in halves where one is read from the cache and the whole is not.
 
-    A product reads all of it for every 32 columns. Where the result is wider than the operand, joining two costs more
-    than that, and of larger operands four parts and more gain nothing.
+    A product reads all of it for every 32 columns of the result. Where that is wider than the operand, joining two
+    costs more than is gained, and of larger operands four parts and more gain nothing.
     """
-    halves = a.ndim == 2 and _CACHE_BYTES < a.nbytes <= 2 * _CACHE_BYTES and size_of_b < a.shape[1] ** 2
+    halves = a.ndim == 2 and _CACHE_BYTES < a.nbytes <= 2 * _CACHE_BYTES and columns < a.shape[1]
     return jnp.array_split(a, 2) if halves else [a]
 
 

@@ -1,4 +1,7 @@
-"""Programs that compile in less time: for tests of sums and shards, not of programs as users get them."""
+"""Programs that compile in less time: where our own layouts, kernels and meshes are compared with each other.
+
+What is compared with others, as the reference's losses and steps, runs as users run it.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import jit
 from releases import SHARED
 
 from f2llm_jax import InputError, losses
@@ -43,7 +42,7 @@ def test_values_and_gradients_are_the_references(case):
         found = terms(features)
         return sum(found.values()), found
 
-    grads, found = jit(jax.grad(total, has_aux=True))(features)
+    grads, found = jax.jit(jax.grad(total, has_aux=True))(features)
     for name, value in found.items():
         np.testing.assert_allclose(value, values[name], rtol=1e-5, err_msg=name)
     for name, grad in grads.items():

@@ -90,7 +90,7 @@ def run_steps(compute: ComputeConfig, mesh: jax.sharding.Mesh | None = None, lay
     if mesh is not None:
         shardings = shardings_of(abstract_state(config, optimizer, "float32", mesh))
         teacher_shardings = param_shardings(teacher_config, mesh)
-    step = jit(
+    step = jax.jit(
         functools.partial(
             train_step, config=config, loss=loss, compute=compute, optimizer=optimizer, teacher_config=teacher_config
         ),
