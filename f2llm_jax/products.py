@@ -36,8 +36,9 @@ def product(spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike, 
             operand has a letter of its own, and at least one is summed over.
         a, b: of any float dtype, which their gradients have too.
         dtype: that of the operands, here and in the gradient.
-        may_round: the result is on its way to an operand: it may be in ``dtype`` already. On GPUs it is: they have
-            summed in float32 and write half the bytes, and what is done before the next product reads half.
+        may_round: the result is on its way to an operand: it may be in ``dtype`` already. On accelerators it is: they
+            have summed in float32 and write half the bytes, and what is done before the next product reads half. On
+            CPUs XLA has no fast product of bfloat16 operands with such a result.
     """
     return einsum(spec, a, b, dtype, may_round)
 
@@ -47,7 +48,7 @@ def einsum(spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike, m
     a, b = a.astype(dtype), b.astype(dtype)
     if jnp.dtype(dtype) == jnp.bfloat16 and _on_one_cpu():
         return _matrices(spec, a, b)
-    out = dtype if may_round and platform() == "gpu" else jnp.float32
+    out = dtype if may_round and platform() != "cpu" else jnp.float32
     return jnp.einsum(spec, a, b, precision=matmul_precision(dtype), preferred_element_type=out)
 
 

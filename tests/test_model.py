@@ -99,7 +99,7 @@ def check_against_transformers(config: ModelConfig, *batches_of_lengths: Sequenc
         assert (got_bd * expected_bd).sum(axis=1).min() >= BFLOAT16_COSINE
 
 
-def test_what_gpus_round_costs_little(monkeypatch):
+def test_what_accelerators_round_costs_little(monkeypatch):
     """There the results of projections that end in another product come in bfloat16; those of the stream do not."""
     config = MODELS["80M"]
     params = f2llm_jax.init_params(config, jax.random.key(0))

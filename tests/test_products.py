@@ -121,10 +121,11 @@ def test_a_transposed_gradient_compiles():
         np.testing.assert_allclose(one.T, other, rtol=1e-6, atol=1e-5)
 
 
-def test_gpus_write_what_may_be_rounded_in_the_dtype(monkeypatch):
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_accelerators_write_what_may_be_rounded_in_the_dtype(platform, monkeypatch):
     a, b, cotangent = case("mi,oi->mo")
     exact = product("mi,oi->mo", a, b, "bfloat16")
-    monkeypatch.setattr("f2llm_jax.products.platform", lambda: "gpu")
+    monkeypatch.setattr("f2llm_jax.products.platform", lambda: platform)
     rounded, pull = jax.vjp(lambda a, b: product("mi,oi->mo", a, b, "bfloat16", True), a, b)
     assert rounded.dtype == jnp.bfloat16 and product("mi,oi->mo", a, b, "bfloat16").dtype == jnp.float32
     np.testing.assert_array_equal(rounded, exact.astype(jnp.bfloat16))
