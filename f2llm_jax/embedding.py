@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from f2llm_jax.axes import platform
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.errors import InputError
 from f2llm_jax.model import Backbone, Params, apply, at_positions
@@ -57,8 +56,9 @@ def eos_states(
 ) -> jax.Array:
     """The final-norm hidden state of every text's EOS, unnormalised: what distillation compares.
 
-    On CPUs, of batches of ``MANY_TOKENS`` and more, the last layer computes keys and values for all tokens and the rest
-    for the EOS alone, attention as the formula says whatever the kernel is.
+    Of batches of ``MANY_TOKENS`` and more, the last layer computes keys and values for all tokens and the rest for the
+    EOS alone, attention as the formula says whatever the kernel is; for a gradient only of a model with few layers
+    (``model.FEW_LAYERS``).
 
     Args:
         params: the parameters, as ``init_params`` or ``load`` give them.
@@ -93,12 +93,11 @@ def ends(batch: Batch | PackedBatch) -> jax.Array:
 
 
 def ends_alone(batch: Batch | PackedBatch) -> bool:
-    """Whether the last layer is computed for the texts' ends alone, but for keys and values: on CPUs, of many tokens.
+    """Whether the last layer is computed for the texts' ends alone, but for keys and values: of many tokens.
 
-    Of few, it is reading the weights that takes the time, and a second kind of layer has to be compiled. On
-    accelerators it was not measured; there, models have more layers, of which the last is less.
+    Of few, it is reading the weights that takes the time, and a second kind of layer has to be compiled.
     """
-    return platform() == "cpu" and batch.tokens_bt.size >= MANY_TOKENS
+    return batch.tokens_bt.size >= MANY_TOKENS
 
 
 def embed(

@@ -8,8 +8,9 @@ then a reshape that moves no byte, a mesh splits the outputs of a projection as 
 units of TPUs and the CPU kernels measured multiply either orientation at the same rate.
 
 Arithmetic: matrix products take operands in ``dtype`` and sum in float32. Everything between them (residual stream,
-norms, rotary angles, softmax, activation) is float32, so bfloat16 rounds only what enters a product; on GPUs also what
-leaves one on its way to the next. Projections of int8 weights multiply int8 and sum in int32 (``int8_product``).
+norms, rotary angles, softmax, activation) is float32, so bfloat16 rounds only what enters a product; on accelerators
+also what leaves one on its way to the next. Projections of int8 weights multiply int8 and sum in int32
+(``int8_product``).
 
 Dimensions: b batch, t position, d hidden, n query heads, k key/value heads, h head_dim, f intermediate, l layers,
 v vocabulary.
@@ -48,6 +49,9 @@ REMAT_POLICIES = {
 }
 """What of a layer is kept for the backward pass: all of it, the results of projections (and of attention, where the
 ragged kernel computes it), or only its input."""
+
+FEW_LAYERS = 16
+"""Up to so many, the last is computed for the texts' ends alone for a gradient too: see ``_through_layers``."""
 
 _tracing = threading.RLock()
 """Held while Flax runs: see ``apply``."""
@@ -276,10 +280,12 @@ def _through_layers(
 ) -> jax.Array:
     """The residual stream after all layers, the last computed for some positions alone: [batch, ends, hidden].
 
-    Without a gradient each layer's weights are read where they are. For a gradient the loop runs over a copy without
-    the last layer: the gradient of a layer read within the loop would be added to a whole stack at every turn.
+    Without a gradient each layer's weights are read where they are. The gradient of a layer read so would be added to a
+    whole stack at every turn: for a gradient the loop runs over a copy without the last layer or, where that is but one
+    of more than ``FEW_LAYERS`` and the copy is large, over the stack as it is, the last layer like the others.
     """
     count = jax.tree.leaves(weights)[0].shape[0] - 1
+    few = count < FEW_LAYERS
 
     @jax.custom_vjp
     def run(weights: Params, x_btd: jax.Array, *inputs: Any) -> jax.Array:
@@ -294,17 +300,22 @@ def _through_layers(
     def forward(weights: Params, x_btd: jax.Array, *inputs: Any) -> tuple[jax.Array, Any]:
         *others, ends_be = inputs
 
-        def through(first: Params, last: Params, x_btd: jax.Array) -> jax.Array:
-            x_btd, _ = jax.lax.scan(lambda x_btd, own: (layer(own, x_btd, *others), None), x_btd, first)
-            return layer(last, x_btd, *others, ends_be)
+        def through(stack: Params, x_btd: jax.Array) -> jax.Array:
+            return jax.lax.scan(lambda x_btd, own: (layer(own, x_btd, *others), None), x_btd, stack)[0]
 
+        def through_last(first: Params, last: Params, x_btd: jax.Array) -> jax.Array:
+            return layer(last, through(first, x_btd), *others, ends_be)
+
+        if not few:
+            return jax.vjp(lambda weights, x_btd: at_positions(through(weights, x_btd), ends_be), weights, x_btd)
         first, last = (jax.tree.map(lambda stack, part=part: stack[part], weights) for part in (slice(count), count))
-        return jax.vjp(through, first, last, x_btd)
+        return jax.vjp(through_last, first, last, x_btd)
 
     def backward(pull: Any, cotangent_bed: jax.Array) -> tuple[Any, ...]:
-        d_first, d_last, d_x_btd = pull(cotangent_bed)
-        d_weights = jax.tree.map(lambda first, last: jnp.concatenate([first, last[None]]), d_first, d_last)
-        return d_weights, d_x_btd, None, None, None
+        *d_weights, d_x_btd = pull(cotangent_bed)
+        if few:
+            d_weights = [jax.tree.map(lambda first, last: jnp.concatenate([first, last[None]]), *d_weights)]
+        return *d_weights, d_x_btd, None, None, None
 
     run.defvjp(forward, backward)
     # For who calls this outside of ``jax.jit``: operation by operation, a layer is some hundred programs to compile.

@@ -388,6 +388,7 @@ def _train_work(job: Job, axes: Axes, rows_at_once: int) -> TrainWork:
         negatives=job.negatives,
         runs=runs,
         length=job.row_length,
+        slots=row_slots(job.row_length, job.texts_per_row, short=False) if job.packed else 1,
         chunk_rows=0 if rows_at_once == sum(runs) else rows_at_once,
         remat=recipe.compute.remat,
         kernel="splash" if recipe.compute.kernel == "auto" else recipe.compute.kernel,
@@ -400,7 +401,14 @@ def _train_work(job: Job, axes: Axes, rows_at_once: int) -> TrainWork:
 def _estimate(job: Job, axes: Axes, rows_at_once: int) -> Estimate:
     if job.do == "encode":
         itemsize = jax.numpy.dtype(job.dtype).itemsize
-        return estimate_encode(job.config, axes, texts=rows_at_once, length=job.row_length, itemsize=itemsize)
+        return estimate_encode(
+            job.config,
+            axes,
+            rows=rows_at_once,
+            length=job.row_length,
+            slots=job.texts_per_row,
+            itemsize=itemsize,
+        )
     return estimate_train(job.config, axes, _train_work(job, axes, rows_at_once), job.teacher)
 
 
@@ -418,14 +426,13 @@ def abstract_program(job: Job, mesh: jax.sharding.Mesh, rows_at_once: int) -> Ab
     work = _train_work(job, Axes(**mesh.shape), rows_at_once)
     compute = dataclasses.replace(job.recipe.compute, chunk_rows=work.chunk_rows)
     recipe = dataclasses.replace(job.recipe, compute=compute)
-    slots = row_slots(job.row_length, job.texts_per_row, short=False)
     return train_program(
         recipe,
         job.config,
         mesh,
         length=job.length,
         negatives=job.negatives,
-        packed=(work.rows, job.row_length, slots) if job.packed else None,
+        packed=(work.rows, job.row_length, work.slots) if job.packed else None,
         teacher=job.teacher,
     )
 

@@ -15,9 +15,12 @@ from hypothesis import strategies as st
 from releases import TINY, params_of, torch_model
 
 import f2llm_jax
+from f2llm_jax import model
 from f2llm_jax.batching import bucket_lengths
 from f2llm_jax.embedding import ends_alone
 from f2llm_jax.errors import InputError
+from f2llm_jax.planning.counts import forward_flops
+from f2llm_jax.planning.hlo import read_program
 
 SAME_COSINE = 0.999999
 
@@ -68,9 +71,13 @@ def rows_of_each_layout() -> list[f2llm_jax.Batch | f2llm_jax.PackedBatch]:
 
 
 @pytest.mark.parametrize("batch", rows_of_each_layout(), ids=["bucketed", "packed"])
-@pytest.mark.parametrize(("dtype", "remat", "limit"), [("float32", "full", 5e-6), ("bfloat16", "dots", 2e-2)])
-def test_the_last_layer_for_ends_alone_is_that_for_all(params, batch, dtype, remat, limit):
+@pytest.mark.parametrize(
+    ("dtype", "remat", "few_layers", "limit"),
+    [("float32", "full", 3, 5e-6), ("float32", "dots", 2, 5e-6), ("bfloat16", "dots", 3, 2e-2)],
+)
+def test_the_last_layer_for_ends_alone_is_that_for_all(params, batch, dtype, remat, few_layers, limit, monkeypatch):
     """States and gradients, against those of all positions, of which the ends are taken."""
+    monkeypatch.setattr(model, "FEW_LAYERS", few_layers)
     packed = isinstance(batch, f2llm_jax.PackedBatch)
     segment_ids_bt = batch.segment_ids_bt if packed else None
     ends_be = batch.ends_be if packed else batch.lengths_b[:, None] - 1
@@ -106,6 +113,19 @@ def test_the_last_layer_computes_few_positions():
     every = flops(lambda params, tokens_bt: f2llm_jax.Backbone(config).apply({"params": params}, tokens_bt), tokens_bt)
     batch = f2llm_jax.Batch(tokens_bt, np.full(8, 64, np.int32))
     assert flops(lambda params, batch: f2llm_jax.eos_states(params, batch, config=config), batch) < every / 4
+
+
+@pytest.mark.parametrize(("few_layers", "spared"), [(3, True), (2, False)])
+def test_of_many_layers_the_gradient_computes_all_of_the_last(params, few_layers, spared, monkeypatch):
+    """There the loop takes the stack of weights as it is: in the gradient, none of them are copied."""
+    monkeypatch.setattr(model, "FEW_LAYERS", few_layers)
+    batch = f2llm_jax.Batch(random_tokens(4, 64), np.full(4, 64, np.int32))
+    compute = jax.grad(lambda params: f2llm_jax.eos_states(params, batch, config=TINY, kernel="reference").sum())
+    counted = read_program(jax.jit(compute).lower(params).compile().as_text())
+    every = forward_flops(TINY, texts=4, length=64)
+    full_attention = every.attention * 2 * 64 / 65  # the reference kernel computes both halves
+    share = counted.flops / (3 * (every.projections + full_attention))
+    assert share == pytest.approx(1, abs=0.02) if not spared else 0.7 < share < 0.8
 
 
 def test_another_number_of_layers_is_refused(params):

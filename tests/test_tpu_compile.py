@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from f2llm_jax.cli import main
 from f2llm_jax.configs.models import MODELS
 from f2llm_jax.errors import InputError
+from f2llm_jax.model import FEW_LAYERS
 from f2llm_jax.plan import Job, Plan, compile_program, make_plan
 from f2llm_jax.planning.chips import CHIPS, parse_topology, topology_devices
 from f2llm_jax.planning.counts import Axes
@@ -32,8 +33,9 @@ ENCODE = {
     "0.6B": ("v6e:4x4", Axes(4, 2, 2)),
     "14B": ("v5p:2x2x4", Axes(1, 8, 2)),
 }
-# The 0.6B by cached gradients in three chunks, one of queries and two of documents; the 8B directly, in packed rows.
+# The 0.6B by cached gradients in three chunks, one of queries and two of documents; the others directly, packed.
 TRAIN = {
+    "80M": ("v5e:4x4", Axes(4, 2, 2)),
     "0.6B": ("v5e:4x4", Axes(2, 8, 1)),
     "8B": ("v6e:4x4", Axes(1, 16, 1)),
 }
@@ -41,13 +43,15 @@ TRAIN = {
 
 def chunks(name: str) -> int:
     """Runs of the model in a training step."""
-    return 1 if name == "8B" else 3
+    return 3 if name == "0.6B" else 1
 
 
 def recipe(size: str, *, batch_size: int, chunk_rows: int = 0, layout: str = "auto") -> TrainConfig:
-    config = load_recipe(f"stage1_{size.replace('.', '_').lower()}")
+    stage = 2 if size == "80M" else 1  # the first has none for small models
+    config = load_recipe(f"stage{stage}_{size.replace('.', '_').lower()}")
     return dataclasses.replace(
         config,
+        teacher=None,
         data=dataclasses.replace(config.data, batch_size=batch_size, layout=layout),
         compute=dataclasses.replace(config.compute, chunk_rows=chunk_rows),
     )
@@ -59,8 +63,8 @@ def plan(do: str, size: str) -> Plan:
         topology, mesh = ENCODE[size]
         return make_plan(Job("encode", MODELS[size]), parse_topology(topology), mesh)
     topology, mesh = TRAIN[size]
-    sizes = {"batch_size": 32} if size == "8B" else {"batch_size": 128, "chunk_rows": 128}
-    config = recipe(size, **sizes, layout="auto" if size == "8B" else "bucketed")
+    sizes = {"batch_size": 128, "chunk_rows": 128} if size == "0.6B" else {"batch_size": 32}
+    config = recipe(size, **sizes, layout="bucketed" if size == "0.6B" else "auto")
     return make_plan(Job("train", MODELS[size], recipe=config, negatives=1), parse_topology(topology), mesh)
 
 
@@ -74,18 +78,22 @@ def test_the_program_compiles_fits_and_does_what_was_counted(do, size):
     assert result.fits and 0 < result.memory.total < result.topology.chip.hbm_bytes
     assert sum(result.memory.state.values()) <= result.memory.arguments
     assert result.work.flops_ratio == pytest.approx(1, abs=0.005)
-    assert result.work.compiler_ratio == pytest.approx(1, abs=0.01)
+    # The compiler adds what lies between the products, which for a gradient weighs most where the model is narrow.
+    assert result.work.compiler_ratio == pytest.approx(1, abs=0.015 if (do, size) == ("train", "80M") else 0.01)
     assert 0.5 < result.work.hbm_ratio < 2.5
     assert result.work.unknown_loops == []
 
 
 @pytest.mark.parametrize(("do", "size"), PROGRAMS)
 def test_attention_is_the_splash_kernel(do, size):
-    result = plan(do, size)
+    result, layers = plan(do, size), MODELS[size].num_hidden_layers
     assert result.work is not None
-    # A backward pass is two kernels, after the forward pass that it computes again.
-    runs = {"encode": 1, "train": chunks(size) * ((1 + 3) if size == "8B" else (1 + 1 + 3))}[do]
-    assert result.work.kernels["tpu_custom_call"] == runs * MODELS[size].num_hidden_layers
+    # A backward pass is two kernels, after the forward pass that it computes again. The last layer's few queries take
+    # none, where they are all there is: without a gradient, and with one in a model of few layers.
+    with_gradient = 0 if do == "encode" else 4 * (layers - 1 if layers <= FEW_LAYERS else layers)
+    without = 0 if do == "train" and chunks(size) == 1 else layers - 1
+    runs = 1 if do == "encode" else chunks(size)
+    assert result.work.kernels["tpu_custom_call"] == runs * (with_gradient + without)
 
 
 @pytest.mark.parametrize(("do", "size"), PROGRAMS)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.losses import matryoshka_weights
+from f2llm_jax.model import FEW_LAYERS
 from f2llm_jax.planning.chips import Topology
 
 FLOAT32 = 4
@@ -44,19 +45,24 @@ class Flops:
     Attributes:
         projections: products with weights.
         attention: scores and weighted sums, the causal half alone; as the kernel computes them in a backward pass.
+        end_attention: those of a few queries with whole rows, which are plain products whatever the kernel is.
         loss: cosines of a training step.
     """
 
     projections: float
     attention: float
+    end_attention: float = 0.0
     loss: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.projections + self.attention + self.loss
+        return sum(dataclasses.astuple(self))
 
     def __add__(self, other: Flops) -> Flops:
-        return Flops(self.projections + other.projections, self.attention + other.attention, self.loss + other.loss)
+        return Flops(*map(sum, zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def __truediv__(self, devices: int) -> Flops:
+        return Flops(*(flops / devices for flops in dataclasses.astuple(self)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +94,11 @@ def layer_weights(config: ModelConfig) -> int:
     return d * h * 2 * (config.num_attention_heads + config.num_key_value_heads) + 3 * d * f
 
 
+def key_value_weights(config: ModelConfig) -> int:
+    """Those of ``layer_weights`` that make keys and values."""
+    return config.hidden_size * config.head_dim * 2 * config.num_key_value_heads
+
+
 def parameters(config: ModelConfig) -> int:
     """Elements of the table and the projections; what the norms hold is negligible."""
     return config.vocab_size * config.hidden_size + config.num_hidden_layers * layer_weights(config)
@@ -96,6 +107,17 @@ def parameters(config: ModelConfig) -> int:
 def forward_flops(config: ModelConfig, texts: int, length: int) -> Flops:
     """Of the forward pass of ``texts`` texts of ``length`` tokens, on all devices together."""
     return ragged_flops(config, texts * length, texts * length**2)
+
+
+def embedding_flops(config: ModelConfig, rows: int, length: int, ends: int) -> Flops:
+    """``forward_flops`` where the last layer is computed for ``ends`` positions alone, but for keys and values."""
+    whole, layers = forward_flops(config, rows, length), config.num_hidden_layers
+    spared = 2.0 * (layer_weights(config) - key_value_weights(config)) * (rows * length - ends)
+    return Flops(
+        projections=whole.projections - spared,
+        attention=whole.attention * (layers - 1) / layers,
+        end_attention=4.0 * config.num_attention_heads * config.head_dim * ends * length,
+    )
 
 
 def ragged_flops(config: ModelConfig, tokens: int, squares: int) -> Flops:
@@ -128,21 +150,37 @@ compute the scores again, the splash kernel in each of its two (dq: 3 products, 
 forward pass again."""
 
 
-def training_passes(config: ModelConfig, *, cached: bool, remat: str, kernel: str) -> Passes:
-    """Passes of a step: with cached gradients one more forward pass; with remat a part of one, within the backward.
-
-    A layer that is computed again stops short of its last projection, whose result no gradient needs.
-    """
-    last = config.hidden_size * config.intermediate_size / layer_weights(config)
+def training_passes(*, cached: bool, remat: str, kernel: str) -> Passes:
+    """Passes of a step: with cached gradients one more forward pass; with remat a part of one, within the backward."""
     again_projections, again_attention = {
         "none": (0.0, 0.0),
         "dots": (0.0, float(kernel != "ragged")),
-        "full": (1.0 - last, 1.0),
+        "full": (1.0, 1.0),
     }[remat]
     forward = 2.0 if cached else 1.0
     return Passes(
         projections=forward + again_projections + 2.0,
         attention=forward + again_attention + ATTENTION_BACKWARD[kernel],
+    )
+
+
+def layers_flops(config: ModelConfig, work: TrainWork, passes: Passes) -> Flops:
+    """Of the layers in a training step, on all devices together."""
+    few = config.num_hidden_layers <= FEW_LAYERS
+    tokens, ends = work.rows * work.length, work.rows * work.slots
+    without_gradient = embedding_flops(config, work.rows, work.length, ends)
+    forward = without_gradient if few else forward_flops(config, work.rows, work.length)
+    cached = float(work.chunk_rows > 0)
+    # A layer that is computed again stops short of its last projection, whose result no gradient needs. The keys and
+    # values of a last layer that stands alone, in no loop over chunks, the compiler takes from the forward pass.
+    positions = (config.num_hidden_layers - 1) * tokens + (ends if few else tokens)
+    not_again = 2.0 * config.hidden_size * config.intermediate_size * positions
+    not_again += 2.0 * key_value_weights(config) * tokens * (few and not cached)
+    spared = not_again * (work.remat == "full")
+    return Flops(
+        cached * without_gradient.projections + (passes.projections - cached) * forward.projections - spared,
+        cached * without_gradient.attention + (passes.attention - cached) * forward.attention,
+        cached * without_gradient.end_attention + (passes.attention - cached) * forward.end_attention,
     )
 
 
@@ -159,14 +197,14 @@ def layer_traffic(config: ModelConfig, tokens: float, tensor: int, itemsize: int
     kv = config.num_key_value_heads * config.head_dim / tensor
     attention = (
         (FLOAT32 + itemsize) * d  # norm
-        + 3 * itemsize * d + FLOAT32 * (q + 2 * kv)  # projections
-        + (FLOAT32 + itemsize) * (q + 2 * kv)  # norm and rotation of the heads
+        + 3 * itemsize * d + itemsize * (q + 2 * kv)  # projections
+        + 2 * itemsize * (q + 2 * kv)  # norm and rotation of the heads
         + itemsize * (q + 2 * kv) + itemsize * q  # kernel
         + itemsize * q + 2 * FLOAT32 * d  # output projection and residual
     )  # fmt: skip
     mlp = (
         (FLOAT32 + itemsize) * d
-        + 2 * itemsize * d + 2 * FLOAT32 * f + itemsize * f  # gate and up
+        + 2 * itemsize * d + 3 * itemsize * f  # gate and up
         + itemsize * f + 2 * FLOAT32 * d  # down projection and residual
     )  # fmt: skip
     return tokens * (attention + mlp) + itemsize * layer_weights(config) / tensor
@@ -186,15 +224,15 @@ def working_set(config: ModelConfig, tokens: float, tensor: int, itemsize: int) 
     return tokens * (2 * FLOAT32 * d + itemsize * d + max((FLOAT32 + 2 * itemsize) * f, (2 * FLOAT32) * heads))
 
 
-def estimate_encode(config: ModelConfig, axes: Axes, *, texts: int, length: int, itemsize: int) -> Estimate:
-    """Of encoding ``texts`` texts of ``length`` tokens over a mesh."""
-    tokens, layers = texts * length / axes.batch_parts, config.num_hidden_layers
-    flops = forward_flops(config, texts, length)
+def estimate_encode(config: ModelConfig, axes: Axes, *, rows: int, length: int, slots: int, itemsize: int) -> Estimate:
+    """Of encoding rows of ``length`` tokens, with ``slots`` for texts in each, over a mesh."""
+    tokens, layers = rows * length / axes.batch_parts, config.num_hidden_layers
+    flops = embedding_flops(config, rows, length, rows * slots)
     gather, reduce = layer_exchange(config, tokens, axes, itemsize)
     lookup = (axes.tensor > 1) * 2 * FLOAT32 * config.hidden_size * tokens
     gathered = 2 * itemsize * layer_weights(config) / axes.tensor if axes.fsdp > 1 else 0
     return Estimate(
-        flops=Flops(flops.projections / axes.size, flops.attention / axes.size),
+        flops=flops / axes.size,
         hbm_bytes=layers * layer_traffic(config, tokens, axes.tensor, itemsize),
         ici_bytes=layers * (gather + reduce) + lookup,
         memory_bytes=itemsize * parameters(config) / (axes.fsdp * axes.tensor)
@@ -212,6 +250,7 @@ class TrainWork:
         negatives: of each.
         runs: rows of each run of the model: of the queries and of the documents, or of all of them packed.
         length: tokens of every row.
+        slots: for texts in a row.
         chunk_rows: rows computed at a time with cached gradients; 0 for all, directly.
         remat: see ``model.REMAT_POLICIES``.
         kernel: of attention.
@@ -224,6 +263,7 @@ class TrainWork:
     negatives: int
     runs: tuple[int, ...]
     length: int
+    slots: int
     chunk_rows: int
     remat: str
     kernel: str
@@ -251,13 +291,9 @@ def estimate_train(config: ModelConfig, axes: Axes, work: TrainWork, teacher: Mo
     """Of a training step over a mesh."""
     layers, shards = config.num_hidden_layers, axes.fsdp * axes.tensor
     tokens = work.rows * work.length / axes.batch_parts
-    passes = training_passes(config, cached=bool(work.chunk_rows), remat=work.remat, kernel=work.kernel)
-    forward = forward_flops(config, work.rows, work.length)
-    flops = Flops(
-        projections=passes.projections * forward.projections / axes.size,
-        attention=passes.attention * forward.attention / axes.size,
-        loss=loss_flops(config.hidden_size, work.queries, work.negatives, work.mrl_dims) / axes.size,
-    )
+    passes = training_passes(cached=bool(work.chunk_rows), remat=work.remat, kernel=work.kernel)
+    loss = loss_flops(config.hidden_size, work.queries, work.negatives, work.mrl_dims)
+    flops = (layers_flops(config, work, passes) + Flops(0.0, 0.0, loss=loss)) / axes.size
     weights_chip = parameters(config) / shards
     runs = work.chunks / (work.rows / work.rows_at_once) if work.chunk_rows else 1.0
     gather, reduce = layer_exchange(config, tokens / work.chunks, axes, work.itemsize)
@@ -284,7 +320,9 @@ def estimate_train(config: ModelConfig, axes: Axes, work: TrainWork, teacher: Mo
     )
     if teacher is None:
         return estimate
-    taught = estimate_encode(teacher, axes, texts=work.rows, length=work.length, itemsize=work.itemsize)
+    taught = estimate_encode(
+        teacher, axes, rows=work.rows, length=work.length, slots=work.slots, itemsize=work.itemsize
+    )
     return Estimate(
         flops=estimate.flops + taught.flops,
         hbm_bytes=estimate.hbm_bytes + taught.hbm_bytes,
