@@ -129,11 +129,11 @@ class Texts:
         texts: the texts.
         tokens: how many tokens they have, EOS included.
         flops: the matmul work of those tokens with the layers' weights; attention's own products are not counted.
-        spared: what of it f2llm does not compute: on CPUs, of the last layer all but keys and values. (It does compute
-            that for the ends of texts, which is not counted.)
+        spared: what of it f2llm does not compute: of the last layer all but keys and values. (It does compute that for
+            the ends of texts, which is not counted.)
     """
 
-    def __init__(self, kind: str, size: str, data: Path, release: Path, flops: float, device: str):
+    def __init__(self, kind: str, size: str, data: Path, release: Path, flops: float):
         import tokenizers
 
         config = MODELS[size]
@@ -152,7 +152,7 @@ class Texts:
         self.tokens = tokens(self.texts)
         self.flops = self.tokens * flops_per_token
         keys_and_values = config.hidden_size * 2 * config.num_key_value_heads * config.head_dim
-        self.spared = self.tokens * 2 * (weights - keys_and_values) if device == "cpu" else 0
+        self.spared = self.tokens * 2 * (weights - keys_and_values)
 
     @property
     def key(self) -> str:
@@ -236,7 +236,7 @@ def compare(
     if device == "cpu" and not (release / EXPORT).exists():
         _in_process(export, release)
     flops = seconds * _ASSUMED_FLOPS[device]
-    workload = [Texts(kind, size, data, release, flops, device) for kind in kinds]
+    workload = [Texts(kind, size, data, release, flops) for kind in kinds]
     exact = _exact_embeddings(workload, release, cache / f"{size}-{device}", device)
     tuning = Tuning(cache / "tuning.json", tune, device)
     settings = {

@@ -88,7 +88,8 @@ def main() -> None:
         for kind in args.batches:
             prepared = Path(folder, kind)
             prepare(args.data / "train_raw", release, prepared, include=(DATASETS[kind],), max_length=MAX_LENGTH)
-            batches = first_batch(prepared, args.queries or QUERIES[args.device][kind], args.layout)
+            queries = QUERIES[args.device][kind] if args.queries is None else args.queries
+            batches = first_batch(prepared, queries, args.layout)
             for dtype in DTYPES[args.device]:
                 ours, theirs = our_step(release, dtype, args.remat), torch_step(release, dtype, args.device)
                 print(row(kind, dtype, batches, list(timed(ours, theirs, batches, args.rounds))), flush=True)

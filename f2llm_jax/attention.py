@@ -10,7 +10,7 @@ they are filled from the left, so that no token of the text sees the padding beh
     blocked    everywhere; GPUs in float32     plain products of blocks, nothing above the diagonal; ``blocked.py``
     reference  everywhere                      the formula; what the others are tested against
 
-Where but a few positions have a query (of the last layer on CPUs no one asks for the others), ``of_ends`` computes what
+Where but a few positions have a query (of the last layer no one asks for the others), ``of_ends`` computes what
 the formula says. All take grouped queries as they are: keys and values are never repeated. On a mesh, ragged, splash
 and cudnn run under ``shard_map`` over batch and heads; the compiler splits the others by itself.
 

@@ -242,7 +242,7 @@ class Packing:
 def row_slots(length: int, texts: int, *, short: bool) -> int:
     """The slots of a row for at most so many texts: a power of four, times 16 (of 128 tokens and more 32) if short.
 
-    Few, because on CPUs the last layer computes them all; and of few numbers, because a program is compiled for each.
+    Few, because the last layer computes them all; and of few numbers, because a program is compiled for each.
     """
     slots = (32 if length >= 128 else 16) if short else 1
     while slots < texts:

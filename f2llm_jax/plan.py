@@ -94,6 +94,11 @@ class Job:
     def texts_per_row(self) -> int:
         return self.row_length // self.length
 
+    @property
+    def slots(self) -> int:
+        """For texts in a row."""
+        return row_slots(self.row_length, self.texts_per_row, short=False) if self.packed else 1
+
     def train_packing(self, multiple: int) -> TrainPacking:
         """The shapes of the recipe's batches, whose rows are a multiple of a number."""
         from f2llm_jax.train.packing import TrainPacking
@@ -148,7 +153,7 @@ class Work:
 
     Attributes:
         flops: counted from the sizes, attention by its causal half.
-        attention_flops: those of ``flops`` that are attention.
+        attention_flops: those of ``flops`` that are attention, without a last layer's few queries.
         program_flops: of the matrix products in the program, loops by their trips; without Pallas kernels.
         program_flops_once: the same with the body of every loop counted once.
         compiler_flops: what the compiler's ``cost_analysis`` says, which counts the body of a loop once.
@@ -388,7 +393,7 @@ def _train_work(job: Job, axes: Axes, rows_at_once: int) -> TrainWork:
         negatives=job.negatives,
         runs=runs,
         length=job.row_length,
-        slots=row_slots(job.row_length, job.texts_per_row, short=False) if job.packed else 1,
+        slots=job.slots,
         chunk_rows=0 if rows_at_once == sum(runs) else rows_at_once,
         remat=recipe.compute.remat,
         kernel="splash" if recipe.compute.kernel == "auto" else recipe.compute.kernel,
@@ -406,7 +411,7 @@ def _estimate(job: Job, axes: Axes, rows_at_once: int) -> Estimate:
             axes,
             rows=rows_at_once,
             length=job.row_length,
-            slots=job.texts_per_row,
+            slots=job.slots,
             itemsize=itemsize,
         )
     return estimate_train(job.config, axes, _train_work(job, axes, rows_at_once), job.teacher)
@@ -420,7 +425,7 @@ def abstract_program(job: Job, mesh: jax.sharding.Mesh, rows_at_once: int) -> Ab
             mesh,
             rows=rows_at_once,
             length=job.row_length,
-            texts=job.texts_per_row,
+            slots=job.slots,
             dtype=job.dtype,
         )
     work = _train_work(job, Axes(**mesh.shape), rows_at_once)

@@ -38,7 +38,7 @@ def product(spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike, 
         dtype: that of the operands, here and in the gradient.
         may_round: the result is on its way to an operand: it may be in ``dtype`` already. On accelerators it is: they
             have summed in float32 and write half the bytes, and what is done before the next product reads half. On
-            CPUs XLA has no fast product of bfloat16 operands with such a result.
+            CPUs XLA turns the operands of a product with such a result to float32.
     """
     return einsum(spec, a, b, dtype, may_round)
 

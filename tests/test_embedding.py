@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -117,7 +118,7 @@ def test_the_last_layer_computes_few_positions():
 
 @pytest.mark.parametrize(("few_layers", "spared"), [(3, True), (2, False)])
 def test_of_many_layers_the_gradient_computes_all_of_the_last(params, few_layers, spared, monkeypatch):
-    """There the loop takes the stack of weights as it is: in the gradient, none of them are copied."""
+    """There the loop takes the stack of weights as it is."""
     monkeypatch.setattr(model, "FEW_LAYERS", few_layers)
     batch = f2llm_jax.Batch(random_tokens(4, 64), np.full(4, 64, np.int32))
     compute = jax.grad(lambda params: f2llm_jax.eos_states(params, batch, config=TINY, kernel="reference").sum())
@@ -126,6 +127,24 @@ def test_of_many_layers_the_gradient_computes_all_of_the_last(params, few_layers
     full_attention = every.attention * 2 * 64 / 65  # the reference kernel computes both halves
     share = counted.flops / (3 * (every.projections + full_attention))
     assert share == pytest.approx(1, abs=0.02) if not spared else 0.7 < share < 0.8
+
+
+@pytest.mark.parametrize(("few_layers", "copied"), [(12, True), (11, False)])
+def test_of_many_layers_no_weights_are_copied_for_a_gradient(few_layers, copied, monkeypatch):
+    monkeypatch.setattr(model, "FEW_LAYERS", few_layers)
+    config = dataclasses.replace(TINY, num_hidden_layers=12, intermediate_size=8192)
+    params = jax.eval_shape(lambda: f2llm_jax.init_params(config, jax.random.key(0)))
+    batch = f2llm_jax.Batch(random_tokens(4, 64), np.full(4, 64, np.int32))
+    loss = jax.grad(lambda params: f2llm_jax.eos_states(params, batch, config=config, remat="full").sum())
+    temporary = jax.jit(loss).lower(params).compile().memory_analysis().temp_size_in_bytes
+    stack_bytes = sum(4 * math.prod(x.shape) for x in jax.tree.leaves(params["layers"]))
+    assert (temporary > stack_bytes) == copied
+
+
+@pytest.mark.parametrize(("ends", "expected"), [(64, True), (65, False)])
+def test_many_ends_are_computed_like_all_positions(ends, expected):
+    rows = np.zeros((1, 256), np.int32)
+    assert ends_alone(f2llm_jax.PackedBatch(rows, rows, np.zeros((1, ends), np.int32))) == expected
 
 
 def test_another_number_of_layers_is_refused(params):

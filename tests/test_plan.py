@@ -147,8 +147,9 @@ def test_forward_flops_are_those_of_the_program():
 
 
 @pytest.mark.parametrize("packed", [None, (32, 64, 4)])
-@pytest.mark.parametrize(("chunk_rows", "remat"), [(0, "dots"), (4, "full")])
-def test_training_passes_are_those_of_the_program(chunk_rows, remat, packed):
+@pytest.mark.parametrize(("chunk_rows", "remat", "few_layers"), [(0, "dots", 3), (4, "full", 3), (4, "full", 2)])
+def test_training_passes_are_those_of_the_program(chunk_rows, remat, few_layers, packed, monkeypatch):
+    monkeypatch.setattr("f2llm_jax.model.FEW_LAYERS", few_layers)
     from f2llm_jax.planning.programs import train_program
     from f2llm_jax.train.config import load_recipe
 

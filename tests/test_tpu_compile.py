@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from f2llm_jax.cli import main
 from f2llm_jax.configs.models import MODELS
 from f2llm_jax.errors import InputError
-from f2llm_jax.model import FEW_LAYERS
+from f2llm_jax.model import has_few_layers
 from f2llm_jax.plan import Job, Plan, compile_program, make_plan
 from f2llm_jax.planning.chips import CHIPS, parse_topology, topology_devices
 from f2llm_jax.planning.counts import Axes
@@ -51,7 +51,6 @@ def recipe(size: str, *, batch_size: int, chunk_rows: int = 0, layout: str = "au
     config = load_recipe(f"stage{stage}_{size.replace('.', '_').lower()}")
     return dataclasses.replace(
         config,
-        teacher=None,
         data=dataclasses.replace(config.data, batch_size=batch_size, layout=layout),
         compute=dataclasses.replace(config.compute, chunk_rows=chunk_rows),
     )
@@ -65,7 +64,9 @@ def plan(do: str, size: str) -> Plan:
     topology, mesh = TRAIN[size]
     sizes = {"batch_size": 128, "chunk_rows": 128} if size == "0.6B" else {"batch_size": 32}
     config = recipe(size, **sizes, layout="bucketed" if size == "0.6B" else "auto")
-    return make_plan(Job("train", MODELS[size], recipe=config, negatives=1), parse_topology(topology), mesh)
+    teacher = MODELS["0.6B"] if config.teacher else None
+    job = Job("train", MODELS[size], recipe=config, teacher=teacher, negatives=1)
+    return make_plan(job, parse_topology(topology), mesh)
 
 
 PROGRAMS = [*(("encode", size) for size in ENCODE), *(("train", size) for size in TRAIN)]
@@ -90,10 +91,11 @@ def test_attention_is_the_splash_kernel(do, size):
     assert result.work is not None
     # A backward pass is two kernels, after the forward pass that it computes again. The last layer's few queries take
     # none, where they are all there is: without a gradient, and with one in a model of few layers.
-    with_gradient = 0 if do == "encode" else 4 * (layers - 1 if layers <= FEW_LAYERS else layers)
+    with_gradient = 0 if do == "encode" else 4 * (layers - 1 if has_few_layers(layers) else layers)
     without = 0 if do == "train" and chunks(size) == 1 else layers - 1
     runs = 1 if do == "encode" else chunks(size)
-    assert result.work.kernels["tpu_custom_call"] == runs * (with_gradient + without)
+    teacher = MODELS["0.6B"].num_hidden_layers - 1 if (do, size) == ("train", "80M") else 0
+    assert result.work.kernels["tpu_custom_call"] == runs * (with_gradient + without) + teacher
 
 
 @pytest.mark.parametrize(("do", "size"), PROGRAMS)
@@ -102,7 +104,8 @@ def test_neither_the_vocabulary_nor_the_batch_is_gathered(do, size):
     mesh = result.mesh
     rows = result.batch_tokens // 1024
     activations = rows * 1024 * config.hidden_size
-    largest_weight = config.hidden_size * config.intermediate_size // mesh.tensor
+    widest = result.job.teacher or config
+    largest_weight = widest.hidden_size * widest.intermediate_size // mesh.tensor
     assert largest_weight < activations  # so that the two can be told apart
     vocabulary = {config.vocab_size, config.vocab_size // mesh.tensor}
     for collective in result.collectives:
@@ -110,6 +113,17 @@ def test_neither_the_vocabulary_nor_the_batch_is_gathered(do, size):
         if collective.kind == "all-gather":
             assert not vocabulary & set(collective.dims), collective
             assert math.prod(collective.dims) <= max(largest_weight, rows * 1024), collective
+
+
+def test_rows_of_short_texts_compute_no_more_than_others():
+    """Of 85 texts in a row the last layer computes 256 slots, of 341 texts all positions."""
+    topology, works = parse_topology("v5e:1x1"), {}
+    for length in (1024, 12, 3):
+        work = make_plan(Job("encode", MODELS["80M"], length=length), topology, Axes(1, 1, 1)).work
+        assert work is not None and work.flops_ratio == pytest.approx(1, abs=0.005)
+        works[length] = work
+    assert works[1024].program_hbm_bytes < works[12].program_hbm_bytes < works[3].program_hbm_bytes
+    assert works[3].program_hbm_bytes < 1.2 * works[1024].program_hbm_bytes
 
 
 def mlp_gradients(size: str) -> dict[str, int]:

@@ -54,7 +54,10 @@ class Work(NamedTuple):
         return cls(*(jax.process_count() * int(count) for count in counts))
 
     def forward_flops(self, config: ModelConfig) -> float:
-        """Operations of a forward pass over the tokens: matrix products, and attention below the diagonal."""
+        """Operations of a forward pass over the tokens: matrix products, and attention below the diagonal.
+
+        Those of all positions in every layer, as MFU is counted, though of the last not all may be computed.
+        """
         return ragged_flops(config, self.tokens, self.squares).total
 
 

@@ -33,7 +33,7 @@ from f2llm_jax.errors import InputError
 from f2llm_jax.release import find_release
 from f2llm_jax.tokens import Tokenizer
 from f2llm_jax.train.dedupe import Digests, number_documents
-from f2llm_jax.train.passes import Piece, Scan
+from f2llm_jax.train.prepare_units import Piece, Scan
 from f2llm_jax.train.raw import REASONS, RawDataset, find_datasets
 from f2llm_jax.train.records import (
     FORMAT,

@@ -12,8 +12,9 @@ import math
 from typing import NamedTuple
 
 from f2llm_jax.config import ModelConfig
+from f2llm_jax.embedding import are_few
 from f2llm_jax.losses import matryoshka_weights
-from f2llm_jax.model import FEW_LAYERS
+from f2llm_jax.model import has_few_layers
 from f2llm_jax.planning.chips import Topology
 
 FLOAT32 = 4
@@ -109,14 +110,19 @@ def forward_flops(config: ModelConfig, texts: int, length: int) -> Flops:
     return ragged_flops(config, texts * length, texts * length**2)
 
 
-def embedding_flops(config: ModelConfig, rows: int, length: int, ends: int) -> Flops:
-    """``forward_flops`` where the last layer is computed for ``ends`` positions alone, but for keys and values."""
+def forward_flops_of_ends(config: ModelConfig, rows: int, length: int, slots: int) -> Flops:
+    """``forward_flops`` where of each row only the ends of texts in its slots are wanted, if these are few.
+
+    Then the last layer computes nothing else, but for keys and values.
+    """
     whole, layers = forward_flops(config, rows, length), config.num_hidden_layers
-    spared = 2.0 * (layer_weights(config) - key_value_weights(config)) * (rows * length - ends)
+    if not are_few(slots, rows, length):
+        return whole
+    spared = 2.0 * (layer_weights(config) - key_value_weights(config)) * rows * (length - slots)
     return Flops(
         projections=whole.projections - spared,
         attention=whole.attention * (layers - 1) / layers,
-        end_attention=4.0 * config.num_attention_heads * config.head_dim * ends * length,
+        end_attention=4.0 * config.num_attention_heads * config.head_dim * rows * slots * length,
     )
 
 
@@ -138,10 +144,12 @@ class Passes:
     Attributes:
         projections: forward passes over the projections, a backward pass counting as two.
         attention: forward passes over attention, a backward pass counting as ``ATTENTION_BACKWARD`` of the kernel.
+        end_attention: the same of a last layer's few queries, which no kernel computes.
     """
 
     projections: float
     attention: float
+    end_attention: float
 
 
 ATTENTION_BACKWARD = {"reference": 2.0, "ragged": 2.5, "blocked": 3.0, "splash": 3.5}
@@ -150,38 +158,54 @@ compute the scores again, the splash kernel in each of its two (dq: 3 products, 
 forward pass again."""
 
 
-def training_passes(*, cached: bool, remat: str, kernel: str) -> Passes:
-    """Passes of a step: with cached gradients one more forward pass; with remat a part of one, within the backward."""
+def training_passes(config: ModelConfig, *, cached: bool, remat: str, kernel: str) -> Passes:
+    """Passes of a step: with cached gradients one more forward pass; with remat a part of one, within the backward.
+
+    A layer that is computed again stops short of its last projection, whose result no gradient needs.
+    """
+    last = config.hidden_size * config.intermediate_size / layer_weights(config)
     again_projections, again_attention = {
         "none": (0.0, 0.0),
         "dots": (0.0, float(kernel != "ragged")),
-        "full": (1.0, 1.0),
+        "full": (1.0 - last, 1.0),
     }[remat]
     forward = 2.0 if cached else 1.0
     return Passes(
         projections=forward + again_projections + 2.0,
         attention=forward + again_attention + ATTENTION_BACKWARD[kernel],
+        end_attention=forward + float(remat != "none") + ATTENTION_BACKWARD["reference"],
     )
 
 
 def layers_flops(config: ModelConfig, work: TrainWork, passes: Passes) -> Flops:
     """Of the layers in a training step, on all devices together."""
-    few = config.num_hidden_layers <= FEW_LAYERS
-    tokens, ends = work.rows * work.length, work.rows * work.slots
-    without_gradient = embedding_flops(config, work.rows, work.length, ends)
-    forward = without_gradient if few else forward_flops(config, work.rows, work.length)
+    whole = forward_flops(config, work.rows, work.length)
+    of_ends = forward_flops_of_ends(config, work.rows, work.length, work.slots)
+    few = has_few_layers(config.num_hidden_layers)
+    forward = of_ends if few else whole
     cached = float(work.chunk_rows > 0)
-    # A layer that is computed again stops short of its last projection, whose result no gradient needs. The keys and
-    # values of a last layer that stands alone, in no loop over chunks, the compiler takes from the forward pass.
-    positions = (config.num_hidden_layers - 1) * tokens + (ends if few else tokens)
-    not_again = 2.0 * config.hidden_size * config.intermediate_size * positions
-    not_again += 2.0 * key_value_weights(config) * tokens * (few and not cached)
-    spared = not_again * (work.remat == "full")
+    projections = cached * of_ends.projections + 3.0 * forward.projections
+    if work.remat == "full":
+        projections += forward.projections - layers_spared_again(config, work, alone=few and of_ends != whole)
     return Flops(
-        cached * without_gradient.projections + (passes.projections - cached) * forward.projections - spared,
-        cached * without_gradient.attention + (passes.attention - cached) * forward.attention,
-        cached * without_gradient.end_attention + (passes.attention - cached) * forward.end_attention,
+        projections,
+        cached * of_ends.attention + (passes.attention - cached) * forward.attention,
+        cached * of_ends.end_attention + (passes.end_attention - cached) * forward.end_attention,
     )
+
+
+def layers_spared_again(config: ModelConfig, work: TrainWork, *, alone: bool) -> float:
+    """FLOPs of projections that are not computed again: of each layer the last, whose result no gradient needs.
+
+    Where the last layer is computed ``alone``, and in no loop over chunks, the compiler takes its keys and values from
+    the forward pass.
+    """
+    tokens, last_tokens = work.rows * work.length, work.rows * (work.slots if alone else work.length)
+    positions = (config.num_hidden_layers - 1) * tokens + last_tokens
+    spared = 2.0 * config.hidden_size * config.intermediate_size * positions
+    if alone and not work.chunk_rows:
+        spared += 2.0 * key_value_weights(config) * tokens
+    return spared
 
 
 def loss_flops(hidden: int, queries: int, negatives: int, mrl_dims: tuple[int, ...]) -> float:
@@ -227,7 +251,7 @@ def working_set(config: ModelConfig, tokens: float, tensor: int, itemsize: int) 
 def estimate_encode(config: ModelConfig, axes: Axes, *, rows: int, length: int, slots: int, itemsize: int) -> Estimate:
     """Of encoding rows of ``length`` tokens, with ``slots`` for texts in each, over a mesh."""
     tokens, layers = rows * length / axes.batch_parts, config.num_hidden_layers
-    flops = embedding_flops(config, rows, length, rows * slots)
+    flops = forward_flops_of_ends(config, rows, length, slots)
     gather, reduce = layer_exchange(config, tokens, axes, itemsize)
     lookup = (axes.tensor > 1) * 2 * FLOAT32 * config.hidden_size * tokens
     gathered = 2 * itemsize * layer_weights(config) / axes.tensor if axes.fsdp > 1 else 0
@@ -291,9 +315,9 @@ def estimate_train(config: ModelConfig, axes: Axes, work: TrainWork, teacher: Mo
     """Of a training step over a mesh."""
     layers, shards = config.num_hidden_layers, axes.fsdp * axes.tensor
     tokens = work.rows * work.length / axes.batch_parts
-    passes = training_passes(cached=bool(work.chunk_rows), remat=work.remat, kernel=work.kernel)
+    passes = training_passes(config, cached=bool(work.chunk_rows), remat=work.remat, kernel=work.kernel)
     loss = loss_flops(config.hidden_size, work.queries, work.negatives, work.mrl_dims)
-    flops = (layers_flops(config, work, passes) + Flops(0.0, 0.0, loss=loss)) / axes.size
+    flops = dataclasses.replace(layers_flops(config, work, passes), loss=loss) / axes.size
     weights_chip = parameters(config) / shards
     runs = work.chunks / (work.rows / work.rows_at_once) if work.chunk_rows else 1.0
     gather, reduce = layer_exchange(config, tokens / work.chunks, axes, work.itemsize)
@@ -312,6 +336,8 @@ def estimate_train(config: ModelConfig, axes: Axes, work: TrainWork, teacher: Mo
         + 2.5 * working_set(config, chunk_tokens, axes.tensor, work.itemsize)
         + (2 * FLOAT32 + work.itemsize) * layer_weights(config) / axes.tensor * (axes.fsdp > 1)
     )
+    if has_few_layers(layers):  # the copy of all layers but the last
+        memory += work.param_itemsize * (layers - 1) * layer_weights(config) / shards
     estimate = Estimate(
         flops=flops,
         hbm_bytes=hbm_bytes,

@@ -39,7 +39,7 @@ class AbstractProgram:
 
 
 def encode_program(
-    config: ModelConfig, mesh: Mesh, *, rows: int, length: int, texts: int, dtype: str
+    config: ModelConfig, mesh: Mesh, *, rows: int, length: int, slots: int, dtype: str
 ) -> AbstractProgram:
     """``embed`` of a packed batch.
 
@@ -47,14 +47,14 @@ def encode_program(
         config: the sizes.
         mesh: of compile-only devices.
         rows, length: of the batch.
-        texts: slots for texts in each row.
+        slots: for texts in each row.
         dtype: of the parameters and of the operands of products.
     """
     config = padded_config(config, mesh)
     params = _params(config, mesh, dtype)
     sharding = NamedSharding(mesh, BATCH_SPEC)
     rows_bt = _array((rows, length), jnp.int32, sharding)
-    batch = PackedBatch(rows_bt, rows_bt, _array((rows, texts), jnp.int32, sharding))
+    batch = PackedBatch(rows_bt, rows_bt, _array((rows, slots), jnp.int32, sharding))
     compute = jax.jit(embed, static_argnames=("config", "dim", "dtype", "kernel"))
 
     def lower() -> Any:
