@@ -117,13 +117,12 @@ def test_neither_the_vocabulary_nor_the_batch_is_gathered(do, size):
 
 def test_rows_of_short_texts_compute_no_more_than_others():
     """Of 85 texts in a row the last layer computes 256 slots, of 341 texts all positions."""
-    topology, works = parse_topology("v5e:1x1"), {}
-    for length in (1024, 12, 3):
+    topology, traffic = parse_topology("v5e:1x1"), {}
+    for length in (12, 3):
         work = make_plan(Job("encode", MODELS["80M"], length=length), topology, Axes(1, 1, 1)).work
         assert work is not None and work.flops_ratio == pytest.approx(1, abs=0.005)
-        works[length] = work
-    assert works[1024].program_hbm_bytes < works[12].program_hbm_bytes < works[3].program_hbm_bytes
-    assert works[3].program_hbm_bytes < 1.2 * works[1024].program_hbm_bytes
+        traffic[length] = work.program_hbm_bytes
+    assert traffic[12] < traffic[3] < 1.1 * traffic[12]
 
 
 def mlp_gradients(size: str) -> dict[str, int]:
