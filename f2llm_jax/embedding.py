@@ -60,7 +60,7 @@ def eos_states(
     """The final-norm hidden state of every text's EOS, unnormalised: what distillation compares.
 
     Where the ends ``are_few``, the last layer computes keys and values for all tokens and the rest for the EOS alone,
-    attention as the formula says whatever the kernel is; for a gradient only of a model with ``model.FEW_LAYERS``.
+    attention as the formula says whatever the kernel is; for a gradient only if the model ``has_few_layers``.
 
     Args:
         params: the parameters, as ``init_params`` or ``load`` give them.
