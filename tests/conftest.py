@@ -39,6 +39,12 @@ os.environ.update(
 )
 
 
+def pytest_sessionstart() -> None:
+    from compilation import compile_quickly
+
+    compile_quickly()
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(_CACHE, ignore_errors=True)
 

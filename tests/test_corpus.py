@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pyarrow
 import pytest
+from compilation import quick_environment
 from pyarrow import parquet
 from releases import TINY, edit_json
 
@@ -85,8 +86,8 @@ def on_mesh(tiny_release, docs, tmp_path_factory) -> Path:
 
 
 def run_process(arguments: list[str], *, devices: int = 4, **options: object) -> subprocess.Popen[str]:
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     process = [sys.executable, str(PROCESS), json.dumps(options), *arguments]
+    environment = quick_environment(devices)
     return subprocess.Popen(process, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

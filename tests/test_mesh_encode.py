@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import jit
 from releases import TINY, write_release
 
 import f2llm_jax
@@ -79,7 +78,7 @@ def step(params, batch, *, config):
 
 @functools.cache
 def of_one_device(config):
-    return jit(functools.partial(step, config=config))(*case(config))
+    return jax.jit(functools.partial(step, config=config))(*case(config))
 
 
 def test_every_parameter_rests_where_the_rules_say():
@@ -105,7 +104,7 @@ def test_forward_and_gradients_are_those_of_one_device(config, axes):
     shardings = param_shardings(config, mesh)
     with jax.set_mesh(mesh):
         inputs = (jax.device_put(params, shardings), jax.device_put(batch, jax.NamedSharding(mesh, BATCH_SPEC)))
-        run = jit(functools.partial(step, config=config), out_shardings=(shardings, None))
+        run = jax.jit(functools.partial(step, config=config), out_shardings=(shardings, None))
         compiled = run.lower(*inputs).compile()
         grads, embeddings_bd = compiled(*inputs)
     assert np.abs(np.asarray(embeddings_bd) - np.asarray(expected_bd)).max() <= 2e-6
@@ -173,7 +172,7 @@ def test_lookup_and_its_gradient_are_those_of_indexing():
         x_btd = take(table_vd)
         return jnp.sum(x_btd * weight_btd), x_btd
 
-    step = jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    step = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
     expected_grad, expected_btd = step(table_vd, lambda table_vd: table_vd[tokens_bt])
     np.testing.assert_array_equal(expected_btd, table_vd[tokens_bt])
     mesh = make_mesh(data=2, fsdp=2, tensor=2)

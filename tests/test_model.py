@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from compilation import jit_as_users
 from releases import TINY, params_of, torch_model
 
 import f2llm_jax
@@ -66,16 +67,16 @@ def test_odd_shapes_equal_transformers(shape):
     ],
 )
 def test_real_sizes_equal_transformers(size, batches):
-    check_against_transformers(MODELS[size], *batches)
+    check_against_transformers(MODELS[size], *batches, jit=jit_as_users)
 
 
-def check_against_transformers(config: ModelConfig, *batches_of_lengths: Sequence[int]) -> None:
+def check_against_transformers(config: ModelConfig, *batches_of_lengths: Sequence[int], jit=jax.jit) -> None:
     """Embeddings of random texts in float32 and bfloat16; of the first batch also the states after every layer."""
     model = torch_model(config)
     params = params_of(model, config)
     batches = [random_batch(config, lengths) for lengths in batches_of_lengths]
     expected = [np.stack([torch_embedding(model, row) for row in rows_of(batch)]) for batch in batches]
-    embed = jax.jit(partial(f2llm_jax.embed, config=config), static_argnames="dtype")
+    embed = jit(partial(f2llm_jax.embed, config=config), static_argnames="dtype")
 
     for batch, expected_bd in zip(batches, expected, strict=True):
         np.testing.assert_allclose(embed(params, batch), expected_bd, rtol=0, atol=LARGEST_DIFFERENCE)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from compilation import encoder_as_users
 from releases import QUERY_PROMPT, bitext, xquad
 from sentence_transformers import SentenceTransformer
 
@@ -22,7 +24,14 @@ def reference(real_release) -> SentenceTransformer:
 
 
 @pytest.fixture(scope="module")
-def model(real_release) -> f2llm_jax.Encoder:
+def model(real_release) -> Iterator[f2llm_jax.Encoder]:
+    with encoder_as_users(real_release) as encoder:
+        yield encoder
+
+
+@pytest.fixture(scope="module")
+def warning_model(real_release) -> f2llm_jax.Encoder:
+    """In this process, where a warning is seen."""
     return f2llm_jax.load(real_release)
 
 
@@ -71,16 +80,16 @@ def test_cut_queries(model, reference, questions):
 
 
 @pytest.mark.parametrize("call", ["encode", "encode_query"])
-def test_truncated_texts(model, real_release, questions, paragraphs, call):
+def test_truncated_texts(warning_model, real_release, questions, paragraphs, call):
     reference = SentenceTransformer(str(real_release), device="cpu")
     reference.max_seq_length = CUT
     texts = questions + paragraphs
     with pytest.warns(UserWarning, match="truncated"):
-        got = getattr(model, call)(texts, max_length=CUT)
+        got = getattr(warning_model, call)(texts, max_length=CUT)
     check(got, getattr(reference, call)(texts))
 
 
-def test_awkward_texts(model, reference):
+def test_awkward_texts(warning_model, reference):
     texts = [
         "",
         " ",
@@ -96,8 +105,8 @@ def test_awkward_texts(model, reference):
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check(model.encode(texts), reference.encode(texts))
-        check(model.encode_query(texts), reference.encode_query(texts))
+        check(warning_model.encode(texts), reference.encode(texts))
+        check(warning_model.encode_query(texts), reference.encode_query(texts))
 
 
 def test_one_text_and_none(model, reference):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilation import jit_as_users
 
 from f2llm_jax import products
 from f2llm_jax.products import product
@@ -54,9 +55,9 @@ def test_bfloat16_rounds_what_enters_a_product_and_nothing_else(spec):
 def test_gradients_multiply_operands_of_the_dtype():
     """Not a float32 cotangent with a bfloat16 operand, which runs at the rate of float32."""
     a, b, cotangent = case("mi,oi->mo")
-    text = jax.jit(lambda a, b: jax.vjp(lambda a, b: product("mi,oi->mo", a, b, "bfloat16"), a, b)[1](cotangent)).lower(
-        a, b
-    )
+    text = jit_as_users(
+        lambda a, b: jax.vjp(lambda a, b: product("mi,oi->mo", a, b, "bfloat16"), a, b)[1](cotangent)
+    ).lower(a, b)
     dots = [line for line in text.as_text().splitlines() if "dot_general" in line]
     assert len(dots) == 2
     for line in dots:
@@ -69,7 +70,7 @@ def test_gradients_multiply_operands_of_the_dtype():
 def test_cpus_multiply_in_bfloat16(spec, on_mesh):
     """XLA's CPU compiler turns the operands of products it has no bfloat16 kernel for to float32."""
     a, b, cotangent = case(spec)
-    run = jax.jit(lambda a, b: jax.vjp(lambda a, b: product(spec, a, b, "bfloat16"), a, b)[1](cotangent))
+    run = jit_as_users(lambda a, b: jax.vjp(lambda a, b: product(spec, a, b, "bfloat16"), a, b)[1](cotangent))
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1])) if on_mesh else contextlib.nullcontext():
         text = run.lower(a, b).compile().as_text()
     assert operand_types(text) == [{"bf16"}] * 2
@@ -95,7 +96,7 @@ def test_an_operand_that_a_core_cannot_keep_is_multiplied_in_halves(monkeypatch,
         y, pull = jax.vjp(multiply, a, b)
         return y, *pull(cotangent)
 
-    own = jax.jit(functools.partial(run, multiply=lambda a, b: product("mi,oi->mo", a, b, "bfloat16")))
+    own = jit_as_users(functools.partial(run, multiply=lambda a, b: product("mi,oi->mo", a, b, "bfloat16")))
     compiled = own.lower(a, b).compile()
     for one, other in zip(compiled(a, b), run(a, b, lambda a, b: jnp.einsum("mi,oi->mo", a, b)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-5)
@@ -104,7 +105,7 @@ def test_an_operand_that_a_core_cannot_keep_is_multiplied_in_halves(monkeypatch,
 
 def test_an_operand_is_not_halved_for_a_wider_result(monkeypatch):
     monkeypatch.setattr(products, "_CACHE_BYTES", 5000)
-    program = jax.jit(lambda a, b: product("mi,oi->mo", a, b, "bfloat16"))
+    program = jit_as_users(lambda a, b: product("mi,oi->mo", a, b, "bfloat16"))
     for outputs, dots in ((63, 2), (64, 1)):
         text = program.lower(jnp.zeros((75, 64)), jnp.zeros((outputs, 64))).compile().as_text()
         assert operand_types(text) == [{"bf16"}] * dots
@@ -116,7 +117,7 @@ def test_a_transposed_gradient_compiles():
     _, pull = jax.vjp(lambda a, b: product("mi,oi->mo", a, b, "bfloat16"), a, b)
     expected = pull(cotangent)
     run = jax.jit(lambda a, b: jax.vjp(lambda a, b: product("mi,oi->mo", a, b, "bfloat16"), a, b)[1](cotangent))
-    found = jax.jit(lambda a, b: jax.tree.map(jnp.transpose, run(a, b)))(a, b)
+    found = jit_as_users(lambda a, b: jax.tree.map(jnp.transpose, run(a, b)))(a, b)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one.T, other, rtol=1e-6, atol=1e-5)
 
@@ -149,7 +150,7 @@ def test_compiled_for_a_cpu_attention_and_its_gradient_multiply_bfloat16():
         return ragged(q_btnh, k_btkh, k_btkh, None).astype(jnp.float32).sum()
 
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((96, 64), (128, 64), (64, 64))]
-    lines = jax.jit(jax.grad(attention, argnums=(0, 1, 2))).lower(*shapes).compile().as_text().splitlines()
+    lines = jit_as_users(jax.grad(attention, argnums=(0, 1, 2))).lower(*shapes).compile().as_text().splitlines()
     types = {}
     for line in lines:
         name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")

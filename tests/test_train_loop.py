@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from compilation import quick_environment
 from raw_data import rows, write_raw
 from releases import TINY, edit_json, set_appended_token, write_release
 
@@ -85,7 +86,7 @@ def losses(run: Path) -> dict[int, dict[str, float]]:
 
 
 def run_process(arguments: list[str], **options: object) -> subprocess.Popen:
-    environment = os.environ | ({"XLA_FLAGS": "--xla_force_host_platform_device_count=4"} if "port" in options else {})
+    environment = quick_environment(4 if "port" in options else 8)
     process = [sys.executable, str(PROCESS), json.dumps(options), *arguments]
     return subprocess.Popen(process, env=environment, stderr=subprocess.PIPE, text=True)
 

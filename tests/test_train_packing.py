@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packs import as_packed
-from quick import jit
 from raw_data import rows, write_raw
 from releases import SHARED, TINY
 
@@ -79,7 +78,7 @@ def step(params, batch, teacher_params=None, *, compute: ComputeConfig):
     return value_and_grad(loss, params, batch, TINY, compute)
 
 
-run_step = jit(step, static_argnames="compute")
+run_step = jax.jit(step, static_argnames="compute")
 
 
 def assert_same(found, expected) -> None:
@@ -126,7 +125,7 @@ def test_gradients_on_a_mesh_are_those_of_one_device(axes, chunk_rows):
     assert len(packed.rows.tokens_bt) > chunk_rows
     with jax.set_mesh(mesh):
         shardings = param_shardings(TINY, mesh)
-        run = jit(step, static_argnames="compute", out_shardings=(None, None, shardings))
+        run = jax.jit(step, static_argnames="compute", out_shardings=(None, None, shardings))
         found = run(
             jax.device_put(params(), shardings),
             global_batch(packed, mesh),
@@ -143,7 +142,7 @@ def grads(kernel: str, remat: str) -> dict:
         states = eos_states(params, batch, config=TINY, kernel=kernel, remat=remat)
         return (states * (batch.ends_be > 0)[..., None]).sum()
 
-    return jit(jax.grad(total))(params())
+    return jax.jit(jax.grad(total))(params())
 
 
 @pytest.mark.parametrize("kernel", sorted(set(KERNELS) - {"cudnn", "reference"}))
@@ -157,7 +156,7 @@ def test_every_kernel_has_the_gradient_of_packed_rows(kernel):
 def test_validation_is_that_of_a_text_a_row():
     batch = bucketed()
     options = {"config": TINY, "loss": LOSS, "compute": ComputeConfig(dtype="float32"), "in_batch": True}
-    run = jit(functools.partial(validation_step, **options))
+    run = jax.jit(functools.partial(validation_step, **options))
     expected, found = run(params(), batch), run(params(), as_packed(batch))
     assert found.keys() == expected.keys() and len(found) == 3
     for name, value in expected.items():

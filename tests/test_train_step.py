@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import optax
 import pytest
+from compilation import jit_as_users
 from packs import as_packed
-from quick import jit
 from releases import SHARED, TINY
 
 from f2llm_jax.config import ModelConfig
@@ -90,7 +90,8 @@ def run_steps(compute: ComputeConfig, mesh: jax.sharding.Mesh | None = None, lay
     if mesh is not None:
         shardings = shardings_of(abstract_state(config, optimizer, "float32", mesh))
         teacher_shardings = param_shardings(teacher_config, mesh)
-    step = jax.jit(
+    jit = jit_as_users if mesh is None else jax.jit
+    step = jit(
         functools.partial(
             train_step, config=config, loss=loss, compute=compute, optimizer=optimizer, teacher_config=teacher_config
         ),
@@ -135,7 +136,7 @@ def test_remat_and_kernel_change_no_gradient(remat, kernel):
     rows = load_batch(0, 6).query
 
     def grads(**options):
-        return jit(jax.grad(lambda params: eos_states(params, rows, config=config, **options).sum()))(params)
+        return jax.jit(jax.grad(lambda params: eos_states(params, rows, config=config, **options).sum()))(params)
 
     expected_grads = grads(remat="none", kernel="reference")
     for own, expected in zip(
@@ -178,11 +179,11 @@ def test_gradients_on_a_mesh_are_those_of_one_device():
 
         return value_and_grad(loss, params, batch, TINY, ComputeConfig(dtype="float32", chunk_rows=chunk_rows))
 
-    (expected_loss, _, expected) = jit(grads, static_argnums=2)(params, batch, 0)
+    (expected_loss, _, expected) = jax.jit(grads, static_argnums=2)(params, batch, 0)
     mesh = make_mesh(data=8)
     with jax.set_mesh(mesh):
         shardings = param_shardings(TINY, mesh)
-        (loss, _, found) = jit(grads, static_argnums=2, out_shardings=(None, None, shardings))(
+        (loss, _, found) = jax.jit(grads, static_argnums=2, out_shardings=(None, None, shardings))(
             jax.device_put(params, shardings), global_batch(batch, mesh), 16
         )
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-6)
