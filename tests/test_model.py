@@ -61,13 +61,13 @@ def test_odd_shapes_equal_transformers(shape):
     ("size", "batches"),
     [
         ("80M", (EVERY_SHORT_LENGTH, (255, 257, 384), (640, 1023, 1024))),
-        ("160M", ((1, 2, 9, 64, 129), (300, 1024))),
+        ("160M", ((1, 2, 9, 64, 129), (300,))),
         ("330M", ((1, 17, 130),)),
         ("0.6B", ((1, 17, 130),)),
     ],
 )
 def test_real_sizes_equal_transformers(size, batches):
-    check_against_transformers(MODELS[size], *batches, jit=jit_as_users)
+    check_against_transformers(MODELS[size], *batches, jit=jit_as_users if size == "80M" else jax.jit)
 
 
 def check_against_transformers(config: ModelConfig, *batches_of_lengths: Sequence[int], jit=jax.jit) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentence_transformers
+from compilation import quick_environment
 from releases import QUERY_PROMPT, TINY, edit_json, set_appended_token, write_json, write_release
 
 import f2llm_jax
@@ -306,9 +307,7 @@ def hub_cache(tmp_path_factory, tiny_release) -> Path:
 
 def run_on_hub(home: Path, script: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     """Runs a script in a process of its own: huggingface_hub reads its environment when it is imported."""
-    import os
-
-    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    env = {name: value for name, value in quick_environment().items() if not name.startswith("HF_")}
     env |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OUT": str(tmp_path / "out.npy")}
     preamble = f"import os, numpy as np, f2llm_jax\nTEXTS = {TEXTS!r}\n"
     command = [sys.executable, "-c", preamble + textwrap.dedent(script)]
