@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _torch_threads() -> None:
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # two workers share two cores
 
 
 @pytest.fixture(scope="session")

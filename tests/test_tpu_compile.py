@@ -1,6 +1,6 @@
 """The real programs, compiled by the real TPU compiler for slices that are not there.
 
-Each program is compiled for a chip, and each chip sees encoding and training, on meshes that use every axis.
+Encoding for v5e and v5p, training for v5e and v6e (with a teacher that encodes), on meshes that use every axis.
 """
 
 from __future__ import annotations
@@ -28,10 +28,7 @@ from f2llm_jax.planning.programs import AbstractProgram
 from f2llm_jax.sharding import make_mesh
 from f2llm_jax.train.config import TrainConfig, load_recipe
 
-ENCODE = {
-    "0.6B": ("v6e:4x4", Axes(4, 2, 2)),
-    "14B": ("v5p:2x2x4", Axes(1, 8, 2)),
-}
+ENCODE = {"14B": ("v5p:2x2x4", Axes(1, 8, 2))}
 # The 0.6B by cached gradients in three chunks, one of queries and two of documents; the 80M directly, packed.
 TRAIN = {
     "80M": ("v6e:4x4", Axes(4, 2, 2)),
