@@ -110,7 +110,7 @@ def test_neither_the_vocabulary_nor_the_batch_is_gathered(do, size):
             assert math.prod(collective.dims) <= max(largest_weight, rows * 1024), collective
 
 
-def test_rows_of_short_texts_compute_no_more_than_others():
+def test_rows_of_many_short_texts_compute_all_positions():
     """Of 341 texts in a row of 1,024 the last layer computes all positions, by the kernel."""
     work = make_plan(Job("encode", MODELS["80M"], length=3), parse_topology("v5e:1x1"), Axes(1, 1, 1)).work
     assert work is not None and work.flops_ratio == pytest.approx(1, abs=0.005)

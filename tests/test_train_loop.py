@@ -86,7 +86,7 @@ def losses(run: Path) -> dict[int, dict[str, float]]:
 
 
 def run_process(arguments: list[str], **options: object) -> subprocess.Popen:
-    environment = quick_environment(4 if "port" in options else 8)
+    environment = quick_environment(4 if "port" in options else None)
     process = [sys.executable, str(PROCESS), json.dumps(options), *arguments]
     return subprocess.Popen(process, env=environment, stderr=subprocess.PIPE, text=True)
 
