@@ -2,7 +2,7 @@
 
     python benchmarks/plan.py plans.jsonl
 
-compiles each program for each slice (an hour of a CPU core), each in a process of its own (the compiler keeps what it
+compiles each program for each slice (an hour on two cores), each in a process of its own (the compiler keeps what it
 has taken), appends what it finds to plans.jsonl, goes on from there when it is started again, and prints the tables.
 --seconds stops a run after so many.
 """
