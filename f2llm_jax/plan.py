@@ -510,7 +510,8 @@ def compile_program(program: AbstractProgram) -> tuple[Any, str | None]:
     from jax.errors import JaxRuntimeError
 
     # Programs compiled for devices that are not there can be written to JAX's cache, but not read back.
-    cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    settings: Any = jax.config  # its attributes are made at run time
+    cached = settings.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         with tempfile.TemporaryDirectory(prefix="f2llm_plan_") as folder:

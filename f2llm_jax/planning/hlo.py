@@ -19,7 +19,7 @@ import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-_BITS = re.compile(r"\d+")
+_NUMBER = re.compile(r"\d+")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
@@ -383,12 +383,12 @@ def _shapes(text: str) -> tuple[Shape, ...]:
 
 def _shape(dtype: str, dims: str, layout: str) -> Shape:
     sizes = _numbers(dims)
-    bits = 8 if dtype == "pred" else int(_BITS.search(dtype)[0]) if _BITS.search(dtype) else 0  # type: ignore[index]
+    bits = 8 if dtype == "pred" else next(iter(_numbers(dtype)), 0)
     return Shape(sizes, math.prod(sizes) * bits // 8, "S(" not in layout)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, _BITS.findall(text)))
+    return tuple(map(int, _NUMBER.findall(text)))
 
 
 def _sizes(text: str) -> list[int]:
