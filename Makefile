@@ -8,6 +8,8 @@ INSTALL := $(PIP) install --quiet --no-compile --constraint constraints.txt
 FILES := pyproject.toml constraints.txt
 
 export JAX_PLATFORMS ?= cpu
+# The tests start a hundred processes. Where no bytecode may be kept, each compiles what it imports: 2 s more for JAX alone.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint clean
 
