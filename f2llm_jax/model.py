@@ -104,7 +104,8 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.param("weight", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), (self.size,))
+        ones = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+        weight = self.param("weight", ones, (self.size,), jnp.float32)
         x = x.astype(jnp.float32)
         variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
         return x * jax.lax.rsqrt(variance + self.eps) * weight.astype(jnp.float32)
@@ -233,9 +234,10 @@ class Backbone(nn.Module):
             InputError: ``all_layers`` with ``ends_be``, or parameters of another number of layers than the config's.
         """
         c = self.config
-        table_vd = self.param(
-            "embed_tokens", nn.with_logical_partitioning(_normal, ("vocab", "embed")), (c.vocab_size, c.hidden_size)
-        )
+        table = nn.with_logical_partitioning(_normal, ("vocab", "embed"))
+        table_vd = self.param("embed_tokens", table, (c.vocab_size, c.hidden_size), jnp.float32)
+        if not self.is_initializing():
+            check_layers(self.variables["params"], c)
         x_btd = lookup(table_vd, tokens_bt).astype(jnp.float32)
         rotary = rotary_angles(positions(tokens_bt.shape[1], segment_ids_bt), c.head_dim, c.rope_theta)
         norm = RMSNorm(c.hidden_size, "embed", c.rms_norm_eps, name="norm")
@@ -246,8 +248,6 @@ class Backbone(nn.Module):
             # The last layer may be merged with its forward pass: but for keys and values it is of few positions.
             layer = jax.checkpoint(plain, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
             weights = self.variables["params"]["layers"]
-            if (found := jax.tree.leaves(weights)[0].shape[0]) != c.num_hidden_layers:
-                raise InputError(f"the parameters are of {found} layers, the config of {c.num_hidden_layers}")
             return norm(_through_layers(layer, weights, x_btd, rotary, segment_ids_bt, ends_be))
         # Within a scan nothing can be merged with the forward pass anyway: prevent_cse would only cost.
         block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False, static_argnums=(4,))
@@ -262,6 +262,13 @@ class Backbone(nn.Module):
         x_btd, layer_outputs_lbtd = layers(x_btd, rotary, segment_ids_bt, all_layers)
         states_btd = norm(x_btd)
         return (states_btd, layer_outputs_lbtd) if all_layers else states_btd
+
+
+def check_layers(params: Params, config: ModelConfig) -> None:
+    """An InputError if the parameters are of another number of layers than the config's."""
+    found = jax.tree.leaves(params["layers"])[0].shape[0]
+    if found != config.num_hidden_layers:
+        raise InputError(f"the parameters are of {found} layers, the config of {config.num_hidden_layers}")
 
 
 def _layer(

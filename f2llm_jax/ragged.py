@@ -173,7 +173,8 @@ def _forward(
         )
 
     count = len(blocks.first_p) // blocks.size
-    out_pnh, log_sum_ckq = blocks.each(visit, (jnp.zeros_like(q_pnh), jnp.zeros((count, k, blocks.size * g))))
+    zeros_ckq = jnp.zeros((count, k, blocks.size * g), jnp.float32)
+    out_pnh, log_sum_ckq = blocks.each(visit, (jnp.zeros_like(q_pnh), zeros_ckq))
     return from_bits(out_pnh[: b * t].reshape(q_btnh.shape), dtype), log_sum_ckq
 
 
@@ -219,7 +220,7 @@ def _backward(residuals: Any, cotangent_btnh: jax.Array) -> tuple[jax.Array, jax
             _add_at(d_v_kph, multiply("ksq,kqh->ksh", weight_ksq, d_out_kqh), start),
         )
 
-    zeros_kph = jnp.zeros((k, len(blocks.first_p), h))
+    zeros_kph = jnp.zeros((k, len(blocks.first_p), h), jnp.float32)
     d_q_pnh, *d_kv = blocks.each(visit, (jnp.zeros_like(q_pnh), zeros_kph, zeros_kph))
     d_q_btnh = from_bits(d_q_pnh[: b * t].reshape(q_btnh.shape), dtype)
     d_k_bskh, d_v_bskh = (_heads_last(x[:, : b * t].astype(dtype), 1).reshape(k_bskh.shape) for x in d_kv)

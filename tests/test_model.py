@@ -18,7 +18,7 @@ from compilation import jit_as_users
 from releases import TINY, params_of, torch_model
 
 import f2llm_jax
-from f2llm_jax import products
+from f2llm_jax import Batch, embed, init_params, products
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.configs.models import MODELS
 from f2llm_jax.model import abstract_params
@@ -173,6 +173,25 @@ def test_init_params_fits_the_declared_shapes():
     assert not np.array_equal(params["embed_tokens"], other["embed_tokens"])
     layers = params["layers"]["attention"]["q_proj"]["weight"]
     assert not np.array_equal(layers[0], layers[1])
+
+
+def test_64_bit_types_change_nothing():
+    config = dataclasses.replace(TINY, num_hidden_layers=1)
+    batch = Batch(np.arange(300, dtype=np.int32)[None], np.array([300], np.int32))
+
+    @jax.jit
+    @jax.value_and_grad
+    def run(params):
+        return embed(params, batch, config=config, kernel="ragged").sum()
+
+    expected = run(init_params(config, jax.random.key(0)))
+    with jax.enable_x64(True):
+        params = init_params(config, jax.random.key(0))
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+        found = run(params)
+    for own, like in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert own.dtype == like.dtype
+        np.testing.assert_allclose(own, like, rtol=1e-5, atol=1e-6)
 
 
 def test_unknown_kernel_lists_the_known(tiny):
