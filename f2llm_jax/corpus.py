@@ -33,7 +33,7 @@ from f2llm_jax.corpus_writer import Output, known_inputs, read_plan
 from f2llm_jax.distributed import ALONE, Processes
 from f2llm_jax.embedding import check_dim
 from f2llm_jax.encoder import Done, Encoder, load
-from f2llm_jax.errors import F2LLMError, InputError, warn
+from f2llm_jax.errors import F2LLMError, InputError, warn, whole_number
 from f2llm_jax.quantization import check_ranges
 from f2llm_jax.release import SETTINGS_PATTERNS, WEIGHT_PATTERNS, Release, find_release, pick_prompt, read_release
 from f2llm_jax.sharding import make_mesh
@@ -236,10 +236,9 @@ def _index(
 
 
 def _check_length(max_length: int | None, release: Release) -> int:
-    limit = release.config.max_position_embeddings
-    if max_length is not None and not 1 <= max_length <= limit:
-        raise InputError(f"max_length must be within 1..{limit}, not {max_length}")
-    return max_length or release.max_length
+    if max_length is None:
+        return release.max_length
+    return whole_number("max_length", max_length, release.config.max_position_embeddings)
 
 
 def _model_digest(path: Path) -> str:

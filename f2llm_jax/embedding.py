@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from f2llm_jax.config import ModelConfig
-from f2llm_jax.errors import InputError
+from f2llm_jax.errors import InputError, whole_number
 from f2llm_jax.model import Backbone, Params, apply, at_positions
 
 MANY_TOKENS = 256
@@ -168,7 +168,5 @@ def check_dim(dim: int | None, config: ModelConfig) -> int:
     """``dim``, or the full size for ``None``; anything outside 1 … hidden is an InputError that lists advised sizes."""
     if dim is None:
         return config.hidden_size
-    if isinstance(dim, bool) or not isinstance(dim, int) or not 1 <= dim <= config.hidden_size:
-        advised = ", ".join(map(str, config.matryoshka_dims))
-        raise InputError(f"dim must be a whole number within 1..{config.hidden_size}, not {dim!r}; advised: {advised}")
-    return dim
+    advised = ", ".join(map(str, config.matryoshka_dims))
+    return whole_number("dim", dim, config.hidden_size, f"; advised: {advised}")

@@ -25,9 +25,9 @@ from f2llm_jax.batching import Buckets, Packing, Rows, batched, choose_layout, p
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert.load import PARAM_DTYPES, load_params, open_checkpoint
 from f2llm_jax.embedding import Batch, PackedBatch, check_dim, embed
-from f2llm_jax.errors import InputError, warn
+from f2llm_jax.errors import InputError, warn, whole_number
 from f2llm_jax.layerwise import LONGEST_ROW, Layerwise, bit_views
-from f2llm_jax.model import Params
+from f2llm_jax.model import Params, check_layers
 from f2llm_jax.quantization import check_ranges, output_spec, quantize
 from f2llm_jax.release import find_release, pick_prompt, read_release
 from f2llm_jax.sharding import make_mesh, padded_config, put_batch, put_everywhere
@@ -98,6 +98,7 @@ class Encoder:
         mesh: Mesh | None = None,
         kernel: str = "auto",
     ):
+        check_layers(params, config)
         self._params = params
         self._platform = next(iter(jax.tree.leaves(params)[0].devices())).platform
         self.config = config
@@ -191,19 +192,18 @@ class Encoder:
         single = isinstance(texts, str)
         texts = [texts] if isinstance(texts, str) else list(texts)
         for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise InputError(f"text {index} is a {type(text).__name__}, not a string")
-            if not text.isascii() and _has_surrogates(text):
-                raise InputError(f"text {index} holds half of a surrogate pair, which is no character")
+            _check_text(f"text {index}", text)
         dim = check_dim(dim, self.config)
         columns, dtype = output_spec(output, dim)
         if output == "int8":
             ranges = check_ranges(ranges, dim)
         elif ranges is not None:
             raise InputError(f"ranges are for output='int8', not for {output!r}")
-        if max_length is not None and not 1 <= max_length <= self.config.max_position_embeddings:
-            raise InputError(f"max_length must be within 1..{self.config.max_position_embeddings}, not {max_length}")
+        if max_length is not None:
+            max_length = whole_number("max_length", max_length, self.config.max_position_embeddings)
+        batch_tokens = self._batch_tokens() if batch_tokens is None else whole_number("batch_tokens", batch_tokens)
         prefix = pick_prompt(self.prompts, self.default_prompt_name, prompt_name, prompt)
+        _check_text("the prompt", prefix)
 
         result = np.empty((len(texts), columns), dtype)
         embeddings = self._embeddings(
@@ -211,7 +211,7 @@ class Encoder:
             prefix,
             dim,
             max_length or self.max_length,
-            self._batch_tokens() if batch_tokens is None else batch_tokens,
+            batch_tokens,
             layout,
             show_progress,
             on_batch,
@@ -268,7 +268,7 @@ class Encoder:
         layout, batches = self._batches(sequences(), layout, batch_tokens, max_length)
         pending: deque[tuple[Rows, Callable[[], np.ndarray]]] = deque()
         with (
-            ThreadPoolExecutor(_CPU_THREADS, thread_name_prefix="compute") as pool,
+            ThreadPoolExecutor(1 if self._layerwise is None else _CPU_THREADS, thread_name_prefix="compute") as pool,
             tqdm(total=len(texts), unit="text", disable=not show_progress, smoothing=0) as bar,
         ):
 
@@ -339,12 +339,16 @@ class Encoder:
     def _start(self, batch: Batch | PackedBatch, dim: int, pool: ThreadPoolExecutor) -> Callable[[], np.ndarray]:
         """Starts the computation of a batch; the result waits for it.
 
-        On CPUs in a thread of the pool, where settings that JAX keeps by thread are the default ones.
+        Without a mesh by a thread of the pool, where what JAX keeps by thread is the default: the caller may have set a
+        mesh that this model is not on. On CPUs that thread also waits for it.
         """
-        if self._layerwise is not None:
-            compute = self._layerwise if batch.tokens_bt.shape[1] <= LONGEST_ROW else self._dispatch
-            return pool.submit(lambda: np.asarray(compute(batch, dim))).result
-        return functools.partial(np.asarray, self._dispatch(batch, dim))
+        if self.mesh is not None:
+            return functools.partial(np.asarray, self._dispatch(batch, dim))
+        if self._layerwise is None:
+            promise = pool.submit(self._dispatch, batch, dim)
+            return lambda: np.asarray(promise.result())
+        compute = self._layerwise if batch.tokens_bt.shape[1] <= LONGEST_ROW else self._dispatch
+        return pool.submit(lambda: np.asarray(compute(batch, dim))).result
 
     def _after_compilation(self, shapes: tuple[Any, ...]) -> None:
         """After a batch of new shapes: what its compilation freed goes back to the system."""
@@ -388,12 +392,13 @@ def padding(tokens: int, computed: int) -> float:
     return 1 - tokens / computed
 
 
-def _has_surrogates(text: str) -> bool:
+def _check_text(name: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise InputError(f"{name} is a {type(text).__name__}, not a string")
     try:
-        text.encode()
+        text.isascii() or text.encode()
     except UnicodeEncodeError:
-        return True
-    return False
+        raise InputError(f"{name} holds half of a surrogate pair, which is no character") from None
 
 
 def load(

@@ -1,7 +1,9 @@
 """Errors that a user can mend: the message names the file, key or number, and what to do. And warnings like them."""
 
+import operator
 import sys
 import warnings
+from typing import Any
 
 
 class F2LLMError(Exception):
@@ -18,7 +20,21 @@ class InputError(F2LLMError, ValueError):
 
 def warn(message: str) -> None:
     """A UserWarning that points at the line that called this package, however deep inside it was raised."""
-    frame, level = sys._getframe(1), 2
+    frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "f2llm_jax":
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
+        frame = frame.f_back
+    module = frame.f_globals.get("__name__")
+    # Without a registry: Python shows what it registered only once, were it said of other texts each time.
+    warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno, module)
+
+
+def whole_number(name: str, value: Any, largest: int | None = None, advice: str = "") -> int:
+    """``value`` as an int, of NumPy's too; an InputError unless it is one within 1 … ``largest``."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1 or (largest is not None and number > largest):
+        kind = "a positive whole number" if largest is None else f"a whole number within 1..{largest}"
+        raise InputError(f"{name} must be {kind}, not {value!r}{advice}")
+    return number

@@ -75,4 +75,6 @@ def check_ranges(ranges: np.ndarray | None, dim: int) -> np.ndarray:
     ranges = np.asarray(ranges, np.float32)
     if ranges.shape != (2, dim):
         raise InputError(f"ranges must have shape (2, {dim}), not {ranges.shape}")
+    if not (ranges[0] <= ranges[1]).all() or not np.isfinite(ranges).all():
+        raise InputError("ranges must be finite, the least value of each dimension before the largest")
     return ranges

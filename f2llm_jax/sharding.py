@@ -58,7 +58,14 @@ def put_everywhere(x: jax.Array, mesh: Mesh) -> jax.Array:
 
 
 def padded_config(config: ModelConfig, mesh: Mesh | None) -> ModelConfig:
-    """The config with its vocabulary rounded up to what divides over the tensor axis; the added rows are zeros."""
+    """The config with its vocabulary rounded up to what divides over the tensor axis; the added rows are zeros.
+
+    Raises:
+        InputError: a mesh with other axes than ``make_mesh`` gives it.
+    """
+    if mesh is not None and mesh.axis_names != MESH_AXES:
+        axes, ours = (", ".join(names) for names in (mesh.axis_names, MESH_AXES))
+        raise InputError(f"the mesh has axes {axes}; make_mesh makes one of {ours}")
     parts = 1 if mesh is None else mesh.shape["tensor"]
     return dataclasses.replace(config, vocab_size=math.ceil(config.vocab_size / parts) * parts)
 

@@ -37,7 +37,8 @@ class Tokenizer:
         Qwen3-Embedding needs the first rule: it appends its pad token, while ``eos_token`` names another.
 
         Raises:
-            ReleaseError: a file is missing or damaged, or no EOS can be told from them.
+            ReleaseError: a file is missing or damaged, no EOS can be told from them, or there are more tokens than the
+                model beside them has rows for.
         """
         settings_file = path / "tokenizer_config.json"
         settings = read_json(settings_file)
@@ -50,6 +51,7 @@ class Tokenizer:
             eos_id = _token_id(backend, settings.get("eos_token"), "eos_token", settings_file)
         pad = settings.get("pad_token")
         pad_id = eos_id if pad is None else _token_id(backend, pad, "pad_token", settings_file)
+        _check_ids(backend, path)
         return cls(backend, eos_id, pad_id)
 
     def encode(self, texts: Sequence[str], max_length: int) -> tuple[list[np.ndarray], int]:
@@ -98,6 +100,20 @@ def _appended_id(backend: tokenizers.Tokenizer, path: Path) -> int | None:
         names = ", ".join(repr(backend.id_to_token(token)) for token in added)
         raise ReleaseError(f"{path}: the tokenizer adds {names} around a text; supported is one EOS behind it")
     return added[0]
+
+
+def _check_ids(backend: tokenizers.Tokenizer, path: Path) -> None:
+    """JAX reads the last row of a table for any id beyond it, without a word."""
+    config_file = path / "config.json"
+    if not config_file.exists():  # a tokenizer alone
+        return
+    rows = read_json(config_file).get("vocab_size")
+    largest = max([backend.get_vocab_size(with_added_tokens=False) - 1, *backend.get_added_tokens_decoder()])
+    if isinstance(rows, int) and largest >= rows:
+        raise ReleaseError(
+            f"{path}: the tokenizer has ids up to {largest}, but vocab_size of {config_file.name} is {rows}: the "
+            "tokenizer is another model's, or the embedding table was not resized for added tokens"
+        )
 
 
 def _token_id(backend: tokenizers.Tokenizer, token: Any, name: str, file: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import re
@@ -20,15 +21,16 @@ import ml_dtypes
 import numpy as np
 import psutil
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from releases import QUERY_PROMPT, TINY, write_release
 from sentence_transformers.util import quantize_embeddings
 
 import f2llm_jax
-from f2llm_jax import encoder
+from f2llm_jax import Batch, Encoder, encoder
 from f2llm_jax.batching import Buckets, Packing
-from f2llm_jax.errors import InputError
+from f2llm_jax.errors import InputError, ReleaseError
 
 SAME_COSINE = 0.999999
 
@@ -230,9 +232,15 @@ def test_outputs_equal_sentence_transformers(tiny, dim):
         ({"output": "int8", "ranges": np.zeros((2, 95))}, r"\(2, 96\), not \(2, 95\)"),
         ({"output": "binary", "ranges": np.zeros((2, 96))}, "ranges are for output='int8'"),
         ({"max_length": 0}, r"within 1\.\.2048, not 0"),
+        ({"output": "int8", "ranges": np.full((2, 96), np.nan)}, "ranges must be finite"),
+        ({"output": "int8", "ranges": np.stack([np.ones(96), np.zeros(96)])}, "the least value .* before the largest"),
         ({"max_length": 2049}, r"within 1\.\.2048, not 2049"),
-        ({"batch_tokens": 0}, "batch_tokens must be positive"),
-        ({"batch_tokens": -1}, "batch_tokens must be positive"),
+        ({"max_length": 128.5}, r"max_length must be a whole number within 1\.\.2048, not 128\.5"),
+        ({"batch_tokens": 0}, "batch_tokens must be a positive whole number"),
+        ({"batch_tokens": "512"}, "batch_tokens must be a positive whole number, not '512'"),
+        ({"dim": True}, r"dim must be a whole number within 1\.\.96, not True"),
+        ({"prompt": "\ud800"}, "the prompt holds half of a surrogate pair"),
+        ({"prompt": 3}, "the prompt is a int, not a string"),
     ],
 )
 def test_wrong_options_are_named(tiny, options, message):
@@ -251,6 +259,38 @@ def test_truncation_is_reported_once_with_the_count(tiny):
     assert caught[0].filename == __file__, "the warning points at the caller of encode"
     with no_warnings():
         same(got[:20], np.concatenate([tiny.encode(texts[:10]), tiny.encode(["Z" * 9] * 10)]))
+
+
+def test_numbers_may_be_numpys(tiny):
+    options = {"dim": np.int64(8), "max_length": np.int32(10), "batch_tokens": np.int64(64)}
+    same(tiny.encode(["a", "bc"], **options), tiny.encode(["a", "bc"], **{name: int(n) for name, n in options.items()}))
+
+
+def test_every_call_reports_what_it_truncates(tiny, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # as Python does, unless told otherwise
+        warnings.showwarning = lambda message, *_: print(message)
+        for _ in range(3):
+            tiny.encode(["Z" * 40], max_length=20)
+    assert capsys.readouterr().out.count("1 of 1 texts") == 3
+
+
+def test_a_tokenizer_of_more_tokens_than_the_table_is_refused(copied_release):
+    file = str(copied_release / "tokenizer.json")
+    backend = tokenizers.Tokenizer.from_file(file)
+    backend.add_tokens([f"<{number}>" for number in range(513 - backend.get_vocab_size())])
+    backend.save(file)
+    with pytest.raises(ReleaseError, match=r"ids up to 512, but vocab_size of config\.json is 512"):
+        f2llm_jax.load(copied_release)
+
+
+def test_a_config_of_other_layers_is_refused(tiny):
+    for count in (2, 4):
+        config = dataclasses.replace(tiny.config, num_hidden_layers=count)
+        with pytest.raises(InputError, match=f"the parameters are of 3 layers, the config of {count}"):
+            Encoder(tiny.params, config, tiny.tokenizer)
+        with pytest.raises(InputError, match=f"the parameters are of 3 layers, the config of {count}"):
+            f2llm_jax.embed(tiny.params, Batch(np.ones((1, 4), np.int32), np.array([4])), config=config)
 
 
 @pytest.mark.parametrize("call", ["encode", "encode_query", "encode_document"])

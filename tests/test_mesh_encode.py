@@ -221,3 +221,18 @@ def test_what_does_not_divide_is_an_error_with_the_numbers():
     assert spec((40, 8), ("layers", "kv_heads")) == jax.P(None, None)
     with pytest.raises(InputError, match="40 heads do not divide over tensor=16"):  # the 14B's
         spec((40, 40), ("layers", "heads"))
+
+
+def test_a_model_on_one_device_encodes_whatever_mesh_is_set(tiny, monkeypatch):
+    """As on accelerators, too: by one program that the host does not wait for."""
+    texts = ["a", "bc", "d e f"]
+    expected = tiny.encode(texts)
+    with jax.set_mesh(make_mesh(data=8)):
+        np.testing.assert_array_equal(tiny.encode(texts), expected)
+        monkeypatch.setattr(tiny, "_layerwise", None)
+        np.testing.assert_array_equal(tiny.encode(texts), expected)
+
+
+def test_a_mesh_of_other_axes_is_refused(tiny_release):
+    with pytest.raises(InputError, match="the mesh has axes data, tensor; make_mesh makes one of data, fsdp, tensor"):
+        f2llm_jax.load(tiny_release, mesh=jax.make_mesh((4, 2), ("data", "tensor")))
