@@ -84,7 +84,7 @@ HELD_BACK = {"xquad": 1071, "bitext": 900}
 PAGE = """\
 # Distillation at a small scale
 
-Written by `python benchmarks/distill.py`; do not edit.
+Written by `python benchmarks/distill.py WORK --data ../shared/data`; do not edit.
 
 Is a small model better cut out of its teacher than begun from random weights, and better distilled than trained alone?
 The paper (arXiv:2603.19223) prunes the 0.6B and distils, and reports for the 80M a mean over 350 tasks of 58.04 with

@@ -58,7 +58,7 @@ PUBLISHED = {
 PAGE = """\
 # Results
 
-Written by `python benchmarks/results.py`; do not edit.
+Written by `python benchmarks/results.py --data ../shared/data`; do not edit.
 
 ## Measured here
 

@@ -207,7 +207,7 @@ def mean(of: list[dict[int, float]]) -> dict[str, float]:
 PAGE = """\
 # What training learns
 
-Written by `python benchmarks/train_quality.py`; do not edit.
+Written by `python benchmarks/train_quality.py --data ../shared/data --work DIR`; do not edit.
 
 A model of {parameters:,} parameters ({hidden} hidden, {layers} layers, the real Qwen3 tokenizer) starts from random
 weights and trains {steps:,} steps of {batch_size} queries (epochs: {epochs}, learning rate {learning_rate}) on 26,568
