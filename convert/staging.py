@@ -19,11 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from f2llm_jax.errors import F2LLMError, InputError
+from f2llm_jax.files import new_file
 
 _LOCK = ".lock"
 _PLAN = "plan.json"
 _FINISHED = "finished"
 _NOTE = "This model folder is incomplete. The command that began it goes on with it; deleting it loses only that work."
+
+
+class OutputAppearedError(InputError):
+    """Something that is not to be replaced appeared where a folder was to be put; the folder itself is whole."""
 
 
 class Workplace:
@@ -52,23 +57,24 @@ class Workplace:
         """
         self.out, self.home = out, _home(out)
         self.folder = self.home / self._FOLDER
-        self._refuse_existing(marker, force)
+        self._marker, self._force = marker, force
+        self._refuse_existing()
         self._refuse_strangers()
         self.home.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
         try:
-            self._resume_or_start(json.loads(json.dumps(plan)), force)
+            self._resume_or_start(json.loads(json.dumps(plan)))
         except BaseException:
             self.close()
             raise
 
-    def _refuse_existing(self, marker: str, force: bool) -> None:
-        out = self.out
+    def _refuse_existing(self) -> None:
+        out, marker = self.out, self._marker
         if out.is_symlink() or (out.exists() and not out.is_dir()):
             raise InputError(f"{out} exists and is no folder")
         if not out.exists():
             return
-        if not force:
+        if not self._force:
             raise InputError(f"{out} exists; --force replaces it")
         if any(out.iterdir()) and not (out / marker).exists():
             raise InputError(f"{out} exists and {self._STRANGER.format(marker=marker)}; it is not replaced")
@@ -82,17 +88,18 @@ class Workplace:
         stream = (self.home / _LOCK).open("w")
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             stream.close()
+            if not isinstance(error, BlockingIOError):  # a file system without locks, say
+                raise OSError(error.errno, f"cannot be locked: {error.strerror}", stream.name) from None
             raise InputError(f"{self.out} is being written by another process right now") from None
         return stream
 
-    def _resume_or_start(self, plan: dict[str, Any], force: bool) -> None:
-        file = self.home / _PLAN
-        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    def _resume_or_start(self, plan: dict[str, Any]) -> None:
+        found = self._read_plan()
         if found is not None and found != plan:
             differing = [key for key in plan if found.get(key) != plan[key]]
-            if differing not in ([], ["boot"]) and not force:
+            if differing not in ([], ["boot"]) and not self._force:
                 raise InputError(
                     f"{self.home} holds unfinished work with another {', '.join(differing)}: repeat that command to "
                     "finish it, or remove the folder or give --force to start over"
@@ -102,6 +109,14 @@ class Workplace:
         for left in self.home.rglob(".*/"):  # of parts that were cut off
             shutil.rmtree(left, ignore_errors=True)
 
+    def _read_plan(self) -> dict[str, Any] | None:
+        """The plan that is found; None if there is none, or a damaged one: nobody can go on under that."""
+        try:
+            found = json.loads((self.home / _PLAN).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
     def _begun(self) -> bool:
         """Whether there is work to go on with, under the plan that is found."""
         return self.folder.is_dir()
@@ -109,8 +124,8 @@ class Workplace:
     def _start(self, plan: dict[str, Any]) -> None:
         self._clear()
         self.folder.mkdir()
-        write_text(self.home / (_PLAN + ".new"), json.dumps(plan, indent=2))
-        (self.home / (_PLAN + ".new")).rename(self.home / _PLAN)
+        with new_file(self.home / _PLAN, sync=True) as stream:
+            stream.write(json.dumps(plan, indent=2).encode())
 
     def _clear(self) -> None:
         """Leaves the lock only; the plan goes first, so that nobody goes on with a part of the rest."""
@@ -120,11 +135,19 @@ class Workplace:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def commit(self) -> None:
-        """Brings everything to disk, and puts the folder in its place."""
+        """Brings everything to disk, and puts the folder in its place.
+
+        Raises:
+            OutputAppearedError: there is a folder at ``out`` that was not there before, or that is none to replace.
+        """
         sync(self.folder)
+        try:
+            self._refuse_existing()
+        except InputError as error:
+            raise OutputAppearedError(f"{error}; what was made is whole, in {self.folder}") from None
         replaced = self.home / "replaced"
         shutil.rmtree(replaced, ignore_errors=True)
-        if self.out.exists():
+        if self._force and self.out.exists():
             self.out.rename(replaced)
         self.folder.rename(self.out)
         _sync(self.out.parent)
@@ -194,7 +217,7 @@ def staged(out: Path, plan: dict[str, Any], *, needed: int, force: bool = False)
     """A folder in the making, for a with block; it is committed at the end of it.
 
     What went wrong with the source or the arguments (an ``F2LLMError``) leaves nothing behind; anything else, a full
-    disk or an interruption, leaves the unfinished work for the same command to go on with.
+    disk, an interruption, or a folder that appeared at ``out``, leaves the work for the same command to go on with.
 
     Args:
         out, plan, force: as for ``Staging``.
@@ -210,6 +233,9 @@ def staged(out: Path, plan: dict[str, Any], *, needed: int, force: bool = False)
             _check_room(out, needed)
         yield staging
         staging.commit()
+    except OutputAppearedError:
+        staging.close()
+        raise
     except F2LLMError:
         staging.discard()
         raise

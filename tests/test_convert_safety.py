@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -31,7 +32,7 @@ PROCESSES.set_forkserver_preload(["f2llm_jax.convert.conversion"])
 # Where SIGKILL strikes: when this function is called for the nth time.
 MOMENTS = {
     "before anything": ("f2llm_jax.convert.staging.Staging._start", 1),
-    "before the plan": ("f2llm_jax.convert.staging.write_text", 1),
+    "before the plan": ("f2llm_jax.convert.staging.new_file", 1),
     "while files are created": ("f2llm_jax.convert.orbax.write_text", 5),
     "at the first tensor": ("f2llm_jax.convert.conversion.write_part", 1),
     "in the middle": ("f2llm_jax.convert.conversion.write_part", 20),
@@ -71,7 +72,7 @@ def test_killed_and_resumed(release: Path, sums: Sums, tmp_path: Path, moment: s
 def test_killed_while_replacing(release: Path, sums: Sums, tmp_path: Path, renames: int) -> None:
     """The old folder is there or gone, never half of it, and the new one appears on the next try."""
     out = convert_release(release, tmp_path / "out", to="hf", dtype="bfloat16")
-    killed(release, out, "hf", "pathlib.Path.rename", 1 + renames)  # the first puts the plan in its place
+    killed(release, out, "hf", "pathlib.Path.rename", renames)
     assert out.exists() == (renames == 1)
     convert_release(release, out, to="hf", force=renames == 1)
     assert tensor_sums(out) == sums
@@ -179,6 +180,32 @@ def test_existing_output_is_refused(release: Path, sums: Sums, tmp_path: Path) -
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
+def test_output_that_appears_meanwhile_is_refused(release: Path, sums: Sums, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    message = r"out exists; --force .*; what was made is whole, in .*out\.incomplete"
+    with pytest.raises(InputError, match=message), staging.staged(out, {"what": "work"}, needed=0) as work:
+        (work.folder / "config.json").write_text("{}")
+        work.finish("config.json")
+        shutil.copytree(release, out)
+    assert tensor_sums(out) == sums
+    with staging.staged(out, {"what": "work"}, needed=0, force=True) as work:
+        assert work.finished == {"config.json"}
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+@pytest.mark.parametrize("content", ["", '{"what":', "[]"])
+def test_damaged_plan_is_no_plan(tmp_path: Path, content: str) -> None:
+    """What a machine that lost its power may leave of it."""
+    begun = Staging(tmp_path / "out", {"what": "work"})
+    begun.finish("tensor")
+    begun.close()
+    (begun.home / "plan.json").write_text(content)
+    again = Staging(tmp_path / "out", {"what": "work"})
+    assert not again.finished
+    again.discard()
+
+
 def test_force_replaces_model_folders_only(release: Path, tmp_path: Path) -> None:
     precious = tmp_path / "out"
     precious.mkdir()
@@ -212,6 +239,15 @@ def test_one_process_at_a_time(release: Path, tmp_path: Path) -> None:
         convert_release(release, tmp_path / "out", to="flax", force=True)
     other.discard()
     convert_release(release, tmp_path / "out", to="flax")
+
+
+def test_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*args: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(staging.fcntl, "flock", flock)
+    with pytest.raises(OSError, match=r"cannot be locked: No locks available: .*\.lock"):
+        Staging(tmp_path / "out", {"what": "something"})
 
 
 def test_too_small_a_disk_is_told_before(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
