@@ -302,9 +302,13 @@ class Reader:
         """
         file = self._corpus.files[unit.file]
         read = self._read_parquet if file.format == "parquet" else self._read_lines
-        texts, ids = read(unit, file)
+        _check_unchanged(file)
+        try:
+            texts, ids = read(unit, file)
+        finally:  # also of an error: a change may be its cause
+            _check_unchanged(file)
         if len(texts) != unit.rows:
-            raise InputError(f"{file.path} has changed while it was read")
+            raise _changed(file)
         return UnitTexts(unit, texts, ids)
 
     def _read_lines(self, unit: Unit, file: InputFile) -> tuple[list[str], pyarrow.Array]:
@@ -344,6 +348,16 @@ class Reader:
             row = first + ids.is_null().index(True).as_py()
             raise InputError(f"{file.path}, row {row}: there is no id in field {id_field!r}")
         return texts, ids
+
+
+def _check_unchanged(file: InputFile) -> None:
+    status = os.stat(file.path)
+    if (status.st_size, status.st_mtime_ns) != (file.bytes, file.modified_ns):
+        raise _changed(file)
+
+
+def _changed(file: InputFile) -> InputError:
+    return InputError(f"{file.path} has changed while it was read")
 
 
 def _row_numbers(unit: Unit) -> pyarrow.Array:

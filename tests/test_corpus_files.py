@@ -121,6 +121,27 @@ def test_unchanged_files_are_not_read_again(tmp_path):
         index([str(one), str(two)], id_field="id", unit_rows=8)
 
 
+@pytest.mark.parametrize("rows", [ROWS[::-1], ROWS[:9]])
+@pytest.mark.parametrize("suffix", ["txt", "parquet"])
+def test_files_that_change_are_not_read_on(suffix, rows, tmp_path):
+    file = write(tmp_path / f"in.{suffix}", ROWS)
+    corpus = index([str(file)], unit_rows=8)
+    begun = Reader(corpus)
+    begun.read(corpus.units[0])
+    write(file, rows)
+    for reader, unit in ((begun, corpus.units[1]), (Reader(corpus), corpus.units[-1])):
+        with pytest.raises(InputError, match=rf"in\.{suffix} has changed while it was read"):
+            reader.read(unit)
+
+
+def test_files_that_change_while_a_unit_is_read_are_named(tmp_path, monkeypatch):
+    file = write(tmp_path / "in.txt", ROWS)
+    corpus = index([str(file)], unit_rows=8)
+    monkeypatch.setattr(corpus_reader, "_row_numbers", lambda unit: write(file, ROWS[:9]))
+    with pytest.raises(InputError, match=r"in\.txt has changed while it was read"):
+        Reader(corpus).read(corpus.units[0])
+
+
 BAD = {
     "null.jsonl": (
         b'{"text": "a", "id": "1"}\n{"text": null, "id": "2"}',
