@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -18,9 +18,11 @@ def new_file(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
         path: where it is to appear; a file that is there is replaced.
         sync: bring it to disk first, so that it is complete also after the machine has failed.
     """
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    # At random: in containers a process may have the host name and the number of one that was killed.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    opened = temporary.open("xb")
     try:
-        with temporary.open("xb") as stream:
+        with opened as stream:
             yield stream
             if sync:
                 stream.flush()

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from f2llm_jax.errors import InputError
+
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Scores float [n, m] of n queries and m documents."""
 
@@ -25,13 +27,18 @@ def nearest(
     Args:
         query_qd: float32 [queries, dim].
         blocks: the documents' embeddings in order, float32 [n, dim] at a time.
-        top: how many to find.
+        top: how many to find, at least 1.
         score: what to compare by; more is nearer.
 
     Returns:
         Scores float32 and document numbers int64, both [queries, min(top, documents)], best first; of equal scores the
-        earlier document comes first.
+        earlier document comes first. A NaN is below all numbers.
+
+    Raises:
+        InputError: ``top`` is below 1.
     """
+    if top < 1:
+        raise InputError(f"top must be at least 1, not {top}")
     # A score and a document number are carried as one integer, which sorts by score, then by position.
     keys_qk = np.empty((len(query_qd), 0), np.uint64)
     count = 0
@@ -52,6 +59,7 @@ def _keys(scores_qn: np.ndarray, first: int) -> np.ndarray:
     """uint64: above, the score's bits so that they order as the scores do; below, 2³² - 1 - document number."""
     bits_qn = (scores_qn.astype(np.float32) + np.float32(0)).view(np.uint32)  # + 0 makes -0 and 0 equal
     ordered_qn = np.where(bits_qn & _SIGN, ~bits_qn, bits_qn | _SIGN)
+    ordered_qn[np.isnan(scores_qn)] = 0  # their bits are above infinity's
     numbers_n = np.arange(first, first + scores_qn.shape[1], dtype=np.uint64)
     return (ordered_qn.astype(np.uint64) << np.uint64(32)) | (_LAST - numbers_n)
 

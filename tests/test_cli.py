@@ -20,6 +20,7 @@ from releases import TINY
 
 import f2llm_jax as f2llm
 from f2llm_jax.cli import COMMANDS, main
+from f2llm_jax.files import new_file
 from f2llm_jax.search import nearest
 
 TEXTS = [
@@ -302,6 +303,17 @@ def test_a_failure_while_writing_leaves_what_was_there(
     assert sorted(os.listdir(tmp_path)) == ["corpus.txt", out.name]
 
 
+def test_what_a_killed_process_left_is_neither_in_the_way_nor_removed(tmp_path):
+    """In containers every process may have the same host name and number."""
+    with new_file(tmp_path / "out") as stream:
+        left = tmp_path / Path(stream.name).name
+        with new_file(tmp_path / "out") as second:
+            second.write(b"second")
+        assert left.exists()
+        stream.write(b"first")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("out", b"first")]
+
+
 def test_a_failure_while_encoding_leaves_nothing(tiny_release, corpus, tmp_path, capsys, monkeypatch):
     def fail(self, texts, **options):
         raise f2llm.InputError("half way")
@@ -523,6 +535,15 @@ def test_nearest_breaks_ties_by_order():
         scores_qk, numbers_qk = nearest(query_qd, blocks, 10)
         np.testing.assert_array_equal(numbers_qk, order_qn[:, :10])
         np.testing.assert_array_equal(scores_qk, np.take_along_axis(query_qd @ document_nd.T, order_qn[:, :10], 1))
+
+
+def test_nearest_puts_what_is_no_number_last():
+    document_nd = np.float32([[math.nan], [-math.inf], [2], [math.nan]])
+    scores_qk, numbers_qk = nearest(np.float32([[1]]), iter([document_nd[:3], document_nd[3:]]), 4)
+    np.testing.assert_array_equal(numbers_qk, [[2, 1, 0, 3]])
+    np.testing.assert_array_equal(scores_qk, [[2, -math.inf, math.nan, math.nan]])
+    with pytest.raises(f2llm.InputError, match="top must be at least 1, not 0"):
+        nearest(np.float32([[1]]), [document_nd], 0)
 
 
 # --- info
