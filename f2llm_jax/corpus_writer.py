@@ -77,7 +77,12 @@ def read_plan(out: Path) -> dict[str, Any] | None:
             text = file.read_text(encoding="utf-8")
         except FileNotFoundError:
             continue
-        plan = json.loads(text)
+        try:
+            plan = json.loads(text)
+        except ValueError as error:
+            plan = error
+        if not isinstance(plan, dict):
+            raise InputError(f"{file} is damaged: {plan}; name a new folder, or remove {out} to start over")
         if plan.get("format") != FORMAT:
             raise InputError(f"{file} is of format {plan.get('format')!r}; this version writes {FORMAT}")
         return plan

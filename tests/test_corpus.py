@@ -27,7 +27,7 @@ import f2llm_jax as f2llm
 from f2llm_jax import distributed
 from f2llm_jax.cli import main
 from f2llm_jax.corpus import encode_corpus
-from f2llm_jax.corpus_writer import Output
+from f2llm_jax.corpus_writer import Output, read_plan
 from f2llm_jax.distributed import Processes
 
 PROCESS = Path(__file__).with_name("corpus_process.py")
@@ -382,6 +382,15 @@ def test_a_folder_of_something_else_is_left_alone(tiny_release, docs, tmp_path, 
     assert os.listdir(tmp_path) == ["mine.txt"]
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "work/plan.json"])
+@pytest.mark.parametrize("content", ["", "[]"])
+def test_a_damaged_plan_is_named(name, content, tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / name).write_text(content)
+    with pytest.raises(f2llm.InputError, match=rf"{name} is damaged: .*; name a new folder, or remove {tmp_path}"):
+        read_plan(tmp_path)
+
+
 def test_a_folder_that_is_just_being_begun_is_joined(tiny_release, docs, tmp_path):
     for name in ("shards", "work"):
         (tmp_path / "out" / name).mkdir(parents=True)
@@ -470,7 +479,7 @@ def test_training_processes_need_a_coordinator(tmp_path, capsys):
 MEASURED = """
 import sys
 from f2llm_jax.cli import main
-from f2llm_jax.corpus_writer import Output
+from f2llm_jax.corpus_writer import Output, read_plan
 
 def write(self, *arguments):
     original(self, *arguments)
