@@ -28,6 +28,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from f2llm_jax.convert.digest import model_digest
 from f2llm_jax.corpus_reader import Corpus, Reader, Unit, UnitTexts, find_files, index
 from f2llm_jax.corpus_writer import Output, known_inputs, read_plan
 from f2llm_jax.distributed import ALONE, Processes
@@ -35,7 +36,7 @@ from f2llm_jax.embedding import check_dim
 from f2llm_jax.encoder import Done, Encoder, load
 from f2llm_jax.errors import F2LLMError, InputError, warn, whole_number
 from f2llm_jax.quantization import check_ranges
-from f2llm_jax.release import SETTINGS_PATTERNS, WEIGHT_PATTERNS, Release, find_release, pick_prompt, read_release
+from f2llm_jax.release import Release, find_release, pick_prompt, read_release
 from f2llm_jax.sharding import make_mesh
 
 OUTPUTS = ("float32", "float16", "int8", "binary", "ubinary")
@@ -44,9 +45,6 @@ SHARD_ROWS = 16384
 """Rows of a shard: at the 0.6B's 1,024 values in float32 that is 64 MB."""
 
 _ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
-
-# Of weights this much is read at the beginning, the middle and the end of every file to tell models apart.
-_SAMPLE_BYTES = 1 << 20
 
 # How often the shards of other processes are counted: for the progress bar, and by a process that waits for them.
 _COUNT_SECONDS = 5.0
@@ -208,7 +206,7 @@ def _settings(
         raise InputError(f"ranges are for output='int8', not for {output!r}")
     device = jax.local_devices()[0]
     return {
-        "model_sha256": _model_digest(release.path),
+        "model_sha256": model_digest(release.path),
         "mesh": {**_ONE_DEVICE, **mesh},
         "device": f"{device.platform} {device.device_kind}",
         "dim": dim,
@@ -239,20 +237,6 @@ def _check_length(max_length: int | None, release: Release) -> int:
     if max_length is None:
         return release.max_length
     return whole_number("max_length", max_length, release.config.max_position_embeddings)
-
-
-def _model_digest(path: Path) -> str:
-    """Tells models apart without reading all of their weights: whole small files, and samples of large ones."""
-    digest = hashlib.sha256()
-    files = {file for pattern in (*SETTINGS_PATTERNS, *WEIGHT_PATTERNS) for file in path.glob(pattern)}
-    for file in sorted(file for file in files if file.is_file()):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(path)} {size}\n".encode())
-        with file.open("rb") as stream:
-            for offset in sorted({0, max(0, (size - _SAMPLE_BYTES) // 2), max(0, size - _SAMPLE_BYTES)}):
-                stream.seek(offset)
-                digest.update(stream.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 # --- who does it

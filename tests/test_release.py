@@ -16,8 +16,11 @@ import pytest
 import sentence_transformers
 from compilation import quick_environment
 from releases import QUERY_PROMPT, TINY, edit_json, set_appended_token, write_json, write_release
+from safetensors.numpy import save_file
 
 import f2llm_jax
+from f2llm_jax.convert.digest import model_digest
+from f2llm_jax.convert.safetensors import read_header
 from f2llm_jax.errors import ReleaseError
 
 TEXTS = ["the quick brown fox", "", "Ünïcödé 한국어 العربية", "Z" * 40]
@@ -341,3 +344,27 @@ def test_hub_id_that_is_not_cached(hub_cache, tmp_path, call, message):
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("f2llm_jax.errors.ReleaseError") and message in last
     assert "During handling" not in result.stderr
+
+
+def test_a_digest_is_of_every_tensor_and_of_nothing_else(tmp_path: Path) -> None:
+    def flip(file: Path, offset: int) -> None:
+        content = bytearray(file.read_bytes())
+        content[offset] ^= 1
+        file.write_bytes(content)
+
+    tensors = {"a": np.zeros(1 << 19, np.float32), "b": np.zeros(1280, np.float32), "c": np.zeros(1 << 20, np.float32)}
+    write_json(tmp_path / "config.json", {"padding": " " * (4 << 20)})
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "params" / "norm.weight").mkdir(parents=True)
+    (tmp_path / "params" / "norm.weight" / "0").write_bytes(bytes(1280))
+    places = [(tmp_path / "config.json", 3 << 20), (tmp_path / "params" / "norm.weight" / "0", 640)]
+    places += [(info.file, info.offset + 4000) for info in read_header(tmp_path / "model.safetensors").values()]
+    before = model_digest(tmp_path)
+    for file, offset in places:
+        flip(file, offset)
+        assert model_digest(tmp_path) != before, (file, offset)
+        flip(file, offset)
+    for name in (".git/index", "results/results/tiny/revision/STS17.json", "results/retrieval.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_json(tmp_path / name, {})
+    assert model_digest(tmp_path) == before

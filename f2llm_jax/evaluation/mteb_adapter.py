@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -13,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from f2llm_jax.config import ModelConfig
+from f2llm_jax.convert.digest import model_digest
 from f2llm_jax.convert.load import params_bytes
 from f2llm_jax.encoder import Encoder, load
 from f2llm_jax.errors import InputError
@@ -270,18 +270,8 @@ def _load_for_mteb(
 
 
 def _revision(folder: Path) -> str:
-    """The commit of a hub snapshot; of another folder, a digest of its files' names, sizes and ends.
+    """The commit of a hub snapshot; of another folder, a digest.
 
     Results are kept by revision: new weights under an old name must not find the old results.
     """
-    if folder.parent.name == "snapshots":
-        return folder.name
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(1 << 16))
-            stream.seek(max(size - (1 << 16), 0))
-            digest.update(stream.read())
-    return digest.hexdigest()[:40]
+    return folder.name if folder.parent.name == "snapshots" else model_digest(folder)[:40]
