@@ -378,6 +378,12 @@ def corpus(*rows: dict) -> dict[str, list[dict]]:
     return {"corpus.jsonl": list(rows)}
 
 
+def judged(score: str) -> dict:
+    """A change of the judgements to one of this score."""
+    line = f'{{"query-id": "1", "corpus-id": "a", "score": {score}}}\n'
+    return {"qrels/test.tsv": None, "qrels/test.jsonl": line}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -391,6 +397,8 @@ def corpus(*rows: dict) -> dict[str, list[dict]]:
         ({"qrels/test.tsv": "query-id\tcorpus-id\tscore\n1\tz\t1\n"}, "line 2: there is no document 'z'"),
         ({"qrels/test.tsv": "query-id\tcorpus-id\tscore\n9\ta\t1\n"}, "line 2: there is no query '9'"),
         ({"qrels/test.tsv": "query-id\tcorpus-id\tscore\n1\ta\tyes\n"}, "the score is 'yes', not a whole number"),
+        (judged("0.5"), "line 1: the score is 0.5, not a whole number"),
+        (judged("Infinity"), "line 1: the score is inf, not a whole number"),
         ({"qrels/test.tsv": "query-id\tcorpus-id\tscore\n1\ta\t1\n1\ta\t0\n"}, "'1' and document 'a' are judged twice"),
         ({"qrels/test.tsv": "query-id\tcorpus-id\tscore\n1\ta\n"}, "line 2: 2 cells in a table of 3 columns"),
         ({"qrels/test.tsv": None}, "one file .*test with an ending of .* is needed; there is none of them"),
@@ -433,6 +441,10 @@ def test_bad_bitext_and_options(tmp_path: Path):
     damaged = tmp_path / "damaged.parquet"
     damaged.write_bytes(b"PAR1")
     with pytest.raises(f2llm.InputError, match="not valid Parquet"):
+        evaluate_bitext([], damaged)
+    binary = pyarrow.array([b"a", b"\xff"], pyarrow.binary())
+    parquet.write_table(pyarrow.table({"a": binary.view(pyarrow.string()), "b": ["a", "b"]}), damaged)
+    with pytest.raises(f2llm.InputError, match=r"damaged.parquet, row 1: not valid UTF-8: invalid start byte"):
         evaluate_bitext([], damaged)
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"a": "0", "b": "1"}])
     with pytest.raises(f2llm.InputError, match="no output 'int4'; there are float32, int8, binary, rescored"):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from f2llm_jax.errors import InputError
 from f2llm_jax.texts import check_unicode
+
+if TYPE_CHECKING:
+    import pyarrow
 
 FORMATS = (".jsonl", ".parquet", ".tsv", ".csv")
 
@@ -172,11 +175,21 @@ def _read_parquet(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[s
         wanted = there if columns is None else [column for column in columns if column in there]
         number = 0
         for batch in stream.iter_batches(_PARQUET_ROWS, columns=wanted):
-            for row in batch.to_pylist():
+            for row in _records(batch):
                 yield f"{file}, row {number}", row
                 number += 1
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}, row {number}: not valid UTF-8: {error.reason}") from None
     except pyarrow.ArrowException as error:
         raise InputError(f"{file} is not valid Parquet: {str(error).splitlines()[0]}") from None
+
+
+def _records(batch: pyarrow.RecordBatch) -> Iterable[dict[str, Any]]:
+    """The rows; where one is no text, those before it first."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        return (batch.slice(row, 1).to_pylist()[0] for row in range(batch.num_rows))
 
 
 def _documents(file: Path) -> Iterator[tuple[str, str]]:
@@ -202,16 +215,23 @@ def _read_qrels(file: Path, queries: dict[str, str], documents: set[str]) -> dic
         for kind, name, known in (("query", query, queries), ("document", document, documents)):
             if name not in known:
                 raise InputError(f"{where}: there is no {kind} {name!r}")
-        try:
-            grade = int(row["score"])
-        except (TypeError, ValueError):
-            raise InputError(f"{where}: the score is {row['score']!r}, not a whole number") from None
+        grade = _grade(row["score"], where)
         if document in qrels.setdefault(query, {}):
             raise InputError(f"{where}: query {query!r} and document {document!r} are judged twice")
         qrels[query][document] = grade
     if not qrels:
         raise InputError(f"{file} holds no judgements")
     return qrels
+
+
+def _grade(score: Any, where: str) -> int:
+    try:
+        grade = int(score)
+        if isinstance(score, str) or grade == score:  # int() cuts 1.9 to 1
+            return grade
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise InputError(f"{where}: the score is {score!r}, not a whole number")
 
 
 def _two_columns(file: Path) -> tuple[str, str]:
