@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from f2llm_jax.display import width
 from f2llm_jax.evaluation import optional
 from f2llm_jax.evaluation.own_data import Report
+from f2llm_jax.files import new_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +44,8 @@ def table(report: Report) -> str:
 
 def write_json(report: Report, file: Path) -> None:
     """The whole report, its parts named as in ``Report`` and ``Row``."""
-    file.write_text(json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with new_file(file) as stream:
+        stream.write((json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def plot(report: Report, file: Path) -> None:
@@ -73,7 +75,8 @@ def plot(report: Report, file: Path) -> None:
     figure.suptitle(f"{report.task}: {_short(report.data)} ({sizes})", fontsize=11)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4 if by_bytes else 2, frameon=False)
-    figure.savefig(file, format="png")
+    with new_file(file) as stream:
+        figure.savefig(stream, format="png")
 
 
 def _draw(axes: Axes, report: Report, x: str) -> None:
