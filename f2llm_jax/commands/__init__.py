@@ -24,7 +24,7 @@ DTYPES = ("float32", "bfloat16", "int8")
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """What ``load_model`` needs, and the limits of a call of ``Encoder.encode``."""
-    parser.add_argument("--model", required=True, metavar="M", help="release folder or hub id")
+    parser.add_argument("--model", required=True, metavar="M", help="release folder, converted folder or hub id")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
     parser.add_argument(
         "--dtype",

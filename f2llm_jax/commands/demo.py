@@ -25,7 +25,9 @@ REAL_MODEL = "codefuse-ai/F2LLM-v2-80M"
 
 def declare(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--model", metavar="M", help=f"release folder or hub id, for example {REAL_MODEL}")
+    group.add_argument(
+        "--model", metavar="M", help=f"release folder, converted folder or hub id, for example {REAL_MODEL}"
+    )
     group.add_argument("--folder", type=Path, help="a new folder to keep the tiny model in; default: a temporary one")
     parser.add_argument("--steps", type=positive, metavar="N", help="of training; default: about a minute on two cores")
     add_progress(parser)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="M", help="release folder or hub id")
+    parser.add_argument("model", metavar="M", help="release folder, converted folder or hub id")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
 
 

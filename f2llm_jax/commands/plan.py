@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a size (80M … 14B), a release folder, or a hub id")
+    parser.add_argument("model", metavar="MODEL", help="a size (80M … 14B), release folder, converted folder or hub id")
     parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="the slice, for example v5e:4x4")
     parser.add_argument("--do", default="encode", choices=("encode", "train"), help="default: %(default)s")
     parser.add_argument(

@@ -141,7 +141,7 @@ def mteb_model(
     """Loads a model for ``mteb.evaluate``, instructed as F2LLM-v2 is in the installed mteb's registry.
 
     Args:
-        model: release folder or hub id.
+        model: release folder, converted folder or hub id.
         dtype, mesh, revision: as for ``load``; the released models were evaluated in bfloat16.
         dim: Matryoshka size; default the full one.
         max_length: longer texts are cut to this many tokens; default the registry's 8,192. Never more than the model
