@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import sys
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow
@@ -254,6 +257,15 @@ def test_ours_and_sentence_transformers_agree(tiny_release: Path, tmp_path: Path
     assert ours_prompts == other_prompts and ours_prompts["query"].startswith("Instruct: ")
 
 
+def test_a_limit_on_tokens_is_for_all_models(tiny_release: Path):
+    ours, other = (
+        load_embedder(name, dtype="float32", max_length=3) for name in (str(tiny_release), f"st:{tiny_release}")
+    )
+    texts = ["the quick brown fox jumps over"]
+    with pytest.warns(UserWarning, match="truncated"):
+        np.testing.assert_allclose(ours.encode(texts, "document"), other.encode(texts, "document"), atol=1e-5)
+
+
 def test_sentence_transformers_prompts():
     own = {"query": "task: search result | query: ", "document": "title: none | text: ", "BitextMining": "task: x"}
     assert sentence_transformers_prompts("google/embeddinggemma-300m", own) == {
@@ -300,6 +312,22 @@ def test_the_plot_shows_every_score(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     top = left.child_axes[0]
     assert top.get_xlabel() == "bytes per float32 vector"
     assert [label.get_text() for label in top.get_xticklabels()] == ["128", "64", "32"]
+
+
+def test_a_plot_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from matplotlib.figure import Figure
+
+    def savefig(figure: Figure, file: Path | BinaryIO, **options: object) -> None:
+        stream = file.open("wb") if isinstance(file, Path) else file
+        stream.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    (tmp_path / "plot.png").write_bytes(b"before")
+    report = evaluate_bitext([Fixed(np.ones((2, 2)))], write_jsonl(tmp_path / "pairs.jsonl", [{"a": "0", "b": "1"}]))
+    with pytest.raises(OSError, match="No space left"):
+        plot(report, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes() == b"before"
 
 
 def test_table_keeps_long_names_apart(tmp_path: Path):
@@ -455,6 +483,40 @@ def test_bad_bitext_and_options(tmp_path: Path):
             parse_dims(text)
 
 
-def test_the_command_needs_something_to_do(tiny_release: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["evaluate", str(tiny_release)]) == 2
-    assert "nothing to evaluate on" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to evaluate on"),
+        (["--mteb", "STS17", "--dims", "8"], "--dims is for --retrieval or --bitext"),
+        (["--mteb", "STS17", "--outputs", "int8"], "--outputs is for --retrieval or --bitext"),
+        (["--benchmark", "b", "--compare", "x"], "--compare is for --retrieval or --bitext"),
+        (["--bitext", "pairs.tsv", "--split", "dev"], "--split is for --retrieval"),
+        (["--bitext", "pairs.tsv", "--judged-only"], "--judged-only is for --retrieval"),
+        (["--retrieval", "data", "--columns", "a", "b"], "--columns is for --bitext"),
+        (["--retrieval", "data", "--dim", "8"], "--dim is for --mteb or --benchmark"),
+        (
+            ["--retrieval", "data", "--instructions-of", "x"],
+            "--instructions-of is for --mteb or --benchmark or --bitext",
+        ),
+        (["--retrieval", "data", "--compare", "no/such/model"], "no/such/model is neither a folder nor a hub id"),
+        (["--retrieval", "data", "--compare", "st:./none"], "./none is neither a folder nor a hub id"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(
+    arguments: list[str], message: str, tiny_release: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["evaluate", str(tiny_release), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_scores_and_plots_is_asked_for_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    model = Fixed(np.eye(2))
+    monkeypatch.setitem(sys.modules, "pytrec_eval", None)
+    with pytest.raises(f2llm.InputError, match="evaluation needs pytrec_eval"):
+        evaluate_retrieval([model], write_beir(tmp_path / "data", {"a": "0"}, {"1": "1"}, [("1", "a", 1)]))
+    assert not model.calls
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["evaluate", "no-model", "--retrieval", str(tmp_path / "data")]) == 2
+    assert "evaluation needs matplotlib" in capsys.readouterr().err

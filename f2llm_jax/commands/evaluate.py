@@ -12,7 +12,8 @@ encode once, and score every size of --dims and every output of --outputs from t
   int8      documents a byte per dimension
   binary    queries and documents a bit per dimension, Hamming distance
   rescored  binary search for four times as many, ordered by the float query and the documents' bits
-Results are printed as a table, and written to RESULTS as retrieval.json and .png, or bitext.json and .png.
+Results are printed as a table, and written to RESULTS as retrieval.json and .png, or bitext.json and .png; those of an
+earlier run are replaced.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ if TYPE_CHECKING:
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="release folder or hub id")
+    parser.add_argument("model", metavar="MODEL", help="release folder, converted folder or hub id")
     what = parser.add_argument_group("what to evaluate on (at least one)")
     what.add_argument("--mteb", nargs="+", default=[], metavar="TASK", help="MTEB tasks")
     what.add_argument("--benchmark", metavar="NAME", help='an MTEB benchmark, such as "MTEB(eng, v2)"')
     what.add_argument("--retrieval", type=Path, metavar="DIR", help="a folder in BEIR's layout")
     what.add_argument("--bitext", type=Path, metavar="FILE", help="a file of translations")
     own = parser.add_argument_group("for --retrieval and --bitext")
-    own.add_argument("--dims", default="full", metavar="D,D,…", help="sizes, such as 8,64,full; default: %(default)s")
-    own.add_argument("--outputs", default="float32", metavar="O,O,…", help="default: %(default)s")
+    own.add_argument("--dims", metavar="D,D,…", help="sizes, such as 8,64,full; default: full")
+    own.add_argument("--outputs", metavar="O,O,…", help="default: float32")
     own.add_argument(
         "--compare",
         action="append",
@@ -47,8 +48,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
         metavar="OTHER",
         help="another model, side by side; st:NAME is loaded by sentence-transformers. May be given several times",
     )
-    own.add_argument("--split", default="test", help="which judgements of --retrieval; default: %(default)s")
-    own.add_argument("--judged-only", action="store_true", help="leave out queries without a judgement")
+    own.add_argument("--split", help="which judgements of --retrieval; default: test")
+    own.add_argument("--judged-only", action="store_true", help="of --retrieval, leave out queries without a judgement")
     own.add_argument("--columns", nargs=2, metavar=("A", "B"), help="of --bitext, if it has more than two")
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
@@ -62,7 +63,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-length", type=positive, metavar="N", help="cut texts to N tokens; default for MTEB: 8192"
     )
-    parser.add_argument("--batch-tokens", type=positive, metavar="N", help="tokens computed at a time")
+    parser.add_argument(
+        "--batch-tokens", type=positive, metavar="N", help="tokens computed at a time (st: models: 32 texts)"
+    )
     parser.add_argument(
         "--instructions-of",
         metavar="NAME",
@@ -71,9 +74,22 @@ def declare(parser: argparse.ArgumentParser) -> None:
     add_progress(parser)
 
 
+# What an option is for, where it is not for all.
+USES = {
+    **dict.fromkeys(("dims", "outputs", "compare"), ("retrieval", "bitext")),
+    **dict.fromkeys(("split", "judged_only"), ("retrieval",)),
+    "columns": ("bitext",),
+    "dim": ("mteb", "benchmark"),
+    "instructions_of": ("mteb", "benchmark", "bitext"),
+}
+
+
 def run(args: argparse.Namespace) -> None:
     if not (args.mteb or args.benchmark or args.retrieval or args.bitext):
         raise InputError("nothing to evaluate on: give --mteb, --benchmark, --retrieval or --bitext")
+    for name, uses in USES.items():
+        if getattr(args, name) not in (None, False, []) and not any(getattr(args, use) for use in uses):
+            raise InputError(f"--{name.replace('_', '-')} is for {' or '.join(f'--{use}' for use in uses)}")
     if args.mteb or args.benchmark:
         _run_mteb(args)
     if args.retrieval or args.bitext:
@@ -97,16 +113,19 @@ def _run_mteb(args: argparse.Namespace) -> None:
 
 
 def _run_own_data(args: argparse.Namespace) -> None:
+    from f2llm_jax.evaluation import optional
     from f2llm_jax.evaluation.own_data import evaluate_bitext, evaluate_retrieval, parse_dims
 
-    dims, outputs = parse_dims(args.dims), args.outputs.split(",")
+    optional("matplotlib")  # for the plot, at the end of the work
+    dims = parse_dims("full" if args.dims is None else args.dims)
+    outputs = ["float32"] if args.outputs is None else args.outputs.split(",")
     if args.retrieval:
         _show(
             args,
             evaluate_retrieval(
                 _models(args),
                 args.retrieval,
-                split=args.split,
+                split="test" if args.split is None else args.split,
                 judged_only=args.judged_only,
                 dims=dims,
                 outputs=outputs,
@@ -118,19 +137,25 @@ def _run_own_data(args: argparse.Namespace) -> None:
 
 
 def _models(args: argparse.Namespace) -> Iterator[Embedder]:
-    """MODEL and what it is compared with, loaded one after the other."""
-    from f2llm_jax.evaluation.embedders import load_embedder
+    """MODEL and what it is compared with, loaded one after the other; all are looked for before the first."""
+    from f2llm_jax.evaluation.embedders import find_embedder, load_embedder
 
-    for name in dict.fromkeys([args.model, *args.compare]):
-        yield load_embedder(
+    revisions = {args.model: args.revision}
+    names = dict.fromkeys([args.model, *args.compare])
+    for name in names:
+        find_embedder(name, revisions.get(name))
+    return (
+        load_embedder(
             name,
             dtype=args.dtype,
-            revision=args.revision if name == args.model else None,
+            revision=revisions.get(name),
             instructions_of=args.instructions_of if name == args.model else None,
             max_length=args.max_length,
             batch_tokens=args.batch_tokens,
             show_progress=show_progress(args),
         )
+        for name in names
+    )
 
 
 def _show(args: argparse.Namespace, report: Report) -> None:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from f2llm_jax.encoder import Encoder, float_dtype, load
 from f2llm_jax.evaluation import optional
 from f2llm_jax.evaluation.registry import bitext_prompt, instructions, registered
+from f2llm_jax.release import find_release, read_release
 
 Role = Literal["query", "document", "bitext"]
 ROLES: tuple[Role, ...] = ("query", "document", "bitext")
@@ -57,11 +58,21 @@ class F2LLMEmbedder:
 class SentenceTransformersEmbedder:
     """Any sentence-transformers model: the prompts it was saved with, or else those of its entry in MTEB's registry."""
 
-    def __init__(self, name: str, *, dtype: str = "float32", revision: str | None = None, **options: Any):
+    def __init__(
+        self,
+        name: str,
+        *,
+        dtype: str = "float32",
+        revision: str | None = None,
+        max_length: int | None = None,
+        **options: Any,
+    ):
         sentence_transformers = optional("sentence_transformers")
         self.name = SENTENCE_TRANSFORMERS + name
         self._options = options
         self._model = sentence_transformers.SentenceTransformer(name, revision=revision, model_kwargs={"dtype": dtype})
+        if max_length is not None:
+            self._model.max_seq_length = min(max_length, self._model.max_seq_length or max_length)
         self.dim = self._model.get_embedding_dimension()
         self.prompts = sentence_transformers_prompts(name, self._model.prompts)
 
@@ -72,6 +83,19 @@ class SentenceTransformersEmbedder:
         )
         embeddings_nd = encode(list(texts), prompt=self.prompts[role], normalize_embeddings=True, **self._options)
         return np.asarray(embeddings_nd, np.float32)
+
+
+def find_embedder(model: str, revision: str | None = None) -> None:
+    """Finds out that a model is not there before it is loaded; of what is there reads or downloads no weights.
+
+    Raises:
+        ReleaseError: there is no such folder or hub repository, or it is no model for ``load``.
+    """
+    name = model.removeprefix(SENTENCE_TRANSFORMERS)
+    if name == model:
+        read_release(find_release(name, revision, weights=False))
+    elif "/" in name:  # of shorter names sentence-transformers knows the owners
+        find_release(name, revision, weights=False)
 
 
 def load_embedder(
@@ -88,11 +112,11 @@ def load_embedder(
     """Loads a model to be evaluated.
 
     Args:
-        model: release folder or hub id; after ``st:``, anything that sentence-transformers loads.
+        model: release folder, converted folder or hub id; after ``st:``, anything that sentence-transformers loads.
         dtype: as for ``load``; with ``int8``, which sentence-transformers does not take, its models are in bfloat16.
         mesh, revision: as for ``load``.
         instructions_of: the model in MTEB's registry whose instruction for translations is used, see ``instructions``.
-        max_length, batch_tokens, show_progress: as for ``Encoder.encode``.
+        max_length, batch_tokens, show_progress: as for ``Encoder.encode``; sentence-transformers has its own batches.
 
     Raises:
         ReleaseError: the model cannot be loaded.
@@ -101,7 +125,11 @@ def load_embedder(
     if model.startswith(SENTENCE_TRANSFORMERS):
         name = model.removeprefix(SENTENCE_TRANSFORMERS)
         return SentenceTransformersEmbedder(
-            name, dtype=float_dtype(dtype), revision=revision, show_progress_bar=show_progress
+            name,
+            dtype=float_dtype(dtype),
+            revision=revision,
+            max_length=max_length,
+            show_progress_bar=show_progress,
         )
     encoder = load(model, dtype=dtype, mesh=mesh, revision=revision)
     return F2LLMEmbedder(

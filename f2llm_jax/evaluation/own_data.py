@@ -13,6 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from f2llm_jax.errors import InputError
+from f2llm_jax.evaluation import optional
 from f2llm_jax.evaluation.data import RetrievalData, read_bitext, read_retrieval
 from f2llm_jax.evaluation.embedders import Embedder
 from f2llm_jax.evaluation.metrics import (
@@ -86,6 +87,7 @@ def evaluate_retrieval(
     Raises:
         InputError: the data cannot be used (see ``read_retrieval``), or a size or output is out of range.
     """
+    optional("pytrec_eval")  # for the scores, after all the encoding
     data = read_retrieval(folder, split=split, judged_only=judged_only)
     sizes = {
         "queries": len(data.query_ids),
