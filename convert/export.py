@@ -135,7 +135,7 @@ def export_release(
             if first:
                 layout.complete(source, prompts, files)
 
-        for step in (create, write, complete):
+        for step in (create, write, complete, stack.close):  # the last puts the folder in its place
             _together(step)
     return place
 

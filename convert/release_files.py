@@ -75,11 +75,12 @@ def write_release_files(
     _write_json(folder / "1_Pooling" / "config.json", pooling)
     (folder / "2_Normalize").mkdir(exist_ok=True)
     file = like / "config_sentence_transformers.json"
+    prompts = dict(release.prompts if prompts is None else prompts)
     settings = {
         "similarity_fn_name": "cosine",
         **(read_json(file) if file.exists() else {}),
-        "prompts": dict(release.prompts if prompts is None else prompts),
-        "default_prompt_name": release.default_prompt_name,
+        "prompts": prompts,
+        "default_prompt_name": release.default_prompt_name if release.default_prompt_name in prompts else None,
     }
     _write_json(folder / "config_sentence_transformers.json", settings)
     if card:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -11,13 +13,15 @@ import numpy as np
 import optax
 import pytest
 from conversions import tensor_sums
-from releases import QUERY_PROMPT, TINY, write_release
+from releases import QUERY_PROMPT, TINY, edit_json, write_release
 
 import f2llm_jax
+from f2llm_jax.convert import export
 from f2llm_jax.convert.export import export_release
 from f2llm_jax.convert.load import load_params, open_checkpoint
 from f2llm_jax.embedding import Batch
 from f2llm_jax.errors import InputError, ReleaseError
+from f2llm_jax.release import read_release
 
 BATCH = Batch(jnp.arange(32, dtype=jnp.int32).reshape(4, 8), jnp.array([8, 5, 3, 1], jnp.int32))
 OPTIMIZER = optax.adamw(1e-3)
@@ -69,6 +73,33 @@ def test_numpy_parameters_and_prompts(release: Path, tmp_path: Path) -> None:
     assert tensor_sums(out) == tensor_sums(release)
     assert f2llm_jax.load(out).prompts == {"query": "Q: ", "document": "D: "}
     assert f2llm_jax.load(release).prompts["query"] == QUERY_PROMPT
+
+
+def test_a_default_prompt_that_is_not_written_is_none(release: Path, tmp_path: Path) -> None:
+    settings = {"prompts": {"query": "q: ", "cluster": "c: "}, "default_prompt_name": "cluster"}
+    like = Path(shutil.copytree(release, tmp_path / "like"))
+    edit_json(like / "config_sentence_transformers.json", **settings)
+    params = load_params(open_checkpoint(release), TINY)
+    for prompts, expected in ((None, "cluster"), ({"query": "Q: ", "document": ""}, None)):
+        out = export_release(params, TINY, tmp_path / str(expected), like=like, prompts=prompts)
+        assert read_release(out).default_prompt_name == expected
+
+
+def test_a_step_that_fails_at_the_very_end_fails_in_all(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever this process does to the folder, it does in a step that the others hear of."""
+    committed = []
+    original = export._together
+
+    def together(step: Callable[[], None]) -> None:
+        before = (tmp_path / "out").exists()
+        original(step)
+        committed.append(before != (tmp_path / "out").exists())
+
+    monkeypatch.setattr(export, "_together", together)
+    export_release(load_params(open_checkpoint(release), TINY), TINY, tmp_path / "out", like=release)
+    assert any(committed)
 
 
 def test_random_parameters(release: Path, tmp_path: Path) -> None:
