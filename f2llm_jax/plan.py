@@ -23,7 +23,7 @@ from f2llm_jax.config import ModelConfig
 from f2llm_jax.encoder import BATCH_TOKENS
 from f2llm_jax.errors import InputError
 from f2llm_jax.planning.chips import Topology, topology_devices
-from f2llm_jax.planning.counts import Axes, Estimate, TrainWork, estimate_encode, estimate_train
+from f2llm_jax.planning.counts import ATTENTION_BACKWARD, Axes, Estimate, TrainWork, estimate_encode, estimate_train
 from f2llm_jax.planning.hlo import Collective, Program, read_program
 from f2llm_jax.planning.programs import AbstractProgram, encode_program, train_program
 from f2llm_jax.sharding import make_mesh, padded_config, param_shardings
@@ -53,7 +53,7 @@ class Job:
             what fits in training.
         dtype: of encoding.
         recipe: of training.
-        teacher: the sizes of the recipe's teacher.
+        teacher: the sizes of the recipe's teacher; None for none, and where its states are read from disk.
         negatives: of each query in training.
     """
 
@@ -73,8 +73,17 @@ class Job:
             raise InputError("training, and nothing else, needs a recipe")
         if self.dtype not in ("float32", "bfloat16"):
             raise InputError(f"dtype must be float32 or bfloat16, not {self.dtype!r}")
+        if self.recipe is not None and self.recipe.compute.kernel not in ("auto", *ATTENTION_BACKWARD):
+            raise InputError(
+                f"the recipe's compute.kernel is {self.recipe.compute.kernel!r}, which TPUs do not have; take auto"
+            )
         if not 1 <= self.length <= self.config.max_position_embeddings:
             raise InputError(f"length must be within 1..{self.config.max_position_embeddings}, not {self.length}")
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an operand of products."""
+        return jax.numpy.dtype(self.dtype if self.recipe is None else self.recipe.compute.dtype).itemsize
 
     @property
     def packed(self) -> bool:
@@ -316,7 +325,7 @@ def _ranked(job: Job, topology: Topology, mesh: Axes | None, devices: list[Any])
     def cost(candidate: Candidate) -> tuple[bool, float]:
         memory = candidate.estimate.memory_bytes
         fits = memory < 0.85 * limit
-        return not fits, sum(candidate.estimate.seconds(topology)) if fits else memory
+        return not fits, sum(candidate.estimate.seconds(topology, job.itemsize)) if fits else memory
 
     return sorted(candidates, key=cost)
 
@@ -398,21 +407,20 @@ def _train_work(job: Job, axes: Axes, rows_at_once: int) -> TrainWork:
         remat=recipe.compute.remat,
         kernel="splash" if recipe.compute.kernel == "auto" else recipe.compute.kernel,
         mrl_dims=recipe.loss.mrl_dims,
-        itemsize=jax.numpy.dtype(recipe.compute.dtype).itemsize,
+        itemsize=job.itemsize,
         param_itemsize=jax.numpy.dtype(recipe.params_dtype).itemsize,
     )
 
 
 def _estimate(job: Job, axes: Axes, rows_at_once: int) -> Estimate:
     if job.do == "encode":
-        itemsize = jax.numpy.dtype(job.dtype).itemsize
         return estimate_encode(
             job.config,
             axes,
             rows=rows_at_once,
             length=job.row_length,
             slots=job.slots,
-            itemsize=itemsize,
+            itemsize=job.itemsize,
         )
     return estimate_train(job.config, axes, _train_work(job, axes, rows_at_once), job.teacher)
 
@@ -455,7 +463,7 @@ def _compile(job: Job, topology: Topology, candidate: Candidate, devices: list[A
         memory=Memory(program.state_bytes(), 0, 0, 0, 0, limit),
         work=None,
         collectives=(),
-        seconds=dict(zip(("compute", "hbm", "ici"), candidate.estimate.seconds(topology), strict=True)),
+        seconds=dict(zip(("compute", "hbm", "ici"), candidate.estimate.seconds(topology, job.itemsize), strict=True)),
         tried=(),
     )
     compiled, text = compile_program(program)
@@ -479,7 +487,7 @@ def _compile(job: Job, topology: Topology, candidate: Candidate, devices: list[A
         work=work,
         collectives=counted.collectives,
         seconds={
-            "compute": work.flops / topology.chip.flops,
+            "compute": work.flops / topology.chip.rate(job.itemsize),
             "hbm": work.program_hbm_bytes / topology.chip.hbm_bandwidth,
             "ici": sum(collective_seconds(x, mesh, topology) for x in counted.collectives),
         },

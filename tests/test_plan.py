@@ -17,7 +17,7 @@ from f2llm_jax.configs.models import MODELS
 from f2llm_jax.embedding import Batch, eos_states
 from f2llm_jax.errors import F2LLMError, InputError
 from f2llm_jax.model import count_parameters, init_params
-from f2llm_jax.plan import needed_bytes
+from f2llm_jax.plan import Job, needed_bytes
 from f2llm_jax.planning import chips, counts
 from f2llm_jax.planning.chips import parse_topology
 from f2llm_jax.planning.hlo import read_program
@@ -204,6 +204,47 @@ def test_without_libtpu_the_error_says_what_to_install(monkeypatch, capsys):
         chips.topology_devices(parse_topology("v5e:4x4"))
     assert main(["plan", "80M", "--topology", "v5e:4x4"]) == 2
     assert "f2llm-jax[tpu]" in capsys.readouterr().err
+
+
+def test_states_of_a_teacher_are_a_part_of_the_batch(monkeypatch):
+    from f2llm_jax.planning.programs import train_program
+    from f2llm_jax.train import config
+
+    recipe = dataclasses.replace(
+        config.load_recipe("tiny"), teacher="codefuse-ai/F2LLM-v2-0.6B", teacher_states="states"
+    )
+    monkeypatch.setattr(config, "load_recipe", lambda name: recipe)
+    jobs = []
+    monkeypatch.setattr("f2llm_jax.plan.make_plan", lambda job, *args, **options: jobs.append(job))
+    monkeypatch.setattr("f2llm_jax.planning.report.describe", str)
+    with pytest.raises(AttributeError, match="fits"):  # there is no plan
+        main(["plan", "0.6B", "--topology", "v5e:4x4", "--do", "train", "--recipe", "mine"])
+    assert jobs[0].teacher is None
+    for packed in (None, (32, 64, 4)):
+        program = train_program(
+            recipe, TINY, make_mesh(devices=jax.devices()[:1]), length=64, negatives=2, packed=packed
+        )
+        batch = program.lower().in_avals[0][1]
+        queries = recipe.data.batch_size
+        shapes = [(queries, TINY.hidden_size)] * 2 + [(2 * queries, TINY.hidden_size)]
+        assert [states.shape for states in batch.teacher] == shapes
+        assert set(program.state) == {"parameters", "optimizer"}
+
+
+def test_float32_products_take_six_bfloat16_ones():
+    estimate = counts.estimate_encode(TINY, counts.Axes(1, 1, 1), rows=8, length=64, slots=4, itemsize=4)
+    seconds = {itemsize: estimate.seconds(parse_topology("v5e:4x4"), itemsize) for itemsize in (2, 4)}
+    assert seconds[4] == pytest.approx((6 * seconds[2][0], *seconds[2][1:]))
+    assert Job("encode", TINY, dtype="float32").itemsize == 4
+
+
+def test_a_kernel_that_tpus_do_not_have_is_named():
+    from f2llm_jax.train.config import load_recipe
+
+    recipe = load_recipe("tiny")
+    recipe = dataclasses.replace(recipe, compute=dataclasses.replace(recipe.compute, kernel="cudnn"))
+    with pytest.raises(InputError, match=r"compute\.kernel is 'cudnn', which TPUs do not have; take auto"):
+        Job("train", TINY, recipe=recipe)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,13 @@ class Chip:
     config: str | None
     example: str
 
+    def rate(self, itemsize: int) -> float:
+        """FLOP/s at peak of products of operands of so many bytes.
+
+        Those of float32 are computed in ``Precision.HIGHEST``: on TPUs in 6 bfloat16 passes (``jax.lax.Precision``).
+        """
+        return self.flops / 6 if itemsize == 4 else self.flops
+
 
 CHIPS = {
     chip.name: chip

@@ -82,11 +82,11 @@ class Estimate:
     ici_bytes: float
     memory_bytes: float
 
-    def seconds(self, topology: Topology) -> tuple[float, float, float]:
-        """Compute, HBM, ICI."""
+    def seconds(self, topology: Topology, itemsize: int) -> tuple[float, float, float]:
+        """Compute, HBM, ICI; of products whose operands have so many bytes."""
         chip = topology.chip
         everywhere = topology.ici_bandwidth([(0,) * len(topology.shape), tuple(size - 1 for size in topology.shape)])
-        return self.flops.total / chip.flops, self.hbm_bytes / chip.hbm_bandwidth, self.ici_bytes / everywhere
+        return self.flops.total / chip.rate(itemsize), self.hbm_bytes / chip.hbm_bandwidth, self.ici_bytes / everywhere
 
 
 def layer_weights(config: ModelConfig) -> int:

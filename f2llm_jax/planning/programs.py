@@ -77,7 +77,7 @@ def train_program(
     """A training step of a recipe, with all its losses.
 
     Args:
-        recipe: the run.
+        recipe: the run; with ``teacher_states`` they are a part of the batch.
         config: the sizes.
         mesh: of compile-only devices.
         length: tokens of every text.
@@ -85,7 +85,7 @@ def train_program(
         packed: rows, their length and their slots for texts, in the packed layout; None for a text a row.
         teacher: the sizes of what it distils from; None for no distillation.
     """
-    from f2llm_jax.train.batch import AnyTrainBatch, PackedTrainBatch, TrainBatch
+    from f2llm_jax.train.batch import AnyTrainBatch, PackedTrainBatch, TeacherStates, TrainBatch
     from f2llm_jax.train.loop import make_update
     from f2llm_jax.train.optimizer import make_optimizer
     from f2llm_jax.train.placement import abstract_state
@@ -106,15 +106,21 @@ def train_program(
     def texts(count: int) -> Batch:
         return Batch(numbers(count, length), numbers(count))
 
+    def states(count: int) -> Any:
+        return _array((count, config.hidden_size), jnp.bfloat16, sharding)  # as f2llm teach writes them
+
     queries = recipe.data.batch_size
+    stored = None
+    if recipe.teacher_states is not None:
+        stored = TeacherStates(states(queries), states(queries), states(queries * negatives))
     batch: AnyTrainBatch
     if packed is None:
-        batch = TrainBatch(texts(queries), texts(queries), texts(queries * negatives), numbers(queries))
+        batch = TrainBatch(texts(queries), texts(queries), texts(queries * negatives), numbers(queries), stored)
     else:
         rows, row_length, slots = packed
         packed_rows = PackedBatch(numbers(rows, row_length), numbers(rows, row_length), numbers(rows, slots))
         query, negative = numbers(queries), numbers(queries * negatives)
-        batch = PackedTrainBatch(packed_rows, query, query, negative, passage_ids_b=query)
+        batch = PackedTrainBatch(packed_rows, query, query, negative, passage_ids_b=query, teacher=stored)
     update: Any = make_update(recipe, config, taught, optimizer, state)
 
     def lower() -> Any:

@@ -6,8 +6,9 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
+from f2llm_jax.configs.datasets import NEGATIVES
 from f2llm_jax.model import count_parameters
-from f2llm_jax.plan import Plan
+from f2llm_jax.plan import Job, Plan
 from f2llm_jax.planning.chips import GIB
 from f2llm_jax.planning.hlo import Collective, total_by_kind
 
@@ -27,6 +28,7 @@ def describe(plan: Plan) -> str:
         f"{job.do} {count_parameters(job.config):,} parameters on {plan.topology.name}: "
         f"{plan.topology.size} devices {chip.kind}, mesh {plan.mesh}",
         f"texts of {job.length:,} tokens{recipe}{packed}, {plan.batch_tokens:,} tokens at a time",
+        *_other_batches(job),
         "",
         f"memory per {device}, GiB (as compiled)",
         *(_row(name, nbytes / GIB) for name, nbytes in memory.state.items()),
@@ -51,6 +53,15 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _other_batches(job: Job) -> list[str]:
+    most = max(NEGATIVES, key=lambda task: NEGATIVES[task])
+    if job.recipe is None or job.negatives >= NEGATIVES[most]:
+        return []
+    return [
+        f"batches of {most} have {NEGATIVES[most]} negatives a query: they take longer, and all at once more memory"
+    ]
+
+
 def _speed(plan: Plan) -> list[str]:
     work, chip = plan.work, plan.topology.chip
     lines = [f"a step per device                     {'':10}seconds (estimates)"]
@@ -61,7 +72,7 @@ def _speed(plan: Plan) -> list[str]:
     else:
         lines += [
             _step(
-                f"arithmetic at {chip.flops / 1e12:.0f} TFLOP/s",
+                f"arithmetic at {chip.rate(plan.job.itemsize) / 1e12:.0f} TFLOP/s",
                 f"{work.flops / 1e12:,.2f} TFLOP",
                 plan.seconds["compute"],
             ),
