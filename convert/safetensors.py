@@ -180,8 +180,9 @@ def _weight_files(folder: Path) -> list[Path]:
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
             raise ReleaseError(f"{index} is damaged: weight_map should be an object of file names")
-        files = [folder / name for name in sorted(set(shards.values()))]
-        if outside := [str(file.relative_to(folder)) for file in files if file.parent != folder]:
+        names = sorted(set(shards.values()))
+        files = [folder / name for name in names]
+        if outside := [name for name, file in zip(names, files, strict=True) if file.parent != folder]:
             raise ReleaseError(f"{index} names {', '.join(outside)}, outside its own folder")
         if missing := [file.name for file in files if not file.exists()]:
             raise ReleaseError(

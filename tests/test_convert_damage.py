@@ -117,6 +117,10 @@ SHARD_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated shard": (lambda r: truncate(next(iter(r.glob("*-00002-of-*"))), 5), "model-00002-of-.* is truncated"),
     "no weight_map": (lambda r: (r / INDEX).write_text("{}"), "index.json is damaged"),
     "no JSON": (lambda r: (r / INDEX).write_text("{"), "not valid JSON"),
+    "elsewhere": (
+        lambda r: (r / INDEX).write_text('{"weight_map": {"a": "/x.safetensors"}}'),
+        "names /x.safetensors, outside its own folder",
+    ),
     "outside": (
         lambda r: (r / INDEX).write_text('{"weight_map": {"a": "../x.safetensors"}}'),
         "outside its own folder",
