@@ -469,6 +469,13 @@ def test_search_ranks_as_brute_force_does(block, tiny_release, tiny, corpus, cap
         np.testing.assert_allclose([hit["score"] for hit in result["results"]], scores_n[rows], atol=1e-6)
 
 
+def test_json_is_valid_whatever_the_terminal_can_show(tiny_release, corpus, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert search(tiny_release, corpus, "--query", "né 차", "--json") == 0
+    assert json.loads(stdout.buffer.getvalue().decode("utf-8"))["query"] == "né 차"
+
+
 def test_search_prompts_are_for_queries(tiny_release, tiny, corpus, capsys):
     assert search(tiny_release, corpus, "--query", "fox", "--prompt", "Find: ", "--json", "--top", "1") == 0
     scores_n = (tiny.encode(["fox"], prompt="Find: ") @ tiny.encode_document(TEXTS).T)[0]

@@ -7,8 +7,10 @@ only some tens of thousands at a time; to search the same corpus often, keep wha
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -45,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
     if not corpus.texts:
         warnings.warn(f"{args.corpus} holds no texts", stacklevel=1)
     scores_qk, rows_qk = _search(load_model(args), queries, corpus.texts, args)
+    # JSON is UTF-8; where standard output is not, escapes say the same.
+    escaped = codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"
     for query, scores_k, rows_k in zip(queries, scores_qk, rows_qk, strict=True):
         results = [
             {"rank": rank, "score": float(score), "row": int(row)}
@@ -53,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
             for rank, (score, row) in enumerate(zip(scores_k, rows_k, strict=True), start=1)
         ]
         if args.json:
-            print(json.dumps({"query": query, "results": results}, ensure_ascii=False, default=str))
+            print(json.dumps({"query": query, "results": results}, ensure_ascii=escaped, default=str))
         else:
             _print_results(query, results)
 
