@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -276,6 +277,17 @@ def test_a_run_goes_on_with_two_processes(command, whole, tmp_path):
     assert_close(out, whole)
     ends = [f2llm_jax.load(folder).params for folder in (tmp_path / "export", whole / "export")]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *ends)
+
+
+def test_a_run_of_another_model_is_not_gone_on_with(command, whole, tmp_path, capsys):
+    def refused(message: str, **settings: object) -> None:
+        assert main(["train", *command(whole, "--resume", "auto", **settings)]) == 2
+        assert message in capsys.readouterr().err.replace("\n", " ")
+
+    small = write_release(tmp_path / "small", dataclasses.replace(TINY, hidden_size=64))
+    refused("embed_tokens.weight has shape (512, 96), config.json asks for (512, 64)", model=small)
+    small = write_release(tmp_path / "low", dataclasses.replace(TINY, num_hidden_layers=1))
+    refused(f"model={small} is not of the size of the run", model=small)
 
 
 # --- other ways to train

@@ -19,8 +19,9 @@ from jax.sharding import Mesh
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert.export import export_release
 from f2llm_jax.convert.load import load_params, open_checkpoint
+from f2llm_jax.convert.table import tensor_table
 from f2llm_jax.encoder import use_compilation_cache
-from f2llm_jax.errors import F2LLMError, InputError
+from f2llm_jax.errors import F2LLMError, InputError, ReleaseError
 from f2llm_jax.model import Params
 from f2llm_jax.release import Release, find_release, read_release
 from f2llm_jax.sharding import padded_config
@@ -94,8 +95,8 @@ def train(
 
     Raises:
         TrainingError: a loss or a gradient is not finite.
-        InputError: ``out`` holds a run and ``resume`` is off; ``export`` exists; or the config does not fit the model
-            or the devices.
+        InputError: ``out`` holds a run and ``resume`` is off, or one of a model of other sizes; ``export`` exists; or
+            the config does not fit the model or the devices.
     """
     from tqdm import tqdm
 
@@ -115,7 +116,7 @@ def train(
     evaluate = make_evaluate(config, model, mesh)
 
     with jax.set_mesh(mesh), Checkpoints(out / "checkpoints", keep=config.every.keep) as checkpoints:
-        step = _first_step(config, checkpoints, resume=resume)
+        step = _first_step(config, release, checkpoints, resume=resume)
         if step:
             state, position = checkpoints.restore(step, like)
             loader.set_state(position)
@@ -272,7 +273,7 @@ def export_run(
     )
 
 
-def _first_step(config: TrainConfig, checkpoints: Checkpoints, *, resume: bool) -> int:
+def _first_step(config: TrainConfig, release: Release, checkpoints: Checkpoints, *, resume: bool) -> int:
     """The step to go on from; 0 for a new run."""
     step = checkpoints.latest
     if step is None:
@@ -281,4 +282,10 @@ def _first_step(config: TrainConfig, checkpoints: Checkpoints, *, resume: bool) 
         raise InputError(f"{checkpoints.folder} holds a run up to step {step}; --resume auto goes on from there")
     if changed := differences(checkpoints.read_config(step), config):
         warnings.warn(f"going on from step {step} with another config: {', '.join(changed)}", stacklevel=3)
+    try:  # Orbax would cut or fill up arrays of other sizes
+        open_checkpoint(checkpoints.path(step)).check(tensor_table(release.config))
+    except ReleaseError as error:
+        raise InputError(
+            f"model={config.model} is not of the size of the run in {checkpoints.folder}: {error}"
+        ) from None
     return step
