@@ -18,7 +18,6 @@ from f2llm_jax import losses
 from f2llm_jax.axes import batch_parts
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.embedding import Batch, PackedBatch, eos_states
-from f2llm_jax.errors import InputError
 from f2llm_jax.model import Params
 from f2llm_jax.train.batch import AnyTrainBatch, PackedTrainBatch
 
@@ -68,7 +67,7 @@ class ComputeConfig:
         dtype: of the operands of matrix products.
         remat: which activations are kept for the backward pass, see ``model.REMAT_POLICIES``.
         kernel: which attention, see ``attention.KERNELS``; "auto" for the platform's.
-        chunk_rows: rows computed at a time, of one text each or packed as ``data.layout`` says; 0 for all at once.
+        chunk_rows: most rows computed at a time, of one text each or packed as ``data.layout`` says; 0 for all at once.
     """
 
     dtype: str = "bfloat16"
@@ -232,7 +231,7 @@ def row_states(
 
     if not compute.chunk_rows:
         return tuple(encode(rows) for rows in runs)
-    return tuple(_join(jax.lax.map(encode, _chunks(rows, compute.chunk_rows))) for rows in runs)
+    return tuple(_join(jax.lax.map(encode, _chunks(rows, compute.chunk_rows)), len(rows.tokens_bt)) for rows in runs)
 
 
 def text_states(batch: AnyTrainBatch, states: tuple[jax.Array, ...]) -> States:
@@ -250,10 +249,7 @@ def text_states(batch: AnyTrainBatch, states: tuple[jax.Array, ...]) -> States:
 def _eos_states(params: Params, rows: Rows, config: ModelConfig, compute: ComputeConfig) -> jax.Array:
     """``eos_states`` of any number of rows: rows without a text are added until they divide over the mesh."""
     count = len(rows.tokens_bt)
-    if spare := -count % batch_parts():
-        rows = jax.tree.map(lambda x: jnp.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1)), rows)
-        if isinstance(rows, Batch):
-            rows = rows._replace(lengths_b=jnp.maximum(rows.lengths_b, 1))
+    rows = _padded(rows, -count % batch_parts())
     states = eos_states(params, rows, config=config, dtype=compute.dtype, kernel=compute.kernel, remat=compute.remat)
     return states[:count]
 
@@ -271,18 +267,25 @@ def _add_chunk_grads(
     return jax.lax.scan(add, grads, chunks)[0]
 
 
+def _padded(rows: Any, spare: int) -> Any:
+    """Rows with so many without a text behind them, or an array with as many zeros."""
+    if not spare:
+        return rows
+    rows = jax.tree.map(lambda x: jnp.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1)), rows)
+    return rows._replace(lengths_b=jnp.maximum(rows.lengths_b, 1)) if isinstance(rows, Batch) else rows
+
+
 def _chunks(tree: Any, rows: int) -> Any:
-    """[b, …] as [chunks, rows, …]. A chunk takes every chunks-th row: each device then has its part of every chunk."""
+    """[b, …] as [chunks, at most ``rows``, …], all of a size: rows without a text are added to what does not divide.
 
-    def split(x: jax.Array) -> jax.Array:
-        size = min(rows, len(x))
-        if len(x) % size:
-            raise InputError(f"chunk_rows={rows} does not divide a run of {len(x)} rows")
-        return x.reshape(size, len(x) // size, *x.shape[1:]).swapaxes(0, 1)
+    A chunk takes every chunks-th row: each device then has its part of every chunk.
+    """
+    count = len(jax.tree.leaves(tree)[0])
+    chunks = -(-count // rows)
+    tree = _padded(tree, -count % chunks)
+    return jax.tree.map(lambda x: x.reshape(-1, chunks, *x.shape[1:]).swapaxes(0, 1), tree)
 
-    return jax.tree.map(split, tree)
 
-
-def _join(x: jax.Array) -> jax.Array:
-    """Undoes ``_chunks``."""
-    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+def _join(x: jax.Array, count: int) -> jax.Array:
+    """Undoes ``_chunks``: the first so many rows."""
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:count]
