@@ -284,7 +284,7 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch, tiny_release):
         "compute.remat=none",
         f"teacher={teacher}",
     ]
-    short += ["every.log=1", "optim.warmup_steps=0", "every.validation=0"]
+    short += ["every.log=1", "optim.warmup_steps=1", "every.validation=0"]
     more = {"prepare": ["--workers", "1"], "train": [f"--set={setting}" for setting in short]}
     for line in commands:
         program, name, *arguments = line.replace("--to 80M", "--hidden 48 --mlp 80 --layers 2").split()

@@ -192,15 +192,16 @@ def test_gradients_on_a_mesh_are_those_of_one_device():
         assert np.abs(np.asarray(own) - np.asarray(reference)).max() <= 1e-5 * np.abs(reference).max(), path
 
 
-def test_schedule_is_transformers_with_a_floor():
+@pytest.mark.parametrize("warmup", [7, 0])
+def test_schedule_is_transformers_with_a_floor(warmup):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
-    scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, 7, 50)
-    ours = make_schedule(OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-5, warmup_steps=7), 50)
+    scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, 50)
+    ours = make_schedule(OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-5, warmup_steps=warmup), 50)
     for step in range(50):
         theirs = scheduler.get_last_lr()[0]
-        np.testing.assert_allclose(ours(step), max(theirs, 1e-5) if step else 0.0, rtol=1e-6)
+        np.testing.assert_allclose(ours(step), max(theirs, 1e-5) if step else theirs, rtol=1e-6)
         optimizer.step()
         scheduler.step()
 

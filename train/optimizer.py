@@ -35,7 +35,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Linear warm-up, cosine to 0, never below the floor once the first step is done.
 
     transformers' ``get_cosine_schedule_with_warmup`` under the floor of the reference's ``accelerate_train``, which it
-    applies after each step: the very first step has a learning rate of 0.
+    applies after each step: the very first step of a warm-up has a learning rate of 0.
     """
     warmup, total = config.warmup_steps, max(total_steps, config.warmup_steps + 1)
 
@@ -46,7 +46,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
         remaining = jnp.maximum(total - step, 0.0) / (total - warmup)
         fall = jnp.sin(0.5 * jnp.pi * remaining) ** 2
         rate = config.learning_rate * jnp.where(step < warmup, rise, fall)
-        return jnp.where(step == 0, 0.0, jnp.maximum(rate, config.min_learning_rate))
+        return jnp.where(step == 0, rate, jnp.maximum(rate, config.min_learning_rate))
 
     return schedule
 
