@@ -24,7 +24,7 @@ from f2llm_jax.errors import InputError
 from f2llm_jax.tokens import Tokenizer
 from f2llm_jax.train.dedupe import Digests, number_documents
 from f2llm_jax.train.prepare import mix, prepare, split_off
-from f2llm_jax.train.raw import REASONS, find_datasets, read_rows
+from f2llm_jax.train.raw import REASONS, faults, find_datasets, read_rows
 from f2llm_jax.train.records import Settings
 
 
@@ -140,6 +140,20 @@ def test_text_that_is_not_unicode_counts_as_empty(tmp_path, tiny_release):
     parquet.write_table(pyarrow.table(arrays), tmp_path / "raw" / "xquad_en.parquet")
     (dataset,) = run(tmp_path / "raw", tiny_release, tmp_path / "out")["datasets"]
     assert dataset["dropped"]["empty_positive"] == 1 and dataset["kept"] == 7
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string()])
+@pytest.mark.parametrize("strip", [False, True])
+def test_rows_read_together_may_have_no_text_that_is_unicode(tmp_path, kind, strip):
+    binary = pyarrow.array(
+        [b"\xff"] * 4, pyarrow.large_binary() if kind == pyarrow.large_string() else pyarrow.binary()
+    )
+    bad = pyarrow.Array.from_buffers(kind, 4, binary.buffers())
+    good = pyarrow.array(["a", "b", "c", "d"])
+    parquet.write_table(pyarrow.table({"query": good, "passage": bad, "negative_1": good}), tmp_path / "aya.parquet")
+    (dataset,) = find_datasets(tmp_path)
+    ((_, columns),) = read_rows(dataset, strip_instructions=strip)
+    assert [REASONS[fault - 1] for fault in faults(columns)] == ["empty_positive"] * 4
 
 
 def test_stage_1_strips_instructions_and_stage_2_keeps_them(tmp_path, tiny_release):

@@ -138,7 +138,8 @@ def _texts(column: Any, strip_instructions: bool) -> Any:
     try:
         column.validate(full=True)
     except pyarrow.ArrowInvalid:
-        column = pyarrow.array([_decode(value) for value in column.cast(pyarrow.large_binary()).to_pylist()])
+        values = column.cast(pyarrow.large_binary()).to_pylist()
+        column = pyarrow.array(map(_decode, values), column.type)  # of nothing but None Arrow would make nulls
     if strip_instructions:
         column = pc.replace_substring_regex(column, _INSTRUCTION, "", max_replacements=1)
     return column
