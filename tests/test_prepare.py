@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -200,6 +201,8 @@ def test_caps_choose_at_random_and_count_sources_together(tmp_path, tiny_release
     decode = Tokenizer.from_release(tiny_release).backend.decode
     queries = {json.dumps(decode(e["query"])) for e in written(tmp_path / "again") if e["dataset"] == "mqa_de"}
     assert len(queries) == 60 and 20 < len(queries & first_rows) < 52
+    with pytest.raises(InputError, match="cap must be 0, for none, or more, not -1"):
+        kept("none", cap=-1)
     assert kept("none", stage=1) == {"mqa_de": 99, "paracrawl_a": 100, "paracrawl_b": 100}
 
 
@@ -211,8 +214,20 @@ def test_include_exclude_and_sets(tmp_path, tiny_release):
     assert report["excluded"] == ["mkqa_de", "sib200", "xquad_en"]
     report = run(tmp_path / "raw", tiny_release, tmp_path / "one", include=["@stage1"])
     assert [dataset["name"] for dataset in report["datasets"]] == ["webfaq_deu"]
+    grouped = run(
+        tmp_path / "raw", tiny_release, tmp_path / "two", sources=["@overlapping", "*a*"], exclude=["w*", "x*"]
+    )
+    assert [d["name"] for d in grouped["datasets"]] == ["mkqa_de", "sib200"] and grouped["grouped_sources"] == []
     with pytest.raises(InputError, match="none of the 4 datasets"):
-        run(tmp_path / "raw", tiny_release, tmp_path / "none", include=["a*"])
+        run(tmp_path / "raw", tiny_release, tmp_path / "none", include=["x*"], exclude=["*en"])
+    for option, glob in (("include", "a*"), ("include", "xquad_e"), ("exclude", "xquad"), ("sources", "paracrawl_*")):
+        flag = option.removesuffix("s")
+        with pytest.raises(InputError, match=f"--{flag} {re.escape(glob)} matches none of the 4 datasets in .*raw"):
+            run(tmp_path / "raw", tiny_release, tmp_path / "none", **{option: ["*", glob]})
+    write_raw(tmp_path / "other", {"xquad_en": rows(4, negatives=1)})
+    with pytest.raises(InputError, match="--include @stage1 matches none of the 1 datasets"):
+        run(tmp_path / "other", tiny_release, tmp_path / "none", include=["@stage1", "*"])
+    assert run(tmp_path / "other", tiny_release, tmp_path / "none", exclude=["@overlapping"])["excluded"] == []
     with pytest.raises(InputError, match=r"no set '@mteb'.*@stage1, @overlapping"):
         expand(["@mteb"])
     assert set(SETS) == {"stage1", "overlapping"}

@@ -85,7 +85,8 @@ def prepare(
         stage: 1 strips instructions off all texts; 2 leaves them as they are.
         cap: queries per source; default 80,000 in stage 2, none in stage 1; 0 for none.
         sources: globs; the datasets that match one are a source together. Any other is a source of its own.
-        include, exclude: globs of datasets to take and to leave out, ``@NAME`` for a set of configs/datasets.py.
+        include, exclude: globs of datasets to take and to leave out. Here and in ``sources``, ``@NAME`` stands for the
+            globs of a set of configs/datasets.py.
         tasks: {glob: task type} of datasets that the table does not know.
         max_length: tokens of a text, EOS included; longer ones are truncated, and counted.
         seed: of the choice under a cap, and of the split.
@@ -98,15 +99,19 @@ def prepare(
         The report, as in ``report.json``.
 
     Raises:
-        InputError: ``out`` exists, an unknown dataset, a file that is damaged or lacks a column, nothing left.
+        InputError: ``out`` exists, an unknown dataset, a glob that matches none, a file that is damaged or lacks a
+            column, nothing left.
         ReleaseError: no such tokenizer.
     """
     if stage not in (1, 2):
         raise InputError(f"stage must be 1 or 2, not {stage}")
     if not 1 <= max_length <= np.iinfo(np.uint16).max:
         raise InputError(f"max_length must be within 1..{np.iinfo(np.uint16).max}, not {max_length}")
+    if cap is not None and cap < 0:
+        raise InputError(f"cap must be 0, for none, or more, not {cap}")
     place = output_path(out)
-    datasets, excluded = _find(Path(raw).expanduser(), expand(include), expand(exclude))
+    datasets, excluded = _find(Path(raw).expanduser(), include, exclude, sources)
+    sources = expand(sources)
     by_dataset = {dataset.name: task_of(dataset.name, tasks) for dataset in datasets}
     release = find_release(tokenizer, weights=False)
     if cap is None:
@@ -134,7 +139,7 @@ def prepare(
             release=release,
             stage=stage,
             cap=cap,
-            sources=tuple(sources),
+            sources=sources,
             max_length=max_length,
             seed=seed,
         )
@@ -153,9 +158,18 @@ def prepare(
     return report
 
 
-def _find(raw: Path, include: Sequence[str], exclude: Sequence[str]) -> tuple[list[RawDataset], list[str]]:
+def _find(
+    raw: Path, include: Sequence[str], exclude: Sequence[str], sources: Sequence[str]
+) -> tuple[list[RawDataset], list[str]]:
     """The datasets to take, and the names of those that are left out."""
     found = find_datasets(raw)
+    for option, globs in {"include": include, "exclude": exclude, "source": sources}.items():
+        for glob in globs:
+            if option == "exclude" and glob.startswith("@"):  # a set may be left out where it is not
+                continue
+            if not any(matches(dataset.name, expand([glob])) for dataset in found):
+                raise InputError(f"--{option} {glob} matches none of the {len(found)} datasets in {raw}")
+    include, exclude = expand(include), expand(exclude)
     datasets = [dataset for dataset in found if matches(dataset.name, include) and not matches(dataset.name, exclude)]
     if not datasets:
         raise InputError(f"none of the {len(found)} datasets in {raw} is left after --include and --exclude")
