@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +61,15 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def as_set(examples: list[dict]) -> list[str]:
     return sorted(map(json.dumps, examples))
+
+
+@pytest.fixture
+def usual_open_files() -> Iterator[None]:
+    """1,024 files may be open, as anywhere where nobody raised the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_what_is_written_is_what_a_plain_loop_finds(tmp_path, tiny_release):
@@ -329,8 +340,8 @@ def test_rows_are_read_the_same_from_any_layout_and_place(tmp_path):
             ]
 
 
-@pytest.mark.parametrize("memory", [1 << 30, 1 << 16, 4096])
-def test_documents_are_numbered_by_first_occurrence(tmp_path, memory):
+@pytest.mark.parametrize("memory", [1 << 30, 1 << 16, 4096, 400])
+def test_documents_are_numbered_by_first_occurrence(tmp_path, memory, usual_open_files):
     rng = np.random.default_rng(0)
     texts = [rng.integers(0, 900, (300, 5)), np.zeros((40, 2), int), rng.integers(500, 2500, (211, 3))]
     digests = [

@@ -19,7 +19,7 @@ from f2llm_jax.errors import InputError
 # Bytes of memory that a digest takes while its bucket, or its chunk, is sorted: keys, order, links and copies.
 _BYTES_PER_DIGEST = 96
 
-_MAX_BUCKETS = 512  # each is an open file
+_MAX_BUCKETS = 256  # each is two open files; the usual limit is 1,024
 
 
 class Digests(NamedTuple):
