@@ -120,6 +120,9 @@ def test_recipes_of_ones_own(tmp_path):
         load_recipe(str(file))
     with pytest.raises(InputError, match=r"no recipe 'stage2_80b', .*nearest: stage2_8b, stage2_80m"):
         load_recipe("stage2_80b")
+    for name in ("experiments/stage2_80m.py", "my/stage2_80m.yaml", "stage2_80m.yaml"):
+        with pytest.raises(InputError, match=f"no recipe '{name}', neither a file nor .*nearest: stage2_80m"):
+            load_recipe(name)
 
 
 def test_the_command_lists_recipes_and_settings(capsys):

@@ -127,11 +127,11 @@ def load_recipe(name: str) -> TrainConfig:
     file = Path(name)
     if file.is_file():
         module = _import_file(file)
-    elif file.stem in (recipes := recipe_names()):
+    elif file in (Path(file.stem), Path("configs", f"{file.stem}.py")) and file.stem in recipe_names():
         module = importlib.import_module(f"f2llm_jax.configs.{file.stem}")
     else:
         raise InputError(
-            f"there is no recipe {name!r}, neither a file nor of this package; {_nearest(file.stem, recipes)}"
+            f"there is no recipe {name!r}, neither a file nor of this package; {_nearest(file.stem, recipe_names())}"
         )
     if not isinstance(config := getattr(module, "get_config", lambda: None)(), TrainConfig):
         raise InputError(f"{name} has no function get_config() that returns a TrainConfig")
