@@ -96,6 +96,13 @@ def test_values_are_parsed_by_type(setting, key, value):
         ("loss.mrl_dims=(8,16)", r"values separated by commas, such as 8,16, not '\(8,16\)'"),
         ("loss.mask_duplicates=1", "true or false, not '1'"),
         ("epochs", "KEY=VALUE, not 'epochs'"),
+        ("params_dtype=bf16", "params_dtype is one of float32, bfloat16, not 'bf16'"),
+        ("compute.dtype=float16", "compute.dtype is one of float32, bfloat16, not 'float16'"),
+        ("compute.remat=foo", "compute.remat is one of none, dots, full, not 'foo'"),
+        ("data.max_length=0", "data.max_length must be at least 1, not 0"),
+        ("epochs=0", "epochs must be at least 1, not 0"),
+        ("max_steps=-1", "max_steps must be at least 0, not -1"),
+        ("seed=-1", "seed must be at least 0, not -1"),
     ],
 )
 def test_what_does_not_fit_is_refused(setting, message):

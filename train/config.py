@@ -14,11 +14,25 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from f2llm_jax.convert.load import PARAM_DTYPES
 from f2llm_jax.errors import InputError
+from f2llm_jax.model import REMAT_POLICIES
 from f2llm_jax.train.optimizer import OptimizerConfig
 from f2llm_jax.train.step import ComputeConfig, LossConfig
 
 LAYOUTS = ("auto", "bucketed", "packed")
+
+_CHOICES: dict[str, Iterable[str]] = {
+    "params_dtype": PARAM_DTYPES,
+    "data.layout": LAYOUTS,
+    "compute.dtype": PARAM_DTYPES,
+    "compute.remat": REMAT_POLICIES,
+}
+_LEAST = {
+    **dict.fromkeys(("epochs", "data.batch_size", "data.max_length"), 1),
+    **dict.fromkeys(("max_steps", "seed", "data.workers", "optim.warmup_steps", "compute.chunk_rows"), 0),
+    **dict.fromkeys(("every.log", "every.validation", "every.checkpoint", "every.keep"), 0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +54,6 @@ class DataConfig:
     max_length: int = 1024
     workers: int = 0
     layout: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.layout not in LAYOUTS:
-            raise InputError(f"data.layout is one of {', '.join(LAYOUTS)}, not {self.layout!r}")
 
     @property
     def packed(self) -> bool:
@@ -112,6 +122,15 @@ class TrainConfig:
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     every: IntervalConfig = dataclasses.field(default_factory=IntervalConfig)
+
+    def __post_init__(self) -> None:
+        found = values(self)
+        for key, choices in _CHOICES.items():
+            if found[key] not in choices:
+                raise InputError(f"{key} is one of {', '.join(choices)}, not {found[key]!r}")
+        for key, least in _LEAST.items():
+            if found[key] < least:
+                raise InputError(f"{key} must be at least {least}, not {found[key]}")
 
 
 def load_recipe(name: str) -> TrainConfig:
