@@ -25,6 +25,7 @@ from f2llm_jax.train.data import (
     row_lengths,
 )
 from f2llm_jax.train.prepare import prepare
+from f2llm_jax.train.records import data_digest
 
 ROWS = {"aya": 400, "banking77": 90, "imdb": 30, "mqa_de": 200}
 BATCH = 16
@@ -169,7 +170,7 @@ def test_a_loader_goes_on_at_the_very_next_batch_also_with_more_processes(data):
     first = loader()
     items = list(itertools.islice(first, 4))
     state = first.get_state()
-    assert state == {"step": 4}
+    assert state == {"step": 4, "data": data_digest(data.folder)}
     following = list(itertools.islice(first, 3))
     first.set_state(state)
     for item, again in zip(following, first, strict=False):
@@ -195,7 +196,7 @@ def test_a_loader_ends_after_its_epochs(data):
     assert loader.steps == len(batches) == 2 * batches.steps_per_epoch
     loader.set_state({"step": loader.steps - 2})
     assert [item.epoch for item in loader] == [1, 1]
-    assert loader.get_state() == {"step": loader.steps} and list(loader) == []
+    assert loader.get_state()["step"] == loader.steps and list(loader) == []
     with pytest.raises(InputError, match="there is no step"):
         loader.set_state({"step": loader.steps + 1})
 
@@ -263,7 +264,7 @@ if __name__ == "__main__":
         assert item.dataset == expected.dataset
         for part, other in zip(item.batch[:3], expected.batch[:3], strict=True):
             np.testing.assert_array_equal(part.tokens_bt, other.tokens_bt)
-    assert loader.get_state() == {"step": 5}
+    assert loader.get_state()["step"] == 5
     time.sleep(1)  # it has read ahead as far as it may
     started = time.monotonic()
     loader.close()
@@ -283,11 +284,14 @@ def test_data_travels_to_another_process(data):
     assert_same(copy[2], TrainBatches(data, batch_size=BATCH)[2])
 
 
-def test_a_dataset_without_negatives(tmp_path, tiny_release):
+def test_a_dataset_without_negatives(tmp_path, tiny_release, data):
     write_raw(tmp_path / "raw", {"xquad_en": rows(20, negatives=0)})
     prepare(tmp_path / "raw", tiny_release, tmp_path / "out", workers=1)
-    item = TrainBatches(TrainingData(tmp_path / "out"), batch_size=4)[0]
-    assert item.batch.negatives is None and item.batch.passage.tokens_bt.shape[0] == 4
+    batches = TrainBatches(TrainingData(tmp_path / "out"), batch_size=4)
+    assert batches[0].batch.negatives is None and batches[0].batch.passage.tokens_bt.shape[0] == 4
+    # And a run does not go on with it that began with other data.
+    with pytest.raises(InputError, match="out holds other data than the run began with: set "):
+        DataLoader(batches).set_state(DataLoader(TrainBatches(data, batch_size=4)).get_state())
 
 
 def test_wrong_arguments_are_errors(data, tmp_path):

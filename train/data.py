@@ -23,7 +23,7 @@ from f2llm_jax.embedding import Batch
 from f2llm_jax.errors import InputError
 from f2llm_jax.train.batch import AnyTrainBatch, PackedTrainBatch, TeacherStates, TrainBatch
 from f2llm_jax.train.packing import TrainPacking, pack
-from f2llm_jax.train.records import SPLITS, Dataset, Records, Settings, Split, lengths_file
+from f2llm_jax.train.records import SPLITS, Dataset, Records, Settings, Split, data_digest, lengths_file
 from f2llm_jax.train.teacher import TeacherStore, cut
 
 
@@ -387,7 +387,8 @@ class ValidationBatches:
 class DataLoader(grain.DatasetIterator):
     """The steps of a run in order, read ahead by Grain: a ``Loader`` for the loop.
 
-    The state is the number of the next step, the same on every process; Orbax can save it as any Grain iterator's.
+    The state is the number of the next step and a digest of the data, the same on every process; Orbax can save it as
+    any Grain iterator's.
     """
 
     def __init__(self, batches: TrainBatches, *, multiple: int = 1, threads: int = 2, ahead: int = 4, workers: int = 0):
@@ -403,6 +404,7 @@ class DataLoader(grain.DatasetIterator):
         """
         super().__init__()
         self._batches = batches
+        self._digest = data_digest(batches.data.folder)
         self._multiple = multiple
         self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
         self._workers = workers
@@ -428,15 +430,20 @@ class DataLoader(grain.DatasetIterator):
         self._step += 1
         return item
 
-    def get_state(self) -> dict[str, int]:
-        return {"step": self._step}
+    def get_state(self) -> dict[str, Any]:
+        return {"step": self._step, "data": self._digest}
 
-    def set_state(self, state: dict[str, int]) -> None:
+    def set_state(self, state: dict[str, Any]) -> None:
         """Goes to a step.
 
         Raises:
-            InputError: there is no such step.
+            InputError: there is no such step, or it was one of other data.
         """
+        if state.get("data", self._digest) != self._digest:  # early checkpoints do not say
+            raise InputError(
+                f"{self._batches.data.folder} holds other data than the run began with: set data.path to that, or "
+                "begin a run in another --out"
+            )
         if not 0 <= state["step"] <= self.steps:
             raise InputError(f"there is no step {state['step']}: the run has {self.steps}")
         self.close()

@@ -15,6 +15,7 @@ Examples of a dataset stand side by side in a split. ``tfds.builder_from_directo
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -221,3 +222,12 @@ class Records:
         distinct, inverse = np.unique(np.asarray(numbers, np.int64), return_inverse=True)
         records = self._source.__getitems__(distinct.tolist())
         return [records[place] for place in inverse.tolist()]
+
+
+def data_digest(folder: Path) -> str:
+    """A digest of what prepared data is, and of the lengths of all texts of its training examples."""
+    digest = hashlib.blake2b((folder / SETTINGS_FILE).read_bytes(), digest_size=16)
+    lengths = np.load(lengths_file(folder, "train"), mmap_mode="r")
+    for first in range(0, len(lengths), 1 << 16):
+        digest.update(lengths[first : first + (1 << 16)].tobytes())
+    return digest.hexdigest()

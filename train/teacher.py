@@ -41,7 +41,7 @@ from f2llm_jax.release import find_release, read_release
 from f2llm_jax.sharding import padded_config
 from f2llm_jax.tokens import Tokenizer
 from f2llm_jax.train.placement import on_mesh
-from f2llm_jax.train.records import SETTINGS_FILE, Records, Settings, lengths_file
+from f2llm_jax.train.records import Records, Settings, data_digest
 from f2llm_jax.train.units import new_folder
 
 Kind = Literal["documents", "queries"]
@@ -302,15 +302,6 @@ def teacher_digest(folder: Path, config: ModelConfig) -> str:
         for name in tensor.hf_names:
             for _, block in checkpoint.blocks(name, tensor.layer_shape, row):
                 digest.update(block.astype("<f4").tobytes())
-    return digest.hexdigest()
-
-
-def data_digest(folder: Path) -> str:
-    """A digest of what prepared data is, and of the lengths of all texts of its training examples."""
-    digest = hashlib.blake2b((folder / SETTINGS_FILE).read_bytes(), digest_size=16)
-    lengths = np.load(lengths_file(folder, "train"), mmap_mode="r")
-    for first in range(0, len(lengths), 1 << 16):
-        digest.update(lengths[first : first + (1 << 16)].tobytes())
     return digest.hexdigest()
 
 
