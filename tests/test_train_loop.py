@@ -279,7 +279,7 @@ def test_a_run_goes_on_with_two_processes(command, whole, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *ends)
 
 
-def test_a_run_of_another_model_is_not_gone_on_with(command, whole, tmp_path, capsys):
+def test_what_does_not_fit_a_run_is_not_gone_on_with(command, whole, tmp_path, capsys):
     def refused(message: str, **settings: object) -> None:
         assert main(["train", *command(whole, "--resume", "auto", **settings)]) == 2
         assert message in capsys.readouterr().err.replace("\n", " ")
@@ -288,6 +288,9 @@ def test_a_run_of_another_model_is_not_gone_on_with(command, whole, tmp_path, ca
     refused("embed_tokens.weight has shape (512, 96), config.json asks for (512, 64)", model=small)
     small = write_release(tmp_path / "low", dataclasses.replace(TINY, num_hidden_layers=1))
     refused(f"model={small} is not of the size of the run", model=small)
+    held = f"{whole / 'checkpoints'} holds a run up to step {STEPS}; this config ends at step"
+    refused(f"{held} 10 (max_steps=10, epochs=1, data.batch_size=8)", max_steps=10)
+    refused(f"{held} 6 (max_steps=0, epochs=1, data.batch_size=16)", **{"data.batch_size": 16})
 
 
 # --- other ways to train

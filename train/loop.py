@@ -95,8 +95,8 @@ def train(
 
     Raises:
         TrainingError: a loss or a gradient is not finite.
-        InputError: ``out`` holds a run and ``resume`` is off, or one of a model of other sizes; ``export`` exists; or
-            the config does not fit the model or the devices.
+        InputError: ``out`` holds a run and ``resume`` is off, or one of other data, of a model of other sizes or with
+            more steps; ``export`` exists; or the config does not fit the model or the devices.
     """
     from tqdm import tqdm
 
@@ -116,7 +116,7 @@ def train(
     evaluate = make_evaluate(config, model, mesh)
 
     with jax.set_mesh(mesh), Checkpoints(out / "checkpoints", keep=config.every.keep) as checkpoints:
-        step = _first_step(config, release, checkpoints, resume=resume)
+        step = _first_step(config, release, checkpoints, total, resume=resume)
         if step:
             state, position = checkpoints.restore(step, like)
             loader.set_state(position)
@@ -273,13 +273,19 @@ def export_run(
     )
 
 
-def _first_step(config: TrainConfig, release: Release, checkpoints: Checkpoints, *, resume: bool) -> int:
+def _first_step(config: TrainConfig, release: Release, checkpoints: Checkpoints, total: int, *, resume: bool) -> int:
     """The step to go on from; 0 for a new run."""
     step = checkpoints.latest
     if step is None:
         return 0
+    held = f"{checkpoints.folder} holds a run up to step {step}"
     if not resume:
-        raise InputError(f"{checkpoints.folder} holds a run up to step {step}; --resume auto goes on from there")
+        raise InputError(f"{held}; --resume auto goes on from there")
+    if step > total:
+        raise InputError(
+            f"{held}; this config ends at step {total} (max_steps={config.max_steps}, epochs={config.epochs}, "
+            f"data.batch_size={config.data.batch_size})"
+        )
     if changed := differences(checkpoints.read_config(step), config):
         warnings.warn(f"going on from step {step} with another config: {', '.join(changed)}", stacklevel=3)
     try:  # Orbax would cut or fill up arrays of other sizes
