@@ -86,6 +86,22 @@ def losses(run: Path) -> dict[int, dict[str, float]]:
     return {int(line["step"]): {k: v for k, v in line.items() if not k.startswith("throughput")} for line in lines}
 
 
+def validated(run: Path) -> list[float]:
+    return [line["step"] for line in read_scalars(run) if "lr" not in line]
+
+
+def events(file: Path) -> list:
+    """What TensorBoard reads."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    raw, position, events = file.read_bytes(), 0, []
+    while position < len(raw):
+        (length,) = struct.unpack_from("<Q", raw, position)
+        events.append(Event.FromString(raw[position + 12 : position + 12 + length]))
+        position += 16 + length
+    return events
+
+
 def run_process(arguments: list[str], **options: object) -> subprocess.Popen:
     environment = quick_environment(4 if "port" in options else None)
     process = [sys.executable, str(PROCESS), json.dumps(options), *arguments]
@@ -140,8 +156,8 @@ def test_a_run_logs_what_the_reference_logs(whole):
 
 
 def test_a_run_validates_every_dataset(whole):
+    assert validated(whole) == [5, 10, STEPS]
     lines = [line for line in read_scalars(whole) if "lr" not in line]
-    assert [line["step"] for line in lines] == [5, 10, STEPS]
     names = {"aya": ("accuracy", "loss_hard", "loss_in_batch"), "imdb": ("accuracy", "loss_hard")}
     tasks = {"aya": "Avg/retrieval", "imdb": "Avg/classification"}
     expected = {
@@ -153,15 +169,8 @@ def test_a_run_validates_every_dataset(whole):
 
 
 def test_tensorboard_has_the_same_scalars(whole):
-    from tensorboardX.proto.event_pb2 import Event
-
     (file,) = (whole / "tensorboard").iterdir()
-    raw, position, events = file.read_bytes(), 0, []
-    while position < len(raw):
-        (length,) = struct.unpack_from("<Q", raw, position)
-        events.append(Event.FromString(raw[position + 12 : position + 12 + length]))
-        position += 16 + length
-    found = {(event.step, value.tag): value.simple_value for event in events for value in event.summary.value}
+    found = {(event.step, value.tag): value.simple_value for event in events(file) for value in event.summary.value}
     written = {(line["step"], k): v for line in read_scalars(whole) for k, v in line.items() if k != "step"}
     assert found.keys() == written.keys()
     for key, value in written.items():
@@ -204,7 +213,7 @@ def test_a_killed_run_goes_on_bit_for_bit(command, whole, tmp_path):
         process.communicate(timeout=300)
         assert process.returncode == -signal.SIGKILL
     assert main(["train", *command(out, "--resume", "auto")]) == 0
-    assert losses(out) == losses(whole)
+    assert losses(out) == losses(whole) and validated(out) == validated(whole)
     ends = [load_params(open_checkpoint(run / "checkpoints" / str(STEPS)), TINY) for run in (out, whole)]
     jax.tree.map(np.testing.assert_array_equal, *ends)
 
@@ -230,6 +239,7 @@ def test_sigterm_saves_and_stops(command, whole, tmp_path, monkeypatch, capsys):
     assert "holds a run up to step 5; --resume auto goes on from there" in capsys.readouterr().err
     assert main(["train", *command(tmp_path, "--resume", "auto")]) == 0
     assert losses(tmp_path) == losses(whole)
+    assert validated(tmp_path) == [5, 10, STEPS]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path, monkeypatch, capsys):
@@ -277,6 +287,15 @@ def test_a_run_goes_on_with_two_processes(command, whole, tmp_path):
     assert_close(out, whole)
     ends = [f2llm_jax.load(folder).params for folder in (tmp_path / "export", whole / "export")]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *ends)
+
+
+def test_a_run_that_is_done_is_exported_and_not_validated_again(command, whole, tmp_path):
+    out = copy_until(whole, tmp_path / "run", STEPS)
+    scalars = (out / "scalars.jsonl").read_text()
+    assert main(["train", *command(out, "--resume", "auto", "--export", str(tmp_path / "again"), max_steps=STEPS)]) == 0
+    assert (out / "scalars.jsonl").read_text() == scalars
+    ends = [f2llm_jax.load(folder).params for folder in (tmp_path / "again", whole / "export")]
+    jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
 def test_what_does_not_fit_a_run_is_not_gone_on_with(command, whole, tmp_path, capsys):
@@ -396,3 +415,9 @@ def test_scalars_of_steps_to_be_done_again_are_taken_back(tmp_path):
     with Scalars(tmp_path, 2) as scalars:
         scalars.write(3, {"x": 7.0})
     assert read_scalars(tmp_path) == [{"step": 1, "x": 1 / 3}, {"step": 2, "x": 2 / 3}, {"step": 3, "x": 7.0}]
+    with Scalars(tmp_path, 0):  # killed before its first checkpoint
+        pass
+    assert read_scalars(tmp_path) == []
+    logged = [event for file in (tmp_path / "tensorboard").iterdir() for event in events(file)]
+    # From there on TensorBoard leaves out what was written before.
+    assert 1 in [event.step for event in logged if event.HasField("session_log")]

@@ -146,11 +146,19 @@ def train(
                 with meter.paused():
                     checkpoints.save(step, state, loader.get_state(), config)
 
+            interval = config.every.validation
+            validation_steps = {total, *range(interval, total, interval)} if interval else set()
+            if scalars.validated:
+                validation_steps.discard(step)
+
             def write_validation() -> None:
+                validation_steps.discard(step)
                 settle(0)
                 with meter.paused():
                     scalars.write(step, validate(state.params, loader, evaluate, mesh))
 
+            if step in validation_steps:  # an earlier start was stopped before it
+                write_validation()
             for item in itertools.islice(loader, total - step):
                 batch = global_batch(item.batch, mesh)
                 state, metrics = update(state, batch, teacher and teacher.params, in_batch=item.task == "retrieval")
@@ -161,11 +169,11 @@ def train(
                     break
                 if config.every.checkpoint and step % config.every.checkpoint == 0:
                     save()
-                if config.every.validation and step % config.every.validation == 0 and step < total:
+                if step in validation_steps and step < total:
                     write_validation()
             save()
             checkpoints.wait()
-            if config.every.validation and step == total:
+            if step == total and step in validation_steps:
                 write_validation()
         if step == total and export is not None:
             export_run(state.params, config, release, export)

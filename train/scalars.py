@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 
 class Scalars:
@@ -18,19 +20,27 @@ class Scalars:
     Args:
         folder: of the run.
         step: updates made before.
+
+    Attributes:
+        validated: whether an earlier start has validated after ``step``; the same in every process.
     """
 
     def __init__(self, folder: Path, step: int):
         self._close = contextlib.ExitStack()
         self._first = jax.process_index() == 0
-        if not self._first:
-            return
-        from tensorboardX import SummaryWriter
+        validated = False
+        if self._first:
+            from tensorboardX import SummaryWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
-        self._close.callback(self._events.close)
-        self._lines = self._close.enter_context(_cut(folder / "scalars.jsonl", step).open("a", encoding="utf-8"))
+            folder.mkdir(parents=True, exist_ok=True)
+            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self._close.callback(self._events.close)
+            file, kept = folder / "scalars.jsonl", [line for line in read_scalars(folder) if line["step"] <= step]
+            file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            self._lines = self._close.enter_context(file.open("a", encoding="utf-8"))
+            # A line of training has the learning rate.
+            validated = any(line["step"] == step and "lr" not in line for line in kept)
+        self.validated = bool(multihost_utils.broadcast_one_to_all(np.array(validated)))
 
     def __enter__(self) -> Scalars:
         return self
@@ -56,10 +66,3 @@ def read_scalars(folder: Path) -> list[dict[str, float]]:
     file = folder / "scalars.jsonl"
     lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
     return [json.loads(line) for line in lines]
-
-
-def _cut(file: Path, step: int) -> Path:
-    """Takes lines of later steps out of the file."""
-    kept = [values for values in read_scalars(file.parent) if values["step"] <= step]
-    file.write_text("".join(json.dumps(values) + "\n" for values in kept), encoding="utf-8")
-    return file
