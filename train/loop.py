@@ -9,7 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,10 @@ from f2llm_jax.train.step import Teacher, TrainState, train_step
 from f2llm_jax.train.teacher import check_width
 from f2llm_jax.train.validation import make_evaluate, validate
 
-# Steps dispatched before the metrics of an older one are fetched: the device always has its next one.
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+# Steps dispatched before the metrics of an older one are fetched.
 _IN_FLIGHT = 2
 
 # The TPU compiler would make one loop of small products and permutes of a large product and its reduce-scatter: a step
@@ -124,60 +127,82 @@ def train(
             state = initial_state(config, release, optimizer, like, mesh)
         distilled = teacher is not None or config.teacher_states is not None
         meter = Meter(release.config, None if teacher is None else teacher.config, distilled=distilled)
-        under_way: deque[Step] = deque()
         bar = tqdm(total=total, initial=step, unit="step", disable=not show_progress)
         with Scalars(out, step) as scalars, Preemption() as preemption, bar:
-
-            def settle(left: int) -> None:
-                """Waits until all but ``left`` steps are done, and looks at what they gave."""
-                while len(under_way) > left:
-                    done = under_way.popleft()
-                    metrics = {name: float(value) for name, value in jax.device_get(done.metrics).items()}
-                    check_finite(done, metrics, checkpoints)
-                    meter.add(done, metrics)
-                    rate = f"loss {metrics['loss']:.3f}, {meter.examples_per_second:,.0f} examples/s"
-                    bar.set_postfix_str(rate, refresh=False)
-                    bar.update()
-                    if config.every.log and done.number % config.every.log == 0:
-                        scalars.write(done.number, {"lr": float(schedule(done.number - 1)), **meter.scalars()})
+            under_way = _UnderWay(config.every.log, schedule, checkpoints, meter, scalars, bar)
+            validations = _validations(config.every.validation, total) - ({step} if scalars.validated else set())
 
             def save() -> None:
-                settle(0)  # a state is kept only if the losses up to it are finite
+                under_way.settle()  # a state is kept only if the losses up to it are finite
                 with meter.paused():
                     checkpoints.save(step, state, loader.get_state(), config)
 
-            interval = config.every.validation
-            validation_steps = {total, *range(interval, total, interval)} if interval else set()
-            if scalars.validated:
-                validation_steps.discard(step)
-
             def write_validation() -> None:
-                validation_steps.discard(step)
-                settle(0)
+                under_way.settle()
+                validations.remove(step)
                 with meter.paused():
                     scalars.write(step, validate(state.params, loader, evaluate, mesh))
 
-            if step in validation_steps:  # an earlier start was stopped before it
+            if step in validations:  # an earlier start was stopped before it
                 write_validation()
             for item in itertools.islice(loader, total - step):
                 batch = global_batch(item.batch, mesh)
                 state, metrics = update(state, batch, teacher and teacher.params, in_batch=item.task == "retrieval")
                 step += 1
-                under_way.append(Step(step, item.dataset, item.task, Work.of(item.batch), metrics))
-                settle(_IN_FLIGHT)
+                under_way.add(Step(step, item.dataset, item.task, Work.of(item.batch), metrics))
                 if preemption.reached(step):
                     break
                 if config.every.checkpoint and step % config.every.checkpoint == 0:
                     save()
-                if step in validation_steps and step < total:
+                if step in validations and step < total:
                     write_validation()
             save()
             checkpoints.wait()
-            if step == total and step in validation_steps:
+            if step == total and step in validations:
                 write_validation()
         if step == total and export is not None:
             export_run(state.params, config, release, export)
         return Outcome(step, total, checkpoints.path(step))
+
+
+class _UnderWay:
+    """Steps that were dispatched: the device always has its next one while the host looks at an older one."""
+
+    def __init__(
+        self,
+        log_every: int,
+        schedule: optax.Schedule,
+        checkpoints: Checkpoints,
+        meter: Meter,
+        scalars: Scalars,
+        bar: tqdm,
+    ):
+        self._log_every, self._schedule = log_every, schedule
+        self._checkpoints, self._meter, self._scalars, self._bar = checkpoints, meter, scalars, bar
+        self._steps: deque[Step] = deque()
+
+    def add(self, step: Step) -> None:
+        self._steps.append(step)
+        self.settle(_IN_FLIGHT)
+
+    def settle(self, left: int = 0) -> None:
+        """Waits until all but ``left`` steps are done, and looks at what they gave."""
+        while len(self._steps) > left:
+            done = self._steps.popleft()
+            metrics = {name: float(value) for name, value in jax.device_get(done.metrics).items()}
+            check_finite(done, metrics, self._checkpoints)
+            self._meter.add(done, metrics)
+            rate = f"loss {metrics['loss']:.3f}, {self._meter.examples_per_second:,.0f} examples/s"
+            self._bar.set_postfix_str(rate, refresh=False)
+            self._bar.update()
+            if self._log_every and done.number % self._log_every == 0:
+                learning_rate = float(self._schedule(done.number - 1))
+                self._scalars.write(done.number, {"lr": learning_rate, **self._meter.scalars()})
+
+
+def _validations(interval: int, total: int) -> set[int]:
+    """After which steps: every so many, and the last; none for 0."""
+    return {total, *range(interval, total, interval)} if interval else set()
 
 
 def load_teacher(config: TrainConfig, student: Release, mesh: Mesh) -> Teacher | None:

@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from f2llm_jax.files import new_file
+
 
 class Scalars:
     """Writes ``tensorboard/`` and ``scalars.jsonl`` in a run's folder, from the first process only.
@@ -36,7 +38,8 @@ class Scalars:
             self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
             self._close.callback(self._events.close)
             file, kept = folder / "scalars.jsonl", [line for line in read_scalars(folder) if line["step"] <= step]
-            file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            with new_file(file) as stream:
+                stream.write("".join(json.dumps(line) + "\n" for line in kept).encode())
             self._lines = self._close.enter_context(file.open("a", encoding="utf-8"))
             # A line of training has the learning rate.
             validated = any(line["step"] == step and "lr" not in line for line in kept)
