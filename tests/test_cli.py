@@ -389,7 +389,7 @@ def test_bad_arguments_are_one_clear_line(tiny_release, corpus, tmp_path, capsys
         ([corpus, tmp_path / "nowhere" / "out.npy"], "nowhere is not a folder"),
         ([tmp_path, out, "--input-format", "txt"], "Is a directory"),
         ([corpus, out, "--dim", "97"], "dim must be a whole number within 1..96, not 97"),
-        ([corpus, out, "--max-length", "0"], "max_length must be within 1..2048, not 0"),
+        ([corpus, out, "--max-length", "0"], "max_length must be a whole number within 1..2048, not 0"),
         ([corpus, out, "--prompt-name", "poem"], "no prompt named 'poem'; there are 'query', 'document'"),
         ([corpus, out, "--revision", "main"], "is a local folder; a revision ('main') belongs to a hub id"),
         ([corpus, out, "--ranges", str(ranges)], "--ranges is for --output-type int8"),

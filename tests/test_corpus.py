@@ -417,7 +417,7 @@ def test_bad_arguments_are_one_clear_line(tiny_release, docs, tmp_path, capsys):
         (["--coordinator", "localhost:1"], "--coordinator needs --processes and --process-id"),
         (["--output", "x.npy"], "--output and --force are for --input"),
         (["--dim", "97"], "dim must be a whole number within 1..96, not 97"),
-        (["--max-length", "9999"], "max_length must be within 1..2048, not 9999"),
+        (["--max-length", "9999"], "max_length must be a whole number within 1..2048, not 9999"),
         (["--prompt-name", "poem"], "no prompt named 'poem'"),
         (["--field", "body"], "no column 'body'; there are key, text"),
     ]
