@@ -11,25 +11,25 @@ from f2llm_jax.convert.safetensors import read_header
 from f2llm_jax.errors import ReleaseError
 from f2llm_jax.release import SETTINGS_PATTERNS, WEIGHT_PATTERNS
 
-# A page of weights is read in every stretch, and where a tensor of a safetensors file begins: 110 MB of the 14B.
+# A page of weights is read in every stretch, and where a tensor of a safetensors file begins: 9 MB of the 14B.
 _PAGE = 4 << 10
-_STRETCH = 1 << 20
+_STRETCH = 16 << 20
 
 
 def model_digest(folder: Path) -> str:
     """A SHA-256 of a model's settings, and of samples of its weights: of every tensor, of every file at least.
 
-    Files that are no part of the model, such as ``.git`` or results, do not count.
+    What lies in other folders, such as ``.git`` or ``results``, does not count.
     """
     digest = hashlib.sha256()
     weights = _files(folder, WEIGHT_PATTERNS) | {file for file in (folder / PARAMS).rglob("*") if file.is_file()}
     for file in sorted(_files(folder, SETTINGS_PATTERNS) | weights):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
-        with file.open("rb") as stream:
-            if file not in weights:
-                digest.update(stream.read())
-                continue
+        if file not in weights:
+            digest.update(file.read_bytes())
+            continue
+        with file.open("rb", buffering=0) as stream:  # a network file system's buffer may be as long as a stretch
             for offset in sorted({*range(0, size, _STRETCH), max(0, size - _PAGE), *_tensor_offsets(file)}):
                 stream.seek(offset)
                 digest.update(stream.read(_PAGE))

@@ -128,7 +128,7 @@ def encode_corpus(
         prompt=pick_prompt(release.prompts, release.default_prompt_name, prompt_name, prompt),
         max_length=_check_length(max_length, release),
         dtype=dtype,
-        batch_tokens=batch_tokens,
+        batch_tokens=None if batch_tokens is None else whole_number("batch_tokens", batch_tokens),
         field=field,
         id_field=id_field,
         file_format=file_format,

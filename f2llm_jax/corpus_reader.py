@@ -351,13 +351,18 @@ class Reader:
 
 
 def _check_unchanged(file: InputFile) -> None:
-    status = os.stat(file.path)
+    try:
+        status = os.stat(file.path)
+    except FileNotFoundError:
+        raise _changed(file) from None
     if (status.st_size, status.st_mtime_ns) != (file.bytes, file.modified_ns):
         raise _changed(file)
 
 
 def _changed(file: InputFile) -> InputError:
-    return InputError(f"{file.path} has changed while it was read")
+    return InputError(
+        f"{file.path} has changed since it was indexed; if it holds what it held, the same command goes on"
+    )
 
 
 def _row_numbers(unit: Unit) -> pyarrow.Array:

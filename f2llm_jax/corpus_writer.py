@@ -97,6 +97,7 @@ def _is_new(out: Path) -> bool:
         return False
     shards = out / "shards"
     strangers = {path.name for path in out.iterdir()} - {"shards", "work", "ranges.npy"}
+    strangers = {name for name in strangers if not (name.startswith(".ranges.npy.") and name.endswith(".tmp"))}
     return not strangers and not (shards.exists() and any(shards.iterdir()))
 
 

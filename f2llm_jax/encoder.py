@@ -298,7 +298,8 @@ class Encoder:
             share = padding(tokens, computed)
             logger.info("%d texts, %d tokens, rows %s, %.1f%% padding", len(texts), tokens, layout, 100 * share)
         if truncated and on_batch is None:
-            warn(f"{truncated} of {len(texts)} texts were longer than {max_length} tokens and were truncated")
+            message = f"{truncated} of {len(texts)} texts were longer than {max_length} tokens and were truncated"
+            warn(message, every_time=True)  # of other texts each time
 
     def _batches(
         self, sequences: Iterator[list[np.ndarray]], layout: str, batch_tokens: int, max_length: int

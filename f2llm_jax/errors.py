@@ -18,14 +18,20 @@ class InputError(F2LLMError, ValueError):
     """An argument or an input file that cannot be used as it is."""
 
 
-def warn(message: str) -> None:
-    """A UserWarning that points at the line that called this package, however deep inside it was raised."""
+def warn(message: str, *, every_time: bool = False) -> None:
+    """A UserWarning that points at the line that called this package, however deep inside it was raised.
+
+    Args:
+        message: what to say.
+        every_time: show it also where the same was said before; Python leaves that out, unless told otherwise.
+    """
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "f2llm_jax":
         frame = frame.f_back
-    module = frame.f_globals.get("__name__")
-    # Without a registry: Python shows what it registered only once, were it said of other texts each time.
-    warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno, module)
+    said = None if every_time else frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(
+        message, UserWarning, frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__"), said
+    )
 
 
 def whole_number(name: str, value: Any, largest: int | None = None, advice: str = "") -> int:

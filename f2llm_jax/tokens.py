@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +22,16 @@ class Tokenizer:
         backend: the ``tokenizers.Tokenizer`` itself.
         eos_id: the id that ends every sequence, and whose state is the embedding.
         pad_id: fills rows behind the EOS; nothing depends on its value.
+        without_row: tokens that were added to the tokenizer, but not to the model's table: {id: token}.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, eos_id: int, pad_id: int):
+    def __init__(
+        self, backend: tokenizers.Tokenizer, eos_id: int, pad_id: int, without_row: Mapping[int, str] | None = None
+    ):
         self.backend = backend
         self.eos_id = eos_id
         self.pad_id = pad_id
+        self.without_row = without_row or {}
 
     @classmethod
     def from_release(cls, path: Path) -> Tokenizer:
@@ -37,8 +41,8 @@ class Tokenizer:
         Qwen3-Embedding needs the first rule: it appends its pad token, while ``eos_token`` names another.
 
         Raises:
-            ReleaseError: a file is missing or damaged, no EOS can be told from them, or there are more tokens than the
-                model beside them has rows for.
+            ReleaseError: a file is missing or damaged, no EOS can be told from them, or they are for more tokens than
+                the model beside them.
         """
         settings_file = path / "tokenizer_config.json"
         settings = read_json(settings_file)
@@ -51,8 +55,7 @@ class Tokenizer:
             eos_id = _token_id(backend, settings.get("eos_token"), "eos_token", settings_file)
         pad = settings.get("pad_token")
         pad_id = eos_id if pad is None else _token_id(backend, pad, "pad_token", settings_file)
-        _check_ids(backend, path)
-        return cls(backend, eos_id, pad_id)
+        return cls(backend, eos_id, pad_id, _without_row(backend, max(eos_id, pad_id), path))
 
     def encode(self, texts: Sequence[str], max_length: int) -> tuple[list[np.ndarray], int]:
         """Token ids of every text, EOS last.
@@ -63,12 +66,18 @@ class Tokenizer:
 
         Returns:
             An int32 array per text, and how many texts were truncated.
+
+        Raises:
+            InputError: ``max_length`` is below 1, or a text has a token that the model has no row for.
         """
         if max_length < 1:
             raise InputError(f"max_length must be at least 1 (the EOS), not {max_length}")
         sequences, truncated = [], 0
         for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False):
             ids = encoding.ids
+            if self.without_row and (beyond := self.without_row.keys() & ids):
+                tokens = ", ".join(self.without_row[token] for token in beyond)
+                raise InputError(f"a text holds {tokens}, which the tokenizer knows, but the model has no row for")
             truncated += len(ids) >= max_length
             sequences.append(np.array([*ids[: max_length - 1], self.eos_id], np.int32))
         return sequences, truncated
@@ -102,18 +111,16 @@ def _appended_id(backend: tokenizers.Tokenizer, path: Path) -> int | None:
     return added[0]
 
 
-def _check_ids(backend: tokenizers.Tokenizer, path: Path) -> None:
-    """JAX reads the last row of a table for any id beyond it, without a word."""
-    config_file = path / "config.json"
-    if not config_file.exists():  # a tokenizer alone
-        return
-    rows = read_json(config_file).get("vocab_size")
-    largest = max([backend.get_vocab_size(with_added_tokens=False) - 1, *backend.get_added_tokens_decoder()])
-    if isinstance(rows, int) and largest >= rows:
-        raise ReleaseError(
-            f"{path}: the tokenizer has ids up to {largest}, but vocab_size of {config_file.name} is {rows}: the "
-            "tokenizer is another model's, or the embedding table was not resized for added tokens"
-        )
+def _without_row(backend: tokenizers.Tokenizer, largest_needed: int, path: Path) -> dict[int, str]:
+    """Added tokens that the model beside the tokenizer has no row for: JAX would read its last one, without a word."""
+    file = path / "config.json"
+    rows = read_json(file).get("vocab_size") if file.exists() else None
+    if not isinstance(rows, int):  # a tokenizer alone
+        return {}
+    largest = max(backend.get_vocab_size(with_added_tokens=False) - 1, largest_needed)
+    if largest >= rows:
+        raise ReleaseError(f"{path}: the tokenizer has ids up to {largest}, {file.name} has vocab_size {rows}")
+    return {number: token.content for number, token in backend.get_added_tokens_decoder().items() if number >= rows}
 
 
 def _token_id(backend: tokenizers.Tokenizer, token: Any, name: str, file: Path) -> int:

@@ -382,6 +382,20 @@ def test_a_folder_of_something_else_is_left_alone(tiny_release, docs, tmp_path, 
     assert os.listdir(tmp_path) == ["mine.txt"]
 
 
+def test_ranges_that_another_process_writes_are_no_stranger(tmp_path):
+    (tmp_path / ".ranges.npy.0123.tmp").touch()
+    assert read_plan(tmp_path) is None
+    (tmp_path / ".other.npy.0123.tmp").touch()
+    with pytest.raises(f2llm.InputError, match="no such command made it"):
+        read_plan(tmp_path)
+
+
+def test_wrong_numbers_are_refused_before_anything_is_made(tiny_release, docs, tmp_path):
+    with pytest.raises(f2llm.InputError, match="batch_tokens must be a positive whole number, not 0"):
+        f2llm.encode_corpus(tiny_release, [f"{docs}/*.parquet"], tmp_path / "out", batch_tokens=0)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "work/plan.json"])
 @pytest.mark.parametrize("content", ["", "[]"])
 def test_a_damaged_plan_is_named(name, content, tmp_path):

@@ -130,7 +130,7 @@ def test_files_that_change_are_not_read_on(suffix, rows, tmp_path):
     begun.read(corpus.units[0])
     write(file, rows)
     for reader, unit in ((begun, corpus.units[1]), (Reader(corpus), corpus.units[-1])):
-        with pytest.raises(InputError, match=rf"in\.{suffix} has changed while it was read"):
+        with pytest.raises(InputError, match=rf"in\.{suffix} has changed since it was indexed"):
             reader.read(unit)
 
 
@@ -138,7 +138,7 @@ def test_files_that_change_while_a_unit_is_read_are_named(tmp_path, monkeypatch)
     file = write(tmp_path / "in.txt", ROWS)
     corpus = index([str(file)], unit_rows=8)
     monkeypatch.setattr(corpus_reader, "_row_numbers", lambda unit: write(file, ROWS[:9]))
-    with pytest.raises(InputError, match=r"in\.txt has changed while it was read"):
+    with pytest.raises(InputError, match=r"in\.txt has changed since it was indexed"):
         Reader(corpus).read(corpus.units[0])
 
 

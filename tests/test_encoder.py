@@ -24,13 +24,13 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from releases import QUERY_PROMPT, TINY, write_release
+from releases import QUERY_PROMPT, TINY, edit_json, write_release
 from sentence_transformers.util import quantize_embeddings
 
 import f2llm_jax
 from f2llm_jax import Batch, Encoder, encoder
 from f2llm_jax.batching import Buckets, Packing
-from f2llm_jax.errors import InputError, ReleaseError
+from f2llm_jax.errors import InputError, ReleaseError, warn
 
 SAME_COSINE = 0.999999
 
@@ -272,16 +272,26 @@ def test_every_call_reports_what_it_truncates(tiny, capsys):
         warnings.showwarning = lambda message, *_: print(message)
         for _ in range(3):
             tiny.encode(["Z" * 40], max_length=20)
-    assert capsys.readouterr().out.count("1 of 1 texts") == 3
+            warn("something of a file")
+    printed = capsys.readouterr().out
+    assert printed.count("1 of 1 texts") == 3 and printed.count("something of a file") == 1
 
 
 def test_a_tokenizer_of_more_tokens_than_the_table_is_refused(copied_release):
+    edit_json(copied_release / "config.json", vocab_size=200)
+    with pytest.raises(ReleaseError, match=r"the tokenizer has ids up to \d+, config\.json has vocab_size 200"):
+        f2llm_jax.load(copied_release)
+
+
+def test_a_text_with_a_token_that_the_model_has_no_row_for_is_refused(copied_release):
     file = str(copied_release / "tokenizer.json")
     backend = tokenizers.Tokenizer.from_file(file)
-    backend.add_tokens([f"<{number}>" for number in range(513 - backend.get_vocab_size())])
+    backend.add_tokens([f"<{number}>" for number in range(backend.get_vocab_size(), 514)])
     backend.save(file)
-    with pytest.raises(ReleaseError, match=r"ids up to 512, but vocab_size of config\.json is 512"):
-        f2llm_jax.load(copied_release)
+    model = f2llm_jax.load(copied_release)
+    assert model.encode(["<511>"]).shape == (1, 96)
+    with pytest.raises(InputError, match="a text holds <513>, which the tokenizer knows, but the model has no row for"):
+        model.encode(["a", "b <513>"])
 
 
 def test_a_config_of_other_layers_is_refused(tiny):

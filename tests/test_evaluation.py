@@ -499,7 +499,7 @@ def test_bad_bitext_and_options(tmp_path: Path):
             "--instructions-of is for --mteb or --benchmark or --bitext",
         ),
         (["--retrieval", "data", "--compare", "no/such/model"], "no/such/model is neither a folder nor a hub id"),
-        (["--retrieval", "data", "--compare", "st:./none"], "./none is neither a folder nor a hub id"),
+        (["--retrieval", "data", "--compare", "st:./none"], "there is no folder ./none"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_work(

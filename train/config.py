@@ -123,14 +123,16 @@ class TrainConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     every: IntervalConfig = dataclasses.field(default_factory=IntervalConfig)
 
-    def __post_init__(self) -> None:
-        found = values(self)
-        for key, choices in _CHOICES.items():
-            if found[key] not in choices:
-                raise InputError(f"{key} is one of {', '.join(choices)}, not {found[key]!r}")
-        for key, least in _LEAST.items():
-            if found[key] < least:
-                raise InputError(f"{key} must be at least {least}, not {found[key]}")
+
+def check_values(config: TrainConfig) -> None:
+    """An InputError if a value is none of its key's. The configs of checkpoints are read as they are."""
+    found = values(config)
+    for key, choices in _CHOICES.items():
+        if found[key] not in choices:
+            raise InputError(f"{key} is one of {', '.join(choices)}, not {found[key]!r}")
+    for key, least in _LEAST.items():
+        if not isinstance(found[key], int) or found[key] < least:
+            raise InputError(f"{key} must be at least {least}, not {found[key]}")
 
 
 def load_recipe(name: str) -> TrainConfig:
@@ -173,7 +175,7 @@ def override(config: TrainConfig, settings: Iterable[str]) -> TrainConfig:
         settings: like ``optim.learning_rate=1e-5``. A tuple is written ``8,16,32``, None ``none``.
 
     Raises:
-        InputError: no such key (the message has the nearest), or a value that is not of the key's type.
+        InputError: no such key (the message has the nearest), or a value that is none of the key's.
     """
     types_of = _keys(type(config))
     for setting in settings:
@@ -185,6 +187,7 @@ def override(config: TrainConfig, settings: Iterable[str]) -> TrainConfig:
             hint = f"{key} is a group of {', '.join(inside)}" if inside else _nearest(key, types_of)
             raise InputError(f"there is no setting {key!r}; {hint}")
         config = _replace(config, key.split("."), parse(text, types_of[key], key))
+    check_values(config)
     return config
 
 

@@ -1,4 +1,4 @@
-"""Batches of prepared data: which examples a step takes is a function of (seed, step), so its state is one number.
+"""Batches of prepared data: which examples a step takes is a function of (seed, step).
 
 An epoch is planned as a whole. Every dataset has ⌈examples / batch size⌉ batches in it, of its examples in a random
 order, and the dataset of a step is drawn in proportion to these numbers among those not exhausted. Any step is found

@@ -27,7 +27,7 @@ from f2llm_jax.release import Release, find_release, read_release
 from f2llm_jax.sharding import padded_config
 from f2llm_jax.tokens import Tokenizer
 from f2llm_jax.train.checkpoint import Checkpoints
-from f2llm_jax.train.config import TrainConfig, differences
+from f2llm_jax.train.config import TrainConfig, check_values, differences
 from f2llm_jax.train.loader import Loader
 from f2llm_jax.train.meter import LOSSES, Meter, Step, Work
 from f2llm_jax.train.optimizer import make_optimizer, make_schedule
@@ -103,6 +103,7 @@ def train(
     """
     from tqdm import tqdm
 
+    check_values(config)
     use_compilation_cache()
     if export is not None and export.exists():
         raise InputError(f"{export} exists")
@@ -317,12 +318,13 @@ def _first_step(config: TrainConfig, release: Release, checkpoints: Checkpoints,
     if step > total:
         raise InputError(
             f"{held}; this config ends at step {total} (max_steps={config.max_steps}, epochs={config.epochs}, "
-            f"data.batch_size={config.data.batch_size})"
+            f"data.batch_size={config.data.batch_size}, data.path={config.data.path})"
         )
     if changed := differences(checkpoints.read_config(step), config):
         warnings.warn(f"going on from step {step} with another config: {', '.join(changed)}", stacklevel=3)
+    checkpoint = open_checkpoint(checkpoints.path(step))
     try:  # Orbax would cut or fill up arrays of other sizes
-        open_checkpoint(checkpoints.path(step)).check(tensor_table(release.config))
+        checkpoint.check(tensor_table(release.config))
     except ReleaseError as error:
         raise InputError(
             f"model={config.model} is not of the size of the run in {checkpoints.folder}: {error}"

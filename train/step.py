@@ -67,7 +67,8 @@ class ComputeConfig:
         dtype: of the operands of matrix products.
         remat: which activations are kept for the backward pass, see ``model.REMAT_POLICIES``.
         kernel: which attention, see ``attention.KERNELS``; "auto" for the platform's.
-        chunk_rows: most rows computed at a time, of one text each or packed as ``data.layout`` says; 0 for all at once.
+        chunk_rows: most rows computed at a time, but for what their number is rounded up to on a mesh; of one text each
+            or packed as ``data.layout`` says; 0 for all at once.
     """
 
     dtype: str = "bfloat16"
@@ -282,7 +283,7 @@ def _chunks(tree: Any, rows: int) -> Any:
     """
     count = len(jax.tree.leaves(tree)[0])
     chunks = -(-count // rows)
-    tree = _padded(tree, -count % chunks)
+    tree = _padded(tree, -count % (chunks * batch_parts()))
     return jax.tree.map(lambda x: x.reshape(-1, chunks, *x.shape[1:]).swapaxes(0, 1), tree)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from jax.sharding import Mesh
 
 from f2llm_jax.encoder import Encoder, float_dtype, load
+from f2llm_jax.errors import ReleaseError
 from f2llm_jax.evaluation import optional
 from f2llm_jax.evaluation.registry import bitext_prompt, instructions, registered
 from f2llm_jax.release import find_release, read_release
@@ -89,13 +91,14 @@ def find_embedder(model: str, revision: str | None = None) -> None:
     """Finds out that a model is not there before it is loaded; of what is there reads or downloads no weights.
 
     Raises:
-        ReleaseError: there is no such folder or hub repository, or it is no model for ``load``.
+        ReleaseError: there is no such folder or hub repository, or it is no model for ``load``. Of models that
+            sentence-transformers loads, which has a cache and names of its own, only folders are looked for.
     """
     name = model.removeprefix(SENTENCE_TRANSFORMERS)
     if name == model:
         read_release(find_release(name, revision, weights=False))
-    elif "/" in name:  # of shorter names sentence-transformers knows the owners
-        find_release(name, revision, weights=False)
+    elif name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
+        raise ReleaseError(f"there is no folder {name}")
 
 
 def load_embedder(
