@@ -308,8 +308,8 @@ def test_what_does_not_fit_a_run_is_not_gone_on_with(command, whole, tmp_path, c
     small = write_release(tmp_path / "low", dataclasses.replace(TINY, num_hidden_layers=1))
     refused(f"model={small} is not of the size of the run", model=small)
     held = f"{whole / 'checkpoints'} holds a run up to step {STEPS}; this config ends at step"
-    refused(f"{held} 10 (max_steps=10, epochs=1, data.batch_size=8)", max_steps=10)
-    refused(f"{held} 6 (max_steps=0, epochs=1, data.batch_size=16)", **{"data.batch_size": 16})
+    refused(f"{held} 10 (max_steps=10, epochs=1, data.batch_size=8, data.path=", max_steps=10)
+    refused(f"{held} 6 (max_steps=0, epochs=1, data.batch_size=16, data.path=", **{"data.batch_size": 16})
 
 
 # --- other ways to train
