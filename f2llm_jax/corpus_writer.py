@@ -27,7 +27,7 @@ import numpy as np
 
 from f2llm_jax.corpus_reader import Corpus, InputFile, Unit
 from f2llm_jax.errors import F2LLMError, InputError, warn
-from f2llm_jax.files import new_file
+from f2llm_jax.files import new_file, unfinished
 
 if TYPE_CHECKING:
     import pyarrow
@@ -96,8 +96,8 @@ def _is_new(out: Path) -> bool:
     if not out.is_dir():
         return False
     shards = out / "shards"
-    strangers = {path.name for path in out.iterdir()} - {"shards", "work", "ranges.npy"}
-    strangers = {name for name in strangers if not (name.startswith(".ranges.npy.") and name.endswith(".tmp"))}
+    own = {out / name for name in ("shards", "work", "ranges.npy")}
+    strangers = set(out.iterdir()) - own - set(unfinished(out, "ranges.npy"))
     return not strangers and not (shards.exists() and any(shards.iterdir()))
 
 
@@ -261,7 +261,7 @@ class Output:
             else:
                 self._write_manifest([shard for shard in shards if shard is not None])
         shutil.rmtree(self.folder / "work", ignore_errors=True)
-        for left in (self.folder / "shards").glob(".*.tmp"):  # of processes that were killed
+        for left in unfinished(self.folder / "shards"):  # of processes that were killed
             left.unlink(missing_ok=True)
         return json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
 

@@ -31,3 +31,8 @@ def new_file(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def unfinished(folder: Path, name: str = "*") -> Iterator[Path]:
+    """The temporary files of ``new_file`` in a folder, also those it was killed over: of a name, by default of all."""
+    return folder.glob(f".{name}.*.tmp")
