@@ -373,8 +373,8 @@ def _rows_at_once(job: Job, axes: Axes) -> Iterator[int]:
         wanted = job.batch_tokens // job.row_length
         if wanted >= sum(runs):
             yield sum(runs)
-        elif wanted >= parts:
-            yield wanted - wanted % parts
+        elif wanted >= parts and not wanted % parts and not any(rows % min(wanted, rows) for rows in runs):
+            yield wanted  # of other numbers training adds rows to a packed batch
         return
     if job.recipe.compute.chunk_rows:
         yield job.recipe.compute.chunk_rows

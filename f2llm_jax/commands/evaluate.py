@@ -31,6 +31,19 @@ if TYPE_CHECKING:
     from f2llm_jax.evaluation.own_data import Report
 
 
+# What an option is for, where it is not for all.
+USES = {
+    **dict.fromkeys(("dims", "outputs", "compare"), ("retrieval", "bitext")),
+    **dict.fromkeys(("split", "judged_only"), ("retrieval",)),
+    "columns": ("bitext",),
+    "dim": ("mteb", "benchmark"),
+    "instructions_of": ("mteb", "benchmark", "bitext"),
+}
+
+# Not argparse's own: it is to be seen whether such an option was given.
+DEFAULTS = {"dims": "full", "outputs": "float32", "split": "test"}
+
+
 def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="release folder, converted folder or hub id")
     what = parser.add_argument_group("what to evaluate on (at least one)")
@@ -39,8 +52,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--retrieval", type=Path, metavar="DIR", help="a folder in BEIR's layout")
     what.add_argument("--bitext", type=Path, metavar="FILE", help="a file of translations")
     own = parser.add_argument_group("for --retrieval and --bitext")
-    own.add_argument("--dims", metavar="D,D,…", help="sizes, such as 8,64,full; default: full")
-    own.add_argument("--outputs", metavar="O,O,…", help="default: float32")
+    own.add_argument("--dims", metavar="D,D,…", help=f"sizes, such as 8,64,full; default: {DEFAULTS['dims']}")
+    own.add_argument("--outputs", metavar="O,O,…", help=f"default: {DEFAULTS['outputs']}")
     own.add_argument(
         "--compare",
         action="append",
@@ -48,7 +61,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         metavar="OTHER",
         help="another model, side by side; st:NAME is loaded by sentence-transformers. May be given several times",
     )
-    own.add_argument("--split", help="which judgements of --retrieval; default: test")
+    own.add_argument("--split", help=f"which judgements of --retrieval; default: {DEFAULTS['split']}")
     own.add_argument("--judged-only", action="store_true", help="of --retrieval, leave out queries without a judgement")
     own.add_argument("--columns", nargs=2, metavar=("A", "B"), help="of --bitext, if it has more than two")
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: %(default)s")
@@ -74,22 +87,15 @@ def declare(parser: argparse.ArgumentParser) -> None:
     add_progress(parser)
 
 
-# What an option is for, where it is not for all.
-USES = {
-    **dict.fromkeys(("dims", "outputs", "compare"), ("retrieval", "bitext")),
-    **dict.fromkeys(("split", "judged_only"), ("retrieval",)),
-    "columns": ("bitext",),
-    "dim": ("mteb", "benchmark"),
-    "instructions_of": ("mteb", "benchmark", "bitext"),
-}
-
-
 def run(args: argparse.Namespace) -> None:
     if not (args.mteb or args.benchmark or args.retrieval or args.bitext):
         raise InputError("nothing to evaluate on: give --mteb, --benchmark, --retrieval or --bitext")
     for name, uses in USES.items():
         if getattr(args, name) not in (None, False, []) and not any(getattr(args, use) for use in uses):
             raise InputError(f"--{name.replace('_', '-')} is for {' or '.join(f'--{use}' for use in uses)}")
+    for name, value in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.mteb or args.benchmark:
         _run_mteb(args)
     if args.retrieval or args.bitext:
@@ -117,15 +123,14 @@ def _run_own_data(args: argparse.Namespace) -> None:
     from f2llm_jax.evaluation.own_data import evaluate_bitext, evaluate_retrieval, parse_dims
 
     optional("matplotlib")  # for the plot, at the end of the work
-    dims = parse_dims("full" if args.dims is None else args.dims)
-    outputs = ["float32"] if args.outputs is None else args.outputs.split(",")
+    dims, outputs = parse_dims(args.dims), args.outputs.split(",")
     if args.retrieval:
         _show(
             args,
             evaluate_retrieval(
                 _models(args),
                 args.retrieval,
-                split="test" if args.split is None else args.split,
+                split=args.split,
                 judged_only=args.judged_only,
                 dims=dims,
                 outputs=outputs,
