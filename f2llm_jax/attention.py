@@ -11,8 +11,9 @@ they are filled from the left, so that no token of the text sees the padding beh
     reference  everywhere                      the formula; what the others are tested against
 
 Where but a few positions have a query (of the last layer no one asks for the others), ``of_ends`` computes what
-the formula says. All take grouped queries as they are: keys and values are never repeated. On a mesh, ragged, splash
-and cudnn run under ``shard_map`` over batch and heads; the compiler splits the others by itself.
+the formula says. The texts of a row may share a prefix (``segments.PREFIX``) in rows up to ``longest_prefixed_row``.
+All take grouped queries as they are: keys and values are never repeated. On a mesh, ragged, splash and cudnn run under
+``shard_map`` over batch and heads; the compiler splits the others by itself.
 
 Dimensions: b batch, t query position, s key position, n query head, k key/value head, g query head of the group that
 shares a key/value head, h size of a head.
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +34,8 @@ from f2llm_jax.axes import COMPUTE_RULES, partition_spec, platform
 from f2llm_jax.blocked import blocked
 from f2llm_jax.errors import InputError
 from f2llm_jax.products import matmul_precision, product
-from f2llm_jax.ragged import ragged
+from f2llm_jax.ragged import SHORT, ragged
+from f2llm_jax.segments import sees
 
 # Positions of a block of the splash kernel, at most; a block is a multiple of the lanes of a TPU's vector unit.
 SPLASH_BLOCK = 512
@@ -48,14 +51,13 @@ def attention(
     *,
     kernel: str = "auto",
 ) -> jax.Array:
-    """softmax(q · k) · v, each position seeing itself and those before it, of its own segment.
+    """softmax(q · k) · v, each position seeing itself and those before it, of its own segment or a prefix.
 
     Args:
         q_btnh: queries [batch, length, heads, head_dim], already divided by sqrt(head_dim).
         k_bskh: keys [batch, length, key/value heads, head_dim], same dtype as the queries.
         v_bskh: values, like the keys.
-        segment_ids_bt: int32 [batch, length], equal for neighbouring positions of one text; None where every row is
-            one.
+        segment_ids_bt: int32 [batch, length], see ``segments``; None where every row is one text.
         ends_be: int32 [batch, ends], the positions of the queries where there are but a few, [batch, ends, heads,
             head_dim]; None where every position has one.
         kernel: one of ``KERNELS``, or "auto" for ``default_kernel`` of the platform. A few queries are computed as the
@@ -99,6 +101,14 @@ def resolve_kernel(kernel: str, platform: str, dtype: jax.typing.DTypeLike) -> s
     return kernel
 
 
+def longest_prefixed_row(kernel: str) -> int:
+    """The longest rows in which a kernel lets texts share a prefix; 0 if in none.
+
+    Splash compares segments by itself; the loops of ragged look back no further than to where a text begins.
+    """
+    return {"splash": 0, "ragged": SHORT - 1}.get(kernel, sys.maxsize)
+
+
 def reference(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None) -> jax.Array:
     """All scores at once, as the formula says: what the others are tested against."""
     b, t, n, h = q_btnh.shape
@@ -113,7 +123,7 @@ def reference(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_i
     )
     seen_bts = jnp.tril(jnp.ones((1, t, t), bool))
     if segment_ids_bt is not None:
-        seen_bts &= segment_ids_bt[:, :, None] == segment_ids_bt[:, None, :]
+        seen_bts &= sees(segment_ids_bt[:, :, None], segment_ids_bt[:, None, :])
     weight_bkgts = jax.nn.softmax(jnp.where(seen_bts[:, None, None], score_bkgts, -jnp.inf), axis=-1)
     out_btkgh = jnp.einsum(
         "bkgts,bskh->btkgh",
@@ -139,7 +149,8 @@ def of_ends(
     k_bksh, v_bksh = (x_bskh.swapaxes(1, 2) for x_bskh in (k_bskh, v_bskh))
     seen_bes = jnp.arange(t) <= ends_be[..., None]
     if segment_ids_bt is not None:
-        seen_bes &= segment_ids_bt[:, None] == jnp.take_along_axis(segment_ids_bt, ends_be, axis=1)[..., None]
+        segment_ids_be = jnp.take_along_axis(segment_ids_bt, ends_be, axis=1)
+        seen_bes &= sees(segment_ids_be[..., None], segment_ids_bt[:, None])
     seen_b1qs = jnp.repeat(seen_bes, g, axis=1)[:, None]
     score_bkqs = jnp.where(seen_b1qs, product("bkqh,bksh->bkqs", q_bkqh, k_bksh, dtype), -jnp.inf)
     weight_bkqs = jnp.exp(score_bkqs - jax.lax.stop_gradient(jnp.max(score_bkqs, axis=-1, keepdims=True)))
@@ -202,7 +213,7 @@ def fused(
     """``jax.nn.dot_product_attention`` with this module's masks; "xla" shows on a CPU that they are right."""
     mask_b1ts = None
     if segment_ids_bt is not None:
-        mask_b1ts = (segment_ids_bt[:, :, None] == segment_ids_bt[:, None, :])[:, None]
+        mask_b1ts = sees(segment_ids_bt[:, :, None], segment_ids_bt[:, None, :])[:, None]
     return jax.nn.dot_product_attention(
         q_btnh, k_bskh, v_bskh, mask=mask_b1ts, scale=1.0, is_causal=True, implementation=implementation
     )

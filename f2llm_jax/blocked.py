@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from f2llm_jax.products import from_bits, product, to_bits
+from f2llm_jax.segments import sees
 
 # Queries of a block see at most the keys up to its own end, so a causal row of n blocks computes (n + 1) / 2n of the
 # full score matrix, and the scores of one block stay in the cache of a core.
@@ -79,7 +80,7 @@ def _block(
     seen_qs = first + jnp.arange((end - first) * g)[:, None] // g >= jnp.arange(end)
     if segment_ids_bt is not None:
         segment_ids_bq = jnp.repeat(segment_ids_bt[:, first:end], g, axis=1)
-        seen_qs = seen_qs & (segment_ids_bq[:, None, :, None] == segment_ids_bt[:, None, None, :end])
+        seen_qs = seen_qs & sees(segment_ids_bq[:, None, :, None], segment_ids_bt[:, None, None, :end])
     score_bkqs += jnp.where(seen_qs, 0.0, -jnp.inf)
     # The sum is divided out after the product with v, where it touches h values a query instead of s.
     weight_bkqs = jnp.exp(score_bkqs - jnp.max(score_bkqs, axis=-1, keepdims=True))

@@ -35,10 +35,13 @@ class Batch(NamedTuple):
 class PackedBatch(NamedTuple):
     """Rows of many texts each, one behind the other: no token of one sees another text, and positions restart.
 
+    What all texts of a row begin with may be there once, before them.
+
     Attributes:
         tokens_bt: int32 [batch, length]; what belongs to no text may be anything, nothing depends on it.
         segment_ids_bt: int32 [batch, length], equal for the tokens of one text, different from those of the row's other
-            texts; 0 for padding.
+            texts; 0 for padding; ``segments.PREFIX`` for what they all begin with, in rows up to
+            ``attention.longest_prefixed_row``.
         ends_be: int32 [batch, texts], where in its row each text's EOS is; 0 in a slot without a text, whose state
             means nothing.
     """

@@ -17,7 +17,8 @@ import numpy as np
 
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.embedding import Batch, PackedBatch, ends, ends_alone, matryoshka
-from f2llm_jax.model import Block, Params, RMSNorm, apply, at_positions, positions, rotary_angles
+from f2llm_jax.model import Block, Params, RMSNorm, apply, at_positions, rotary_angles
+from f2llm_jax.segments import positions
 from f2llm_jax.vocabulary import lookup
 
 LONGEST_ROW = 256

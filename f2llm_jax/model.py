@@ -34,6 +34,7 @@ from f2llm_jax.config import ModelConfig
 from f2llm_jax.errors import InputError
 from f2llm_jax.products import from_bits, int8_product, product
 from f2llm_jax.ragged import ATTENTION_RESULTS
+from f2llm_jax.segments import positions
 from f2llm_jax.vocabulary import lookup
 
 Params = dict[str, Any]
@@ -220,8 +221,8 @@ class Backbone(nn.Module):
 
         Args:
             tokens_bt: int32 [batch, length] token ids; rows filled from the left.
-            segment_ids_bt: int32 [batch, length], equal for neighbouring tokens of one text, which sees no other text
-                and whose positions start at 0; None for rows of one text each.
+            segment_ids_bt: int32 [batch, length], which text each token belongs to, see ``segments``; None for rows of
+                one text each.
             ends_be: int32 [batch, ends], the positions whose states are wanted; None for all. Of the last layer, what
                 only other positions need is then not computed; for a gradient, if the model ``has_few_layers``.
             all_layers: also return the output of every layer; not with ``ends_be``.
@@ -351,15 +352,6 @@ def apply(module: nn.Module, params: Params, *args: Any, **options: Any) -> Any:
     """
     with _tracing:
         return module.apply({"params": params}, *args, **options)
-
-
-def positions(length: int, segment_ids_bt: jax.Array | None) -> jax.Array:
-    """Where each token stands in its own text: int32 [1, length], or [batch, length] with segment ids."""
-    position_1t = jnp.arange(length, dtype=jnp.int32)[None]
-    if segment_ids_bt is None:
-        return position_1t
-    starts_bt = jnp.diff(segment_ids_bt, axis=1, prepend=segment_ids_bt[:, :1]) != 0
-    return position_1t - jax.lax.cummax(jnp.where(starts_bt, position_1t, 0), axis=1)
 
 
 def rotary_angles(position_bt: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:

@@ -12,11 +12,21 @@ import pytest
 import torch
 
 from f2llm_jax import make_mesh
-from f2llm_jax.attention import KERNELS, attention, default_kernel, fused, reference, resolve_kernel, splash_block
+from f2llm_jax.attention import (
+    KERNELS,
+    attention,
+    default_kernel,
+    fused,
+    longest_prefixed_row,
+    reference,
+    resolve_kernel,
+    splash_block,
+)
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.errors import InputError
 from f2llm_jax.model import Backbone, init_params
 from f2llm_jax.ragged import SHORT, _Blocks, ragged
+from f2llm_jax.segments import PREFIX
 
 LARGEST_DIFFERENCE = {"float32": 2e-6, "bfloat16": 2e-2}  # relative to the largest value
 
@@ -73,6 +83,34 @@ def test_the_reference_is_torchs(segments):
     grads = torch.autograd.grad((out.transpose(1, 2) * torch.tensor(weight_btnh)).sum(), (query, key, value))
     expected = [x.detach().transpose(1, 2).numpy() for x in (out, *grads)]
     assert_close(value_and_gradients(reference, inputs, segment_ids_bt), expected, "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kernel", ["reference", "blocked", "ragged", "fused"])
+def test_a_text_sees_the_prefix_of_its_row(kernel, dtype):
+    """As if it stood behind it alone; so do the ends of texts by themselves, whatever the kernel is."""
+    inputs, _ = case((2, 150, 4, 2, 16), dtype, segments=False)
+    lengths = {PREFIX: 11, 1: 30, 2: 1, 3: 99, 0: 9}
+    row = np.repeat([*lengths], [*lengths.values()])
+    segment_ids_bt = jnp.asarray([row, np.where(row == PREFIX, 4, row)], jnp.int32)  # the second row has none
+    compute = partial(fused, implementation="xla") if kernel == "fused" else partial(attention, kernel=kernel)
+    got_btnh = compute(*inputs, segment_ids_bt)
+    exact = [x.astype(jnp.float32) for x in inputs]
+    for b in range(2):
+        for text in (1, 2, 3):
+            own = np.flatnonzero(row == text)
+            alone = np.concatenate([np.arange(11), own]) if b == 0 else own
+            expected = reference(*(x[b : b + 1, alone] for x in exact), None)[0, -len(own) :]
+            error = np.abs(got_btnh[b, own] - expected).max() / np.abs(expected).max()
+            assert error <= LARGEST_DIFFERENCE[dtype], (b, text)
+            end_be = np.full((2, 1), own[-1])
+            of_end = attention(inputs[0][:, own[-1:]], *inputs[1:], segment_ids_bt, end_be, kernel="splash")
+            assert np.abs(of_end[b, 0] - expected[-1]).max() <= LARGEST_DIFFERENCE[dtype] * np.abs(expected).max()
+
+
+def test_prefixes_are_for_kernels_that_know_them():
+    assert longest_prefixed_row("splash") == 0 and longest_prefixed_row("ragged") == SHORT - 1
+    assert all(longest_prefixed_row(kernel) > 10**6 for kernel in {*KERNELS} - {"splash", "ragged"})
 
 
 @pytest.mark.parametrize(("shape", "segments"), CASES.values(), ids=CASES)

@@ -20,6 +20,7 @@ from f2llm_jax import model
 from f2llm_jax.batching import bucket_lengths
 from f2llm_jax.embedding import ends_alone
 from f2llm_jax.errors import InputError
+from f2llm_jax.segments import PREFIX
 
 SAME_COSINE = 0.999999
 
@@ -212,6 +213,21 @@ def test_a_packed_text_is_as_it_is_alone(params, kernel):
     got = np.stack([got[slot] for slot in slots])
     assert (got * expected).sum(axis=1).min() >= SAME_COSINE
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
+
+
+def test_a_text_behind_a_prefix_is_as_it_is_alone(params):
+    """Through all layers: positions go on behind the prefix, wherever in the row the text stands."""
+    lengths = [5, 1, 60, 2]
+    tokens = random_tokens(1, 100)
+    segment_ids = np.zeros((1, 100), np.int32)
+    segment_ids[0, :20] = PREFIX
+    segment_ids[0, 20:88] = np.repeat([1, 2, 3, 4], lengths)
+    ends = 19 + np.cumsum([lengths], axis=1)
+    got = np.asarray(embed(params, f2llm_jax.PackedBatch(tokens, segment_ids, ends)))[0]
+    for text, embedding in enumerate(got, start=1):
+        alone = tokens[:, (segment_ids[0] == PREFIX) | (segment_ids[0] == text)]
+        expected = embed(params, f2llm_jax.Batch(alone, np.array([alone.size])))[0]
+        np.testing.assert_allclose(embedding, expected, rtol=0, atol=1e-6)
 
 
 def test_what_is_before_the_end_does_matter(params):
