@@ -19,9 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from f2llm_jax.attention import resolve_kernel
+from f2llm_jax.attention import longest_prefixed_row, resolve_kernel
 from f2llm_jax.axes import batch_parts
-from f2llm_jax.batching import Buckets, Packing, Rows, batched, choose_layout, packed, packed_length
+from f2llm_jax.batching import (
+    PREFIXED_ROW,
+    Buckets,
+    Packing,
+    Rows,
+    batched,
+    choose_layout,
+    packed,
+    packed_length,
+)
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert.load import PARAM_DTYPES, load_params, open_checkpoint
 from f2llm_jax.embedding import Batch, PackedBatch, check_dim, embed
@@ -257,7 +266,7 @@ class Encoder:
         """Which texts, and their float32 unit embeddings [len, dim], in the order they are computed."""
         from tqdm import tqdm
 
-        truncated = tokens = computed = done = 0
+        truncated = tokens = computed = padding = done = 0
 
         def sequences() -> Iterator[list[np.ndarray]]:
             nonlocal truncated
@@ -283,20 +292,21 @@ class Encoder:
                 bar.update(len(rows.texts))
                 if elapsed := bar.format_dict["elapsed"]:
                     speed = f"{tokens / elapsed:,.0f} tokens/s"
-                    bar.set_postfix_str(f"{speed}, {padding(tokens, computed):.1%} padding", refresh=False)
+                    bar.set_postfix_str(f"{speed}, {padding / computed:.1%} padding", refresh=False)
                 return rows.texts, values
 
             for rows in batches:
                 pending.append((rows, self._start(rows.batch, dim, pool)))
                 tokens += rows.tokens
                 computed += rows.batch.tokens_bt.size
+                padding += rows.padding
                 while len(pending) > _IN_FLIGHT:
                     yield fetch()
             while pending:
                 yield fetch()
         if computed:
-            share = padding(tokens, computed)
-            logger.info("%d texts, %d tokens, rows %s, %.1f%% padding", len(texts), tokens, layout, 100 * share)
+            share = 100 * padding / computed
+            logger.info("%d texts, %d tokens, rows %s, %.1f%% padding", len(texts), tokens, layout, share)
         if truncated and on_batch is None:
             message = f"{truncated} of {len(texts)} texts were longer than {max_length} tokens and were truncated"
             warn(message, every_time=True)  # of other texts each time
@@ -307,12 +317,15 @@ class Encoder:
         """The layout, chosen by the first chunk, and the batches."""
         multiple = 1 if self.mesh is None else batch_parts(self.mesh)
         buckets = Buckets(batch_tokens, max_length, multiple)
+        short_rows, row_length = self._platform == "cpu", packed_length(self._platform)
+        prefixed_length = PREFIXED_ROW if short_rows else row_length
         packing = Packing(
             batch_tokens,
             max_length,
             multiple,
-            row_length=packed_length(self._platform),
-            short_rows=self._platform == "cpu",
+            row_length=row_length,
+            short_rows=short_rows,
+            prefixed_length=prefixed_length if prefixed_length <= longest_prefixed_row(self.kernel) else 0,
         )
         first = next(sequences, [])
         sequences = itertools.chain([first], sequences)
@@ -386,11 +399,6 @@ def give_back_memory() -> None:
 def float_dtype(dtype: str) -> str:
     """Of all but the projections, in a model loaded in ``dtype``."""
     return "bfloat16" if dtype == "int8" else dtype
-
-
-def padding(tokens: int, computed: int) -> float:
-    """The share of the computed tokens that belong to no text."""
-    return 1 - tokens / computed
 
 
 def _check_text(name: str, text: Any) -> None:

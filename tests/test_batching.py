@@ -21,6 +21,7 @@ from f2llm_jax.batching import (
     packed_length,
 )
 from f2llm_jax.errors import InputError
+from f2llm_jax.segments import PREFIX
 
 PAD = -7
 
@@ -157,6 +158,60 @@ def test_every_text_once_in_short_rows(chunks, batch_tokens, multiple):
             np.testing.assert_array_equal(tokens_bt[row, end - len(flat[text]) : end], flat[text])
         seen += texts
     assert sorted(seen) == list(range(len(flat)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    chunks=st.lists(st.lists(st.integers(1, 70) | st.integers(60, 300), max_size=60), min_size=1, max_size=4),
+    prefix=st.integers(8, 40),
+    others=st.lists(st.integers(1, 300), max_size=9),
+    packing=st.sampled_from(
+        [
+            Packing(512, 500, short_rows=True, prefixed_length=192),
+            Packing(700, 340, 2, short_rows=True, prefixed_length=128),
+            Packing(2048, 700, 2, row_length=256, prefixed_length=256),
+            Packing(2048, 700, row_length=512),
+        ]
+    ),
+)
+def test_every_text_once_behind_a_prefix(chunks, prefix, others, packing):
+    """The texts of the first chunk begin alike; some of the last do not."""
+    numbers = iter(range(1, 10**6))
+
+    def make(beginning, length):
+        return np.append(beginning, np.full(length, next(numbers))).astype(np.int32)
+
+    prefix_t = -np.arange(1, prefix + 1)
+    sequences = [[make(prefix_t, length) for length in chunk] for chunk in chunks]
+    sequences.append([make(prefix_t[: n % 9], length) for n, length in enumerate(others)])
+    flat = [ids for chunk in sequences for ids in chunk]
+    seen, shared = [], 0
+    for rows in packed(iter(sequences), packing, PAD):
+        (tokens_bt, segment_ids_bt, ends_be), texts, slots, tokens = rows
+        assert tokens_bt.shape[0] % packing.multiple == 0 and tokens_bt.size - rows.padding <= tokens
+        has_prefix_b = segment_ids_bt[:, 0] == PREFIX
+        for row_t in tokens_bt[has_prefix_b]:
+            np.testing.assert_array_equal(row_t[:prefix], prefix_t)
+        np.testing.assert_array_equal((segment_ids_bt == PREFIX).sum(axis=1), prefix * has_prefix_b)
+        for text, slot in zip(texts, slots, strict=True):
+            row, slot = divmod(int(slot), ends_be.shape[1])
+            own = tokens_bt[row, segment_ids_bt[row] == slot + 1]
+            assert np.flatnonzero(segment_ids_bt[row] == slot + 1)[-1] == ends_be[row, slot]
+            np.testing.assert_array_equal(np.append(prefix_t, own) if has_prefix_b[row] else own, flat[text])
+        shared += np.count_nonzero(has_prefix_b[slots // ends_be.shape[1]])
+        assert tokens == sum(len(flat[text]) for text in texts)
+        seen += texts
+    assert sorted(seen) == list(range(len(flat)))
+    fit = [prefix + 2 * length <= packing.prefixed_length for chunk in chunks for length in chunk]
+    assert shared == (sum(fit) if len(chunks[0]) > 1 else 0)
+
+
+def test_texts_of_one_prompt_take_half_the_tokens():
+    """Fourteen of 12 tokens behind 17 are a row of 192."""
+    texts = [np.append(np.arange(17), np.full(12, n)) for n in range(100, 128)]
+    (rows,) = packed([texts], Packing(512, 500, short_rows=True, prefixed_length=192), PAD)
+    assert rows.batch.tokens_bt.shape == (2, 192)
+    assert rows.tokens == 28 * 29 and rows.padding == 2 * (192 - 17 - 14 * 12)
 
 
 def test_the_last_rows_share_batches_where_that_computes_less():

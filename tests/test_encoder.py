@@ -161,6 +161,22 @@ def test_prompts(tiny, expected):
     same(tiny.encode_document(TEXTS), expected)
 
 
+def test_a_prompt_is_computed_once_a_row(tiny, monkeypatch):
+    """Be it given as such or with the texts; also where some are too long for such rows, or begin otherwise."""
+    texts = [*random_texts(20, 4, seed=1), "fox " * 200]
+    with_prompt = [QUERY_PROMPT + text for text in texts]
+    alone = np.stack([tiny.encode(text) for text in with_prompt])
+    same(tiny.encode_query(texts), alone)
+    same(tiny.encode(with_prompt), alone)
+    ids = tiny.tokenizer.encode(with_prompt[:-1], 2048)[0]
+    for layout, shared in (("auto", True), ("bucketed", False)):
+        batches = tiny._batches(iter([ids]), layout, 512, 2048)[1]
+        computed = sum(rows.batch.tokens_bt.size - rows.padding for rows in batches)
+        assert computed < 0.75 * sum(map(len, ids)) if shared else computed == sum(map(len, ids))
+    monkeypatch.setattr(encoder, "_CHUNK_TEXTS", 12)  # in the second chunk is a text that begins otherwise
+    same(tiny.encode([*with_prompt, "fox"])[:-1], alone)
+
+
 def test_prompt_wins_over_prompt_name(tiny, expected):
     same(tiny.encode(TEXTS, prompt="", prompt_name="query"), expected)
     same(tiny.encode(TEXTS, prompt=QUERY_PROMPT, prompt_name="document"), tiny.encode_query(TEXTS))

@@ -157,7 +157,9 @@ def test_encode_is_that_of_one_device(tmp_path_factory, monkeypatch, name):
         got = model.encode(texts, prompt_name="query", batch_tokens=1024, layout=layout)
         assert np.abs(got - expected).max() <= 2e-6, layout
     # The rows of accelerators.
-    monkeypatch.setattr(encoder, "Packing", lambda *sizes, **_: batching.Packing(*sizes, row_length=256))
+    monkeypatch.setattr(
+        encoder, "Packing", lambda *sizes, **_: batching.Packing(*sizes, row_length=256, prefixed_length=128)
+    )
     got = model.encode(texts, prompt_name="query", batch_tokens=1024)
     assert np.abs(got - expected).max() <= 2e-6
 
