@@ -50,7 +50,6 @@ def main() -> None:
     import jax
 
     import f2llm_jax
-    from f2llm_jax.batching import Packing, packed
     from f2llm_jax.encoder import BATCH_TOKENS
 
     jax.config.update("jax_enable_compilation_cache", False)
@@ -62,18 +61,18 @@ def main() -> None:
     ids = model.tokenizer.encode(texts, model.max_length)[0]
     tokenising = time.perf_counter() - start
     start = time.perf_counter()
-    packing = Packing(BATCH_TOKENS["cpu"], model.max_length, short_rows=True)
-    batches = list(packed([ids], packing, model.tokenizer.pad_id))
+    batches = list(model._batches(iter([ids]), "auto", BATCH_TOKENS["cpu"], model.max_length)[1])
     batching = time.perf_counter() - start
     model.encode(texts)
     start = time.perf_counter()
     model.encode(texts)
     total = time.perf_counter() - start
-    tokens, computed = sum(map(len, ids)), sum(rows.batch.tokens_bt.size for rows in batches)
+    tokens, padding = sum(map(len, ids)), sum(rows.padding for rows in batches)
+    computed = sum(rows.batch.tokens_bt.size for rows in batches)
     kind = f"{len(texts)} {args.texts} texts of {tokens / len(texts):.0f} tokens"
     print(f"{args.size}, {args.dtype}, {kind}, one core:")
     print(f"{total:.2f} s, of which tokenising {tokenising / total:.1%} and batching {batching / total:.1%};")
-    print(f"{1 - tokens / computed:.1%} of the computed tokens are padding, in {len(batches)} batches\n")
+    print(f"{computed} computed tokens, {padding / computed:.1%} of them padding, in {len(batches)} batches\n")
 
     shapes = Counter(rows.batch.tokens_bt.shape for rows in batches)
     shape = shapes.most_common(1)[0][0]

@@ -57,6 +57,10 @@ _COMPARED_TEXTS = 128
 _DISTURBED = 0.05
 
 
+def is_ours(engine: str) -> bool:
+    return engine.startswith("f2llm")
+
+
 class Lost(SystemExit):
     """A worker process ended by itself."""
 
@@ -128,9 +132,9 @@ class Texts:
         kind: one of ``TEXTS``.
         texts: the texts.
         tokens: how many tokens they have, EOS included.
-        flops: the matmul work of those tokens with the layers' weights; attention's own products are not counted.
-        spared: what of it f2llm does not compute: of the last layer all but keys and values. (It does compute that for
-            the ends of texts, which is not counted.)
+        flops_per_token: the matmul work of a token with the layers' weights; attention's own products do not count.
+        spared_per_token: what of it f2llm does not compute: of the last layer all but keys and values. (It does compute
+            that for the ends of texts, which does not count.)
     """
 
     def __init__(self, kind: str, size: str, data: Path, release: Path, flops: float):
@@ -139,20 +143,19 @@ class Texts:
         config = MODELS[size]
         heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
         weights = config.hidden_size * (heads * config.head_dim + 3 * config.intermediate_size)
-        flops_per_token = 2 * weights * config.num_hidden_layers
+        self.flops_per_token = 2 * weights * config.num_hidden_layers
         tokenizer = tokenizers.Tokenizer.from_file(str(release / "tokenizer.json"))
 
         def tokens(texts: list[str]) -> int:
             return sum(len(encoding.ids) for encoding in tokenizer.encode_batch_fast(texts))
 
         sample = read_texts(kind, 200, data)
-        count = flops / (flops_per_token * tokens(sample) / len(sample))
+        count = flops / (self.flops_per_token * tokens(sample) / len(sample))
         self.kind = kind
         self.texts = read_texts(kind, max(round(count), _LEAST_TEXTS[kind]), data)
         self.tokens = tokens(self.texts)
-        self.flops = self.tokens * flops_per_token
         keys_and_values = config.hidden_size * 2 * config.num_key_value_heads * config.head_dim
-        self.spared = self.tokens * 2 * (weights - keys_and_values)
+        self.spared_per_token = 2 * (weights - keys_and_values)
 
     @property
     def key(self) -> str:
@@ -311,6 +314,8 @@ def _compare_together(
         for engine, worker in workers.items():
             row = rows[texts.kind, engine]
             row.check(worker.ask("encode", texts.texts, row.setting))
+            if is_ours(engine):
+                row.computed_tokens = worker.ask("computed", texts.texts)
         for number in range(rounds):
             rates = ceiling.turn(None, repeats=repeats).result
             first = number % len(group)
@@ -346,6 +351,7 @@ class Row:
         self.dtype = ENGINES[engine].dtype
         self.setting = setting
         self.exact = exact
+        self.computed_tokens = texts.tokens
         self.cosine = math.nan
         self.turns: list[Turn] = []
         self.ceilings: list[float] = []
@@ -366,8 +372,9 @@ class Row:
 
     @property
     def flops(self) -> float:
-        """What the engine computed of ``Texts.flops``."""
-        return self.texts.flops - (self.texts.spared if self.engine.startswith("f2llm") else 0)
+        """What the engine computed."""
+        spared = self.texts.spared_per_token if is_ours(self.engine) else 0
+        return self.computed_tokens * (self.texts.flops_per_token - spared)
 
     def values(self) -> dict[str, Any]:
         """Everything, for a JSON file."""
@@ -378,6 +385,7 @@ class Row:
             "texts": self.texts.kind,
             "count": len(self.texts.texts),
             "tokens": self.texts.tokens,
+            "computed_tokens": self.computed_tokens,
             "engine": self.engine,
             "dtype": self.dtype,
             "setting": self.setting,
@@ -486,7 +494,7 @@ def summary_table(rows: list[dict[str, Any]]) -> str:
             row["engine"]: row
             for row in rows
             if (row["size"], row["texts"], row["dtype"]) == (own["size"], own["texts"], own["dtype"])
-            and not row["engine"].startswith("f2llm")
+            and not is_ours(row["engine"])
         }
         torch = peers.get("torch-fp32") or peers.get("torch-bf16")
         best = min(peers.values(), key=lambda row: row["f2llm_speed_ratio"], default=None)

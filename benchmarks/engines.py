@@ -76,6 +76,12 @@ class F2LLM:
     def encode(self, texts: list[str]) -> np.ndarray:
         return self.model.encode(texts)
 
+    def computed_tokens(self, texts: list[str]) -> int:
+        """Those of the texts, a prefix that they share once a row; without padding."""
+        ids, _ = self.model.tokenizer.encode(texts, self.model.max_length)
+        _, batches = self.model._batches(iter([ids]), "auto", self.model._batch_tokens(), self.model.max_length)
+        return sum(rows.batch.tokens_bt.size - rows.padding for rows in batches)
+
     def peak_bytes(self) -> int:
         """Of the card's memory."""
         import jax
@@ -368,14 +374,16 @@ def serve(connection: Any, name: str, release: Path, device: str) -> None:
     """A worker process: loads an engine, then answers ``Worker`` of encode.py until it is told None.
 
     A request is (method, texts, setting): ``encode`` returns its result, ``time`` the wall and the processor seconds
-    (of all threads) that it took and its result, ``peak`` the most memory so far in bytes: resident memory of the
-    process, or memory of the card.
+    (of all threads) that it took and its result, ``computed`` the tokens that f2llm computes, ``peak`` the most memory
+    so far in bytes: resident memory of the process, or memory of the card.
     """
     engine = ENGINES[name].kind(release, ENGINES[name].weights or ENGINES[name].dtype, device)
     for method, texts, setting in iter(functools.partial(_receive, connection), None):
         arguments = () if texts is None else (texts,)
         if method == "encode":
             connection.send(engine.encode(*arguments, **setting))
+        elif method == "computed":
+            connection.send(engine.computed_tokens(*arguments))
         elif method == "time":
             start, cpu_start = time.perf_counter(), time.process_time()
             result = engine.encode(*arguments, **setting)
