@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -123,6 +124,7 @@ class Encoder:
         self._weights = bit_views(params) if on_cpu else params
         self._layerwise = Layerwise(params, config, dtype=self._compute_dtype, kernel=self.kernel) if on_cpu else None
         self._shapes_met: set[tuple[Any, ...]] = set()
+        self._compiling = threading.Lock()
 
     @property
     def params(self) -> Params:
@@ -285,7 +287,6 @@ class Encoder:
                 nonlocal done
                 rows, embeddings = pending.popleft()
                 values = embeddings().reshape(-1, dim)[rows.slots]
-                self._after_compilation((dim, *(array.shape for array in rows.batch)))
                 done += len(rows.texts)
                 if on_batch is not None:
                     on_batch(Done(done, tokens, truncated))
@@ -357,18 +358,29 @@ class Encoder:
         mesh that this model is not on. On CPUs that thread also waits for it.
         """
         if self.mesh is not None:
-            return functools.partial(np.asarray, self._dispatch(batch, dim))
+            return functools.partial(np.asarray, self._compiled(self._dispatch, batch, dim))
         if self._layerwise is None:
-            promise = pool.submit(self._dispatch, batch, dim)
+            promise = pool.submit(self._compiled, self._dispatch, batch, dim)
             return lambda: np.asarray(promise.result())
         compute = self._layerwise if batch.tokens_bt.shape[1] <= LONGEST_ROW else self._dispatch
-        return pool.submit(lambda: np.asarray(compute(batch, dim))).result
+        return pool.submit(lambda: np.asarray(self._compiled(compute, batch, dim))).result
 
-    def _after_compilation(self, shapes: tuple[Any, ...]) -> None:
-        """After a batch of new shapes: what its compilation freed goes back to the system."""
+    def _compiled(
+        self, compute: Callable[[Batch | PackedBatch, int], jax.Array], batch: Batch | PackedBatch, dim: int
+    ) -> jax.Array:
+        """``compute(batch, dim)``, for the first batch of its shapes by one thread at a time.
+
+        Its programs are compiled then, which takes 200 MB each with the 330M. What that frees goes back to the system.
+        """
+        shapes = (dim, *(array.shape for array in batch))
         if shapes not in self._shapes_met:
-            self._shapes_met.add(shapes)
-            give_back_memory()
+            with self._compiling:
+                if shapes not in self._shapes_met:
+                    embeddings = compute(batch, dim)
+                    self._shapes_met.add(shapes)
+                    give_back_memory()
+                    return embeddings
+        return compute(batch, dim)
 
     def _dispatch(self, batch: Batch | PackedBatch, dim: int) -> jax.Array:
         """The embeddings of a batch by one program, as a promise."""

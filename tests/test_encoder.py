@@ -550,6 +550,27 @@ def test_memory_is_given_back_after_batches_of_new_shapes(smallest, monkeypatch)
         assert len(times) == count
 
 
+def test_one_shape_is_compiled_at_a_time(smallest, monkeypatch):
+    """What takes most memory; batches of shapes that were met run beside it."""
+    compute, inside, most = smallest._layerwise, [], []
+
+    def watched(batch, dim):
+        inside.append(None)
+        time.sleep(0.02)  # long enough for another thread to come by
+        most.append(len(inside))
+        result = compute(batch, dim)
+        inside.pop()
+        return result
+
+    monkeypatch.setattr(smallest, "_layerwise", watched)
+    monkeypatch.setattr(smallest, "_shapes_met", set())
+    texts = ["Z" * length for length in range(8, 88, 8)]
+    for expected in (1, 2):
+        smallest.encode(texts, max_length=88, batch_tokens=8, layout="bucketed")
+        assert max(most) == expected
+        most.clear()
+
+
 def test_threads_do_not_trace_at_the_same_time(tiny, monkeypatch):
     """Flax takes fields out of a class while it derives another from it."""
     derive, inside, most = nn.remat, [], []
