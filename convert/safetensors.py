@@ -21,6 +21,7 @@ from f2llm_jax.convert.table import IGNORED, PREFIX, Tensor
 from f2llm_jax.convert.tensors import DTYPES, TensorInfo, check_finite, read_blocks
 from f2llm_jax.errors import InputError, ReleaseError
 
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _HEADER_LIMIT = 100_000_000  # the format's own
@@ -78,7 +79,7 @@ def _tensor_info(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
 
 
 class Checkpoint:
-    """The weights of a release folder: one file, or shards under an index.
+    """The weights of a release folder: one file, or else shards under an index.
 
     Attributes:
         folder: where they are.
@@ -175,24 +176,21 @@ class Checkpoint:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if index.exists():
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise ReleaseError(f"{index} is damaged: weight_map should be an object of file names")
-        names = sorted(set(shards.values()))
-        files = [folder / name for name in names]
-        if outside := [name for name, file in zip(names, files, strict=True) if file.parent != folder]:
-            raise ReleaseError(f"{index} names {', '.join(outside)}, outside its own folder")
-        if missing := [file.name for file in files if not file.exists()]:
-            raise ReleaseError(
-                f"{index} names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} missing"
-            )
-        return files
-    single = folder / "model.safetensors"
-    if not single.exists():
-        raise ReleaseError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
-    return [single]
+    single, index = folder / SINGLE, folder / INDEX
+    if single.exists():  # first, as transformers has it: an index beside it, or shards, are left of older weights
+        return [single]
+    if not index.exists():
+        raise ReleaseError(f"{folder} has neither {SINGLE} nor {INDEX}")
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ReleaseError(f"{index} is damaged: weight_map should be an object of file names")
+    names = sorted(set(shards.values()))
+    files = [folder / name for name in names]
+    if outside := [name for name, file in zip(names, files, strict=True) if file.parent != folder]:
+        raise ReleaseError(f"{index} names {', '.join(outside)}, outside its own folder")
+    if missing := [file.name for file in files if not file.exists()]:
+        raise ReleaseError(f"{index} names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} missing")
+    return files
 
 
 def parse_size(size: int | str) -> int:
@@ -234,7 +232,7 @@ def plan_shards(
     infos, beginnings, weight_map = {}, {}, {}
     for number, names in enumerate(shards, start=1):
         single = len(shards) == 1
-        file = folder / ("model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors")
+        file = folder / (SINGLE if single else f"model-{number:05}-of-{len(shards):05}.safetensors")
         beginnings[file] = header = _header(names, shapes, sizes, dtype)
         offset = len(header)
         for name in names:

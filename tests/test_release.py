@@ -101,6 +101,18 @@ def test_layouts_give_the_same_embeddings(tmp_path, expected, layout):
     np.testing.assert_array_equal(load_quietly(tmp_path).encode(TEXTS), expected)
 
 
+@pytest.mark.parametrize("left", ["model*", "model*.json"], ids=["shards", "an index without shards"])
+def test_one_file_goes_before_what_is_left_of_shards(copied_release, expected, tmp_path, left):
+    """As with sentence-transformers and transformers: a fine-tuned model saved over a sharded one is the fine-tuned."""
+    older = write_release(tmp_path / "older", seed=1, max_shard_size="60KB")
+    for file in older.glob(left):
+        assert file.name != "model.safetensors"
+        shutil.copy(file, copied_release)
+    np.testing.assert_array_equal(load_quietly(copied_release).encode(TEXTS), expected)
+    reference = sentence_transformers.SentenceTransformer(str(copied_release), device="cpu")
+    np.testing.assert_allclose(reference.encode(TEXTS), expected, rtol=0, atol=5e-6)
+
+
 def weight_names(folder: Path) -> set[str]:
     from safetensors import safe_open
 
