@@ -61,13 +61,14 @@ def convert_release(
     Raises:
         ReleaseError: the source is damaged, incomplete or not supported, has tensors of several dtypes and ``dtype``
             is None, or holds a NaN, an infinity or a value that ``dtype`` has no room for. The message names it.
-        InputError: an argument is none of those above, ``out`` exists, or unfinished work with other arguments does.
+        InputError: an argument is none of those above, ``out`` exists, it is the source or holds it, or there is
+            unfinished work with other arguments.
         F2LLMError: the disk has too little room.
     """
     place = output_path(out)
     folder = find_release(source, revision)
-    if place.exists() and place.resolve() == folder.resolve():
-        raise InputError(f"{place} is the model to convert; write to another folder")
+    if folder.resolve().is_relative_to(place.resolve()):  # --force would delete it at the end
+        raise InputError(f"{place} is, or holds, the model to convert, {folder}; write to another folder")
     config = read_release(folder).config
     Tokenizer.from_release(folder)
     checkpoint = open_checkpoint(folder)

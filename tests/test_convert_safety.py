@@ -227,10 +227,16 @@ def test_force_replaces_model_folders_only(release: Path, tmp_path: Path) -> Non
     assert (precious / "thesis.tex").exists()
 
 
-def test_model_is_not_converted_onto_itself(release: Path) -> None:
-    with pytest.raises(InputError, match="is the model to convert"):
-        convert_release(release, release, to="flax", force=True)
-    assert tensor_sums(release)
+@pytest.mark.parametrize("below", ["", "flax"])
+def test_model_is_not_converted_onto_itself(release: Path, tmp_path: Path, below: str) -> None:
+    """Nor onto a folder that it lies in, be it by way of a link."""
+    out = Path(shutil.copytree(release, tmp_path / "out"))
+    source = Path(shutil.copytree(release, out / below, dirs_exist_ok=True))
+    (tmp_path / "link").symlink_to(source)
+    for name in (source, tmp_path / "link"):
+        with pytest.raises(InputError, match="is, or holds, the model to convert"):
+            convert_release(name, out, to="hf", force=True)
+    assert tensor_sums(source)
 
 
 def test_one_process_at_a_time(release: Path, tmp_path: Path) -> None:
