@@ -114,7 +114,7 @@ def export_release(
             cannot be used.
     """
     place = output_path(out)
-    source = find_release(like)
+    source = find_release(like, weights=False)
     table = tensor_table(config)
     _check_params(params, table)
     code = dtype_code(_common_dtype(params) if dtype is None else dtype)

@@ -89,6 +89,27 @@ def copied_release(tiny_release: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_release, tmp_path / "release"))
 
 
+@pytest.fixture
+def hub_of_settings(tiny_release: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
+    """The hub has the tiny release under every name; whoever asks for its weights fails. What was asked for, so far."""
+    import fnmatch
+
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot_download(repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        wanted = [
+            file.name for file in tiny_release.iterdir() if any(fnmatch.fnmatch(file.name, p) for p in allow_patterns)
+        ]
+        assert "config.json" in wanted and "model.safetensors" not in wanted
+        asked.append((repo_id, revision))
+        return str(tiny_release)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
 @pytest.fixture(scope="session")
 def real_release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A small model around the real Qwen3 tokenizer, which appends the EOS as sentence-transformers relies on."""

@@ -584,19 +584,9 @@ def _shapes(file: Path) -> list[list[int]]:
     return [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
 
 
-def test_info_downloads_no_weights(tiny_release, capsys, monkeypatch):
-    import fnmatch
-
-    import huggingface_hub
-
-    def snapshot_download(repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        assert (repo_id, revision) == ("owner/name", "v2")
-        wanted = [name for name in os.listdir(tiny_release) if any(fnmatch.fnmatch(name, p) for p in allow_patterns)]
-        assert "config.json" in wanted and "model.safetensors" not in wanted
-        return str(tiny_release)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+def test_info_downloads_no_weights(hub_of_settings, capsys):
     assert main(["info", "owner/name", "--revision", "v2"]) == 0
+    assert hub_of_settings == [("owner/name", "v2")]
     assert "parameters" in capsys.readouterr().out
 
 

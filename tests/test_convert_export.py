@@ -75,6 +75,14 @@ def test_numpy_parameters_and_prompts(release: Path, tmp_path: Path) -> None:
     assert f2llm_jax.load(release).prompts["query"] == QUERY_PROMPT
 
 
+def test_of_a_hub_model_only_the_settings_are_downloaded(
+    release: Path, tmp_path: Path, hub_of_settings: list[tuple[str, str | None]]
+) -> None:
+    out = export_release(load_params(open_checkpoint(release), TINY), TINY, tmp_path / "out", like="owner/name")
+    assert hub_of_settings == [("owner/name", None)]
+    assert f2llm_jax.load(out).prompts["query"] == QUERY_PROMPT
+
+
 def test_a_default_prompt_that_is_not_written_is_none(release: Path, tmp_path: Path) -> None:
     settings = {"prompts": {"query": "q: ", "cluster": "c: "}, "default_prompt_name": "cluster"}
     like = Path(shutil.copytree(release, tmp_path / "like"))

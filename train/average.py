@@ -44,7 +44,7 @@ def average_run(
         if len(steps) < last:
             raise InputError(f"{folder} holds {len(steps)} checkpoints, not {last}")
         config = checkpoints.read_config(steps[-1])
-        release = read_release(find_release(config.model))
+        release = read_release(find_release(config.model, weights=False))
         mean = mean_params((checkpoints.path(step) for step in steps), release.config)
     export_run(mean, config, release, out, dtype=dtype, force=force)
     return steps
