@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert import orbax, safetensors
 from f2llm_jax.convert.orbax import get
-from f2llm_jax.convert.release_files import with_dtype, write_release_files
+from f2llm_jax.convert.release_files import write_release_files
 from f2llm_jax.convert.safetensors import some
 from f2llm_jax.convert.staging import output_path, staged, unfinished_folder
 from f2llm_jax.convert.table import Tensor, tensor_table
@@ -60,7 +61,7 @@ class Layout:
             self.create = functools.partial(orbax.create_chunks, folder, table, dtype)
             self._write_marker = functools.partial(orbax.write_marker, folder, dtype)
         self.nbytes = sum(info.nbytes for info in self.infos.values())
-        self._folder, self._config = folder, with_dtype(config, DTYPES[dtype].name)
+        self._folder, self._config = folder, dataclasses.replace(config, dtype=DTYPES[dtype].name)
 
     def complete(
         self, like: Path, prompts: Mapping[str, str] | None = None, files: Mapping[str, bytes] | None = None

@@ -174,13 +174,11 @@ class OrbaxCheckpoint(Checkpoint):
         put(item, path, 0)
         put(restore_args, path, args)
         home = self.folder / PARAMS
-        before = _tensorstore_bytes()
         with _reading(home) as checkpointer:
             tree = checkpointer.restore(
                 home.absolute(),
                 args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True),
             )
-        self.bytes_read += _tensorstore_bytes() - before
         return get(tree, path)
 
 
@@ -194,14 +192,6 @@ def _reading(home: Path) -> Iterator[Any]:
             yield checkpointer
     except Exception as error:
         raise ReleaseError(f"{home} is no checkpoint that Orbax reads: {type(error).__name__}: {error}") from error
-
-
-def _tensorstore_bytes() -> int:
-    """Bytes that TensorStore, Orbax's reader, has read from files in this process."""
-    import tensorstore
-
-    metrics = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
-    return sum(int(value["value"]) for metric in metrics for value in metric["values"])
 
 
 def plan_chunks(folder: Path, table: list[Tensor], dtype: str) -> dict[str, TensorInfo]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -42,7 +41,7 @@ _POOLING_MODES = (
 
 
 def write_release_files(
-    folder: Path, config: ModelConfig, *, like: Path, prompts: Mapping[str, str] | None = None, card: bool = True
+    folder: Path, config: ModelConfig, *, like: Path, prompts: Mapping[str, str] | None = None
 ) -> None:
     """Writes ``config.json``, sentence-transformers' module files, prompts, the tokenizer and a model card.
 
@@ -53,7 +52,6 @@ def write_release_files(
         config: the sizes, and the dtype that the weights are in.
         like: a release whose tokenizer, prompts and settings the model has.
         prompts: {name: text} to have instead of those of ``like``.
-        card: write a ``README.md``.
 
     Raises:
         ReleaseError: ``like`` lacks something or has something this package does not compute.
@@ -83,8 +81,7 @@ def write_release_files(
         "default_prompt_name": release.default_prompt_name if release.default_prompt_name in prompts else None,
     }
     _write_json(folder / "config_sentence_transformers.json", settings)
-    if card:
-        write_text(folder / "README.md", _model_card(config))
+    write_text(folder / "README.md", _model_card(config))
     stated = read_json(like / "config.json")
     token_ids = {name: stated[name] for name in _TOKEN_IDS if name in stated}
     _write_json(folder / "config.json", {**config.to_hf(), **token_ids})
@@ -144,11 +141,6 @@ print(model.similarity(queries, documents))
 
 With f2llm_jax: `f2llm_jax.load("path/to/this/folder").encode(texts)`.
 """
-
-
-def with_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
-    """The config stating the dtype that weights are written in."""
-    return dataclasses.replace(config, dtype=dtype)
 
 
 def _write_json(file: Path, value: Any) -> None:

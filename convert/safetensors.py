@@ -84,7 +84,7 @@ class Checkpoint:
     Attributes:
         folder: where they are.
         tensors: {name without prefix: where it lies}, without the ignored ones, in the order of the files.
-        bytes_read: how many bytes of tensors have been read so far.
+        bytes_read: how many bytes of tensors this class has read so far; what Orbax reads does not count.
     """
 
     def __init__(self, folder: Path):
