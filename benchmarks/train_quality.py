@@ -5,7 +5,7 @@
 DATA holds train_raw/*.parquet in the released layout, xquad/ and bitext/ (the last 10 % of the questions and the pairs
 after 900 are in no training file), and qwen3-tokenizer/. Two runs that differ in one setting, with Matryoshka losses
 and without, start from the same weights and see the same batches. DIR keeps what is done: after a kill, the same
-command goes on.
+command goes on. The time of a start that a SIGTERM stopped is counted, that of one killed outright is not.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from f2llm_jax.convert.export import export_release
 from f2llm_jax.evaluation.embedders import Embedder, F2LLMEmbedder
 from f2llm_jax.evaluation.own_data import evaluate_bitext, evaluate_retrieval
 from f2llm_jax.model import count_parameters, init_params
+from f2llm_jax.train.average import average_run
 from f2llm_jax.train.config import DataConfig, IntervalConfig, TrainConfig
 from f2llm_jax.train.loop import train
 from f2llm_jax.train.optimizer import OptimizerConfig
@@ -119,14 +120,20 @@ def train_one(start: Path, data: Path, work: Path, folder: Path, mrl_dims: tuple
         compute=ComputeConfig(dtype="float32", remat="none"),
         every=IntervalConfig(log=50, validation=0, checkpoint=400, keep=1),
     )
+    file = folder / "figures.json"
+    earlier = json.loads(file.read_text()) if file.exists() else {"seconds": 0, "processor_seconds": 0}
     begun, processor = time.perf_counter(), time.process_time()
     with contextlib.closing(open_loader(config)) as loader:
-        outcome = train(config, loader, folder, resume=True, show_progress=True, export=trained)
-        if outcome.step < outcome.total:
-            raise SystemExit(f"stopped after step {outcome.step} of {outcome.total}; the same command goes on")
-        figures = {"steps": loader.steps, "seconds": time.perf_counter() - begun}
-        figures["processor_seconds"] = time.process_time() - processor
-        (folder / "figures.json").write_text(json.dumps(figures))
+        outcome = train(config, loader, folder, resume=True, show_progress=True)
+    figures = {
+        "steps": outcome.total,
+        "seconds": earlier["seconds"] + time.perf_counter() - begun,
+        "processor_seconds": earlier["processor_seconds"] + time.process_time() - processor,
+    }
+    file.write_text(json.dumps(figures))
+    if outcome.step < outcome.total:
+        raise SystemExit(f"stopped after step {outcome.step} of {outcome.total}; the same command goes on")
+    average_run(folder, trained, last=1)  # the last checkpoint alone
     return trained
 
 
