@@ -15,13 +15,13 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import processes
 
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.configs.models import MODELS
@@ -115,23 +115,9 @@ def measure(name: str, command: list[str], source: Path, out: Path) -> Step:
     each_file(source, os.fsync)
     each_file(source, lambda descriptor: os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED))
     start = time.perf_counter()
-    process, peak = subprocess.Popen(command, stdout=subprocess.DEVNULL), 0
-    while process.poll() is None:
-        peak = max(peak, high_water(process.pid))
-        time.sleep(0.02)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed")
+    peak = processes.run(command)
     each_file(out, os.fsync)
     return Step(name, time.perf_counter() - start, peak)
-
-
-def high_water(pid: int) -> int:
-    """The most memory that a running process has had resident so far, in bytes."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def each_file(folder: Path, action: Callable[[int], None]) -> None:

@@ -14,12 +14,12 @@ import argparse
 import dataclasses
 import json
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import jax
+import processes
 import pyarrow
 from inputs import read_texts, write_around
 from pyarrow import parquet
@@ -29,17 +29,7 @@ from f2llm_jax.configs.models import MODELS
 
 FILES = 8
 
-MEASURED = """
-import sys, resource
-import f2llm_jax
-from f2llm_jax.cli import main
-
-if len(sys.argv) > 2:
-    assert main(sys.argv[1:]) == 0
-else:
-    f2llm_jax.load(sys.argv[1])
-print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
+LOAD = "import sys, f2llm_jax, f2llm_jax.cli; f2llm_jax.load(sys.argv[1])"
 
 
 def main() -> None:
@@ -53,15 +43,16 @@ def main() -> None:
     args.folder.mkdir(parents=True)
     try:
         model = write_model(args.folder / "model", args.data / "qwen3-tokenizer")
-        loaded = measure(str(model))
+        loaded = processes.run([sys.executable, "-c", LOAD, str(model)])
         print(f"model loaded: {loaded / 1e6:.0f} MB resident")
         print("| rows | seconds | peak above the loaded model, MB | output, MB |")
         print("|---|---|---|---|")
         for rows in (args.few, args.rows):
             docs, out = args.folder / f"docs-{rows}", args.folder / f"out-{rows}"
             write_texts(docs, rows, args.data)
+            command = [sys.executable, "-m", "f2llm_jax.cli", "encode", "--model", str(model), "--progress"]
             start = time.perf_counter()
-            peak = measure("encode", "--model", model, "--corpus", f"{docs}/*.parquet", "--out", out, "--progress")
+            peak = processes.run([*command, "--corpus", f"{docs}/*.parquet", "--out", str(out)])
             seconds = time.perf_counter() - start
             size = sum(file.stat().st_size for file in out.rglob("*.parquet"))
             print(f"| {rows:,} | {seconds:.1f} | {(peak - loaded) / 1e6:.0f} | {size / 1e6:.0f} |", flush=True)
@@ -91,13 +82,6 @@ def write_texts(folder: Path, rows: int, data: Path) -> None:
         numbers = range(number * rows // FILES, (number + 1) * rows // FILES)
         texts = [f"{sentences[n % len(sentences)]} {n}" for n in numbers]
         parquet.write_table(pyarrow.table({"text": texts}), folder / f"{number}.parquet")
-
-
-def measure(*arguments: object) -> int:
-    """The peak of resident memory of a process, in bytes."""
-    command = [sys.executable, "-c", MEASURED, *map(str, arguments)]
-    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return int(result.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

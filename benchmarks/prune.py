@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import resource
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import processes
 
 from f2llm_jax.configs.models import MODELS
 
@@ -50,9 +49,8 @@ def main() -> None:
         for size in args.sizes:
             start = time.perf_counter()
             command = [sys.executable, "-m", "f2llm_jax.cli", "prune", str(source), str(pruned), "--to", size]
-            subprocess.run([*command, "--calibration", str(texts), "--force"], check=True, stdout=subprocess.DEVNULL)
+            peak = processes.run([*command, "--calibration", str(texts), "--force"]) / 1e9
             seconds = time.perf_counter() - start
-            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
             found, difference = compare(pruned)
             published = {"80M": 80_084_288, "160M": 159_185_024, "330M": 334_349_184}[size]
             print(f"| {size} | {found:,} | {published:,} | {difference:.1e} | {seconds:.0f} | {peak:.1f} |", flush=True)
