@@ -251,7 +251,7 @@ def test_validation_batches_are_shared_and_few_shapes(data):
 
 
 READ_IN_PROCESSES = """
-import sys, time
+import multiprocessing, os, signal, sys, time
 import numpy as np
 from f2llm_jax.train.data import DataLoader, TrainBatches, TrainingData
 
@@ -259,12 +259,14 @@ if __name__ == "__main__":
     batches = TrainBatches(TrainingData(sys.argv[1]), batch_size=16)
     loader = DataLoader(batches, workers=1)
     loader.set_state({"step": 3})
-    for step in (3, 4):
+    for step in range(3, 12):
         item, expected = next(loader), batches[step]
+        for reader in multiprocessing.active_children():
+            os.kill(reader.pid, signal.SIGTERM)
         assert item.dataset == expected.dataset
         for part, other in zip(item.batch[:3], expected.batch[:3], strict=True):
             np.testing.assert_array_equal(part.tokens_bt, other.tokens_bt)
-    assert loader.get_state()["step"] == 5
+    assert loader.get_state()["step"] == 12
     time.sleep(1)  # it has read ahead as far as it may
     started = time.monotonic()
     loader.close()
@@ -273,7 +275,10 @@ if __name__ == "__main__":
 
 
 def test_a_loader_reads_in_processes_too(folder, tmp_path):
-    """In a process of its own: pickling looks into every imported module, and transformers' then import many more."""
+    """And goes on when all processes get a SIGTERM, as a job does that is to stop.
+
+    In a process of its own: pickling looks into every imported module, and transformers' then import many more.
+    """
     script = tmp_path / "script.py"
     script.write_text(READ_IN_PROCESSES)
     subprocess.run([sys.executable, script, folder], check=True, timeout=120)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import resource
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from f2llm_jax.train.batch import AnyTrainBatch, PackedTrainBatch, TeacherStates
 from f2llm_jax.train.packing import TrainPacking, pack
 from f2llm_jax.train.records import SPLITS, Dataset, Records, Settings, Split, data_digest, lengths_file
 from f2llm_jax.train.teacher import TeacherStore, cut
+from f2llm_jax.train.units import exit_with_parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +235,15 @@ def _parse_no_flags() -> None:
         flags.FLAGS.mark_as_parsed()
 
 
+def _start_reader(worker: int, workers: int) -> None:
+    """Readers outlive a SIGTERM, which goes to all processes of a job: training saves a checkpoint, and closes them.
+
+    One whose training process is gone ends by itself.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
 class TrainBatches:
     """All steps of a training run, for random access: ``batches[step]`` is an ``Item``.
 
@@ -424,7 +436,7 @@ class DataLoader(grain.DatasetIterator):
             if self._workers:
                 _parse_no_flags()
                 _kill_processes_soon()
-                steps = steps.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
+                steps = steps.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers), _start_reader)
             self._iterator = iter(steps)
         item = next(self._iterator)
         self._step += 1

@@ -117,7 +117,7 @@ _worker: Worker
 def _start_worker(tokenizer: Path, done: Any, threads: int) -> None:
     global _worker
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the tokenizer; by default every worker would take all cores
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
     def advance(rows: int) -> None:
         with done.get_lock():
@@ -126,8 +126,8 @@ def _start_worker(tokenizer: Path, done: Any, threads: int) -> None:
     _worker = Worker(Tokenizer.from_release(tokenizer), advance)
 
 
-def _exit_with_parent() -> None:
-    """A worker whose parent was killed would wait for its next unit for ever."""
+def exit_with_parent() -> None:
+    """A worker whose parent was killed would wait for more to do for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
