@@ -103,6 +103,11 @@ def test_values_are_parsed_by_type(setting, key, value):
         ("epochs=0", "epochs must be at least 1, not 0"),
         ("max_steps=-1", "max_steps must be at least 0, not -1"),
         ("seed=-1", "seed must be at least 0, not -1"),
+        ("optim.clip_norm=0", "optim.clip_norm must be above 0, not 0.0"),
+        ("loss.temperature=-0.05", "loss.temperature must be above 0, not -0.05"),
+        ("optim.learning_rate=-1e-5", "optim.learning_rate must be at least 0, not -1e-05"),
+        ("optim.weight_decay=nan", "optim.weight_decay must be at least 0, not nan"),
+        ("optim.b2=1", "optim.b2 must be at least 0 and below 1, not 1.0"),
     ],
 )
 def test_what_does_not_fit_is_refused(setting, message):

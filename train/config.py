@@ -10,7 +10,7 @@ import importlib.util
 import pkgutil
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,14 @@ _LEAST = {
     **dict.fromkeys(("epochs", "data.batch_size", "data.max_length"), 1),
     **dict.fromkeys(("max_steps", "seed", "data.workers", "optim.warmup_steps", "compute.chunk_rows"), 0),
     **dict.fromkeys(("every.log", "every.validation", "every.checkpoint", "every.keep"), 0),
+}
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    **dict.fromkeys(("loss.temperature", "optim.eps", "optim.clip_norm"), ("above 0", lambda value: value > 0)),
+    **dict.fromkeys(
+        ("loss.kd_weight", "optim.learning_rate", "optim.min_learning_rate", "optim.weight_decay"),
+        ("at least 0", lambda value: value >= 0),
+    ),
+    **dict.fromkeys(("optim.b1", "optim.b2"), ("at least 0 and below 1", lambda value: 0 <= value < 1)),
 }
 
 
@@ -133,6 +141,9 @@ def check_values(config: TrainConfig) -> None:
     for key, least in _LEAST.items():
         if not isinstance(found[key], int) or found[key] < least:
             raise InputError(f"{key} must be at least {least}, not {found[key]}")
+    for key, (words, fits) in _RANGES.items():
+        if not isinstance(found[key], int | float) or not fits(found[key]):
+            raise InputError(f"{key} must be {words}, not {found[key]}")
 
 
 def load_recipe(name: str) -> TrainConfig:
