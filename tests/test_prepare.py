@@ -299,6 +299,9 @@ def test_bad_raw_folders_are_errors_that_leave_nothing(tmp_path, tiny_release):
     write_raw(raw, {"xquad_en": [{**row, "passage": ""} for row in rows(3)]})
     with pytest.raises(InputError, match="every row"):
         run(raw, tiny_release, out)
+    write_raw(raw, {"xquad_en": rows(3, negatives=0), "imdb": rows(3, negatives=0)})
+    with pytest.raises(InputError, match=r"imdb.parquet is for classification, .* no column negative_1: .*--exclude"):
+        run(raw, tiny_release, out)
     write_raw(raw, {"xquad_en": rows(2000)})
     data = bytearray((raw / "xquad_en.parquet").read_bytes())
     data[2000:3000] = bytes(1000)

@@ -100,7 +100,7 @@ def prepare(
 
     Raises:
         InputError: ``out`` exists, an unknown dataset, a glob that matches none, a file that is damaged or lacks a
-            column, nothing left.
+            column, a dataset without negatives that is not for retrieval, nothing left.
         ReleaseError: no such tokenizer.
     """
     if stage not in (1, 2):
@@ -113,6 +113,7 @@ def prepare(
     datasets, excluded = _find(Path(raw).expanduser(), include, exclude, sources)
     sources = expand(sources)
     by_dataset = {dataset.name: task_of(dataset.name, tasks) for dataset in datasets}
+    _check_negatives(datasets, by_dataset)
     release = find_release(tokenizer, weights=False)
     if cap is None:
         cap = STAGE_2_CAP if stage == 2 else 0
@@ -174,6 +175,16 @@ def _find(
     if not datasets:
         raise InputError(f"none of the {len(found)} datasets in {raw} is left after --include and --exclude")
     return datasets, [dataset.name for dataset in found if dataset not in datasets]
+
+
+def _check_negatives(datasets: Sequence[RawDataset], tasks: Mapping[str, Task]) -> None:
+    """An InputError if there is nothing to train a dataset with: the in-batch loss is that of retrieval alone."""
+    for dataset in datasets:
+        if not dataset.negatives and (task := tasks[dataset.name]) != "retrieval":
+            raise InputError(
+                f"{dataset.file} is for {task}, which trains with hard negatives alone, and has no column negative_1: "
+                f"add negatives, leave it out with --exclude '{dataset.name}', or say --task '{dataset.name}=retrieval'"
+            )
 
 
 def _fingerprint(release: Path) -> str:
