@@ -28,7 +28,7 @@ from f2llm_jax.tokens import Tokenizer
 from f2llm_jax.train.dedupe import Digests, number_documents
 from f2llm_jax.train.prepare import mix, prepare, split_off
 from f2llm_jax.train.raw import REASONS, faults, find_datasets, read_rows
-from f2llm_jax.train.records import Settings
+from f2llm_jax.train.records import Records, Settings
 
 
 def run(raw: Path, release: Path, out: Path, **options):
@@ -115,7 +115,7 @@ def test_what_is_written_is_what_a_plain_loop_finds(tmp_path, tiny_release):
     assert "| xquad_en | retrieval | 250 |" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_the_index_holds_the_lengths_of_all_texts(tmp_path, tiny_release):
+def test_the_index_holds_the_lengths_of_all_texts(tmp_path, tiny_release, usual_open_files):
     write_raw(tmp_path / "raw", {"xquad_en": rows(130, seed=1), "question_classification": rows(20, negatives=1)})
     run(tmp_path / "raw", tiny_release, tmp_path / "out")
     documents = source(tmp_path / "out", "documents")
@@ -127,6 +127,9 @@ def test_the_index_holds_the_lengths_of_all_texts(tmp_path, tiny_release):
             numbers = [record["passage"], *record["negatives"]]
             found = [len(record["query"]), *(len(documents[int(number)]["tokens"]) for number in numbers)]
             assert row == found + [0] * (26 - len(found))
+    # Whoever reads may open a file for each shard.
+    assert len(Records(tmp_path / "out", "documents", "train")) == len(documents)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 1024
 
 
 def test_bad_rows_are_dropped_and_counted(tmp_path, tiny_release):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import resource
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -97,7 +96,6 @@ class TrainingData:
         self._document_lengths = row_lengths(self.max_length, steps=2)
         self._teacher = teacher
         self._packing = packing
-        _allow_open_files()
         self._documents = Records(self.folder, "documents", "train")
         self._examples = {split: Records(self.folder, "examples", split) for split in SPLITS if self._count(split)}
         self._lengths = {split: np.load(lengths_file(self.folder, split), mmap_mode="r") for split in self._examples}
@@ -208,14 +206,6 @@ def row_lengths(max_length: int, *, steps: int) -> np.ndarray:
 
 def _round_up(tokens: int, lengths: np.ndarray) -> int:
     return int(lengths[np.searchsorted(lengths, tokens)])
-
-
-def _allow_open_files() -> None:
-    """A file for each shard is open: over 1,024, the usual limit, for some 500 datasets."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _kill_processes_soon() -> None:

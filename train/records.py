@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -212,6 +213,7 @@ class Records:
     """Random access to the records of a split, as TFDS decodes them. Safe to share among threads, and to pickle."""
 
     def __init__(self, folder: Path, kind: str, split: Split):
+        _allow_open_files()
         self._source = tfds.builder_from_directory(builder_folder(folder, kind)).as_data_source(split)
 
     def __len__(self) -> int:
@@ -222,6 +224,14 @@ class Records:
         distinct, inverse = np.unique(np.asarray(numbers, np.int64), return_inverse=True)
         records = self._source.__getitems__(distinct.tolist())
         return [records[place] for place in inverse.tolist()]
+
+
+def _allow_open_files() -> None:
+    """A file for each shard is open: over 1,024, the usual limit, for some 500 datasets."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def data_digest(folder: Path) -> str:
