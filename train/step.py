@@ -127,7 +127,7 @@ def train_step(
     total, terms, grads = value_and_grad(batch_loss, state.params, batch, config, compute)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": total, **terms, "grad_norm": optax.global_norm(grads)}
+    metrics = {"loss": total, **terms, "grad_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
@@ -248,11 +248,7 @@ def text_states(batch: AnyTrainBatch, states: tuple[jax.Array, ...]) -> States:
 
 
 def _eos_states(params: Params, rows: Rows, config: ModelConfig, compute: ComputeConfig) -> jax.Array:
-    """``eos_states`` of any number of rows: rows without a text are added until they divide over the mesh."""
-    count = len(rows.tokens_bt)
-    rows = _padded(rows, -count % batch_parts())
-    states = eos_states(params, rows, config=config, dtype=compute.dtype, kernel=compute.kernel, remat=compute.remat)
-    return states[:count]
+    return eos_states(params, rows, config=config, dtype=compute.dtype, kernel=compute.kernel, remat=compute.remat)
 
 
 def _add_chunk_grads(
