@@ -212,6 +212,8 @@ def test_states_that_do_not_belong_are_refused(tmp_path, command, data, states, 
     narrow = tmp_path / "narrow"
     teach(data, teacher, narrow, dim=64, max_length=MAX_LENGTH)
     refused("a student of 96 dimensions cannot be distilled from 64", teacher_states=narrow)
+    edit_json(narrow / "teacher.json", dim=None)
+    refused("teacher.json is damaged: TypeError: ", teacher_states=narrow)
 
 
 def test_the_same_weights_are_the_same_teacher(tmp_path, data, states, teacher):

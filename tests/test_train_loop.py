@@ -415,8 +415,8 @@ def test_scalars_of_steps_to_be_done_again_are_taken_back(tmp_path):
         for step in (1, 2, 3):
             scalars.write(step, {"x": step / 3})
     with (tmp_path / "scalars.jsonl").open("a") as file:
-        file.write('{"step": 4, "x"')
-    with Scalars(tmp_path, 2) as scalars:
+        file.write('\0\0\0\n{"step": 4, "x"')
+    with pytest.warns(UserWarning, match="scalars.jsonl: line 4 is damaged"), Scalars(tmp_path, 2) as scalars:
         scalars.write(3, {"x": 7.0})
     assert read_scalars(tmp_path) == [{"step": 1, "x": 1 / 3}, {"step": 2, "x": 2 / 3}, {"step": 3, "x": 7.0}]
     with Scalars(tmp_path, 0):  # killed before its first checkpoint

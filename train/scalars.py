@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from pathlib import Path
 from types import TracebackType
 
@@ -65,7 +66,15 @@ class Scalars:
 
 
 def read_scalars(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's ``scalars.jsonl``; a last one that was cut off by a kill is left out."""
+    """The lines of a run's ``scalars.jsonl``; a last one that was cut off by a kill is left out.
+
+    Others that are damaged, as a machine that is lost leaves them, are left out with a warning.
+    """
     file = folder / "scalars.jsonl"
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
-    return [json.loads(line) for line in lines]
+    scalars = []
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1] if file.exists() else [], start=1):
+        try:
+            scalars.append(json.loads(line))
+        except ValueError:
+            warnings.warn(f"{file}: line {number} is damaged, and left out", stacklevel=2)
+    return scalars

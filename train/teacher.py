@@ -92,16 +92,20 @@ class TeacherStore:
             width: read only the first so many values of a state, those a student of that width is compared with.
 
         Raises:
-            InputError: there are no states, or fewer values of each than the width.
+            InputError: there are no states, those of another version, a damaged ``teacher.json``, or fewer values of
+                each state than the width.
         """
         self.folder = Path(folder)
         file = self.folder / STATES_FILE
         if not file.exists():
             raise InputError(f"{folder} holds no teacher's states (no {STATES_FILE}); make them with f2llm teach")
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if (found := values.pop("format")) != FORMAT:
-            raise InputError(f"{file} has format {found}, this version reads {FORMAT}; run f2llm teach again")
-        self.settings = StatesSettings(**values)
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            if (found := values.pop("format")) != FORMAT:
+                raise InputError(f"{file} has format {found}, this version reads {FORMAT}; run f2llm teach again")
+            self.settings = StatesSettings(**values)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{file} is damaged: {type(error).__name__}: {error}") from None
         check_width(self.settings.dim if width is None else width, self.settings.dim, f"the states in {folder}")
         self._width = self.settings.dim if width is None else width
         self._sources = {
