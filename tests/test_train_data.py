@@ -9,12 +9,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from raw_data import rows, write_raw
 
 from f2llm_jax.errors import InputError
+from f2llm_jax.sharding import make_mesh
 from f2llm_jax.train.data import (
     DataLoader,
     Share,
@@ -26,6 +28,7 @@ from f2llm_jax.train.data import (
 )
 from f2llm_jax.train.prepare import prepare
 from f2llm_jax.train.records import data_digest
+from f2llm_jax.train.validation import validate
 
 ROWS = {"aya": 400, "banking77": 90, "imdb": 30, "mqa_de": 200}
 BATCH = 16
@@ -248,6 +251,20 @@ def test_validation_batches_are_shared_and_few_shapes(data):
     assert len(ValidationBatches(data, "aya", batch_size=64, multiple=8)[0].batch.query.lengths_b) == 8
     with pytest.raises(InputError, match="no dataset 'nothing'"):
         ValidationBatches(data, "nothing", batch_size=4)
+
+
+def test_validation_is_over_the_examples_on_any_mesh(data):
+    def evaluate(params, batch, counted_b, *, in_batch):
+        return {"length": np.mean(np.asarray(batch.query.lengths_b)[np.asarray(counted_b)])}
+
+    scores = []
+    for devices, batch_size in ((1, 3), (8, 8)):
+        mesh = make_mesh(data=devices, devices=jax.devices()[:devices])
+        loader = DataLoader(TrainBatches(data, batch_size=batch_size), multiple=devices)
+        scores.append(validate({}, loader, evaluate, mesh))
+    assert scores[0] == pytest.approx(scores[1]) and len(scores[0]) == len(ROWS) + 3
+    stored = [len(r["query"]) for r in source(data.folder, "examples", "validation") if r["dataset"] == b"aya"]
+    assert scores[0]["aya/valid_length"] == pytest.approx(np.mean(stored)) and len(set(stored)) > 1
 
 
 READ_IN_PROCESSES = """

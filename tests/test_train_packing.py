@@ -154,13 +154,23 @@ def test_every_kernel_has_the_gradient_of_packed_rows(kernel):
 
 
 def test_validation_is_that_of_a_text_a_row():
-    batch = bucketed()
+    batch, everything = bucketed(), np.ones(QUERIES, bool)
     options = {"config": TINY, "loss": LOSS, "compute": ComputeConfig(dtype="float32"), "in_batch": True}
     run = jax.jit(functools.partial(validation_step, **options))
-    expected, found = run(params(), batch), run(params(), as_packed(batch))
+    expected, found = run(params(), batch, everything), run(params(), as_packed(batch), everything)
     assert found.keys() == expected.keys() and len(found) == 3
     for name, value in expected.items():
         assert float(found[name]) == pytest.approx(float(value), rel=1e-5), name
+
+    # Whatever fills a batch counts for nothing.
+    counted_b = np.arange(QUERIES) < 5
+    first, last = run(params(), batch, counted_b), run(params(), batch, ~counted_b)
+    for name in ("loss_hard", "accuracy"):
+        mean = (5 * float(first[name]) + 3 * float(last[name])) / QUERIES
+        assert mean == pytest.approx(float(expected[name]), rel=1e-5), name
+    tokens_bt = np.where(counted_b[:, None], batch.passage.tokens_bt, 7)
+    filled = run(params(), batch._replace(passage=batch.passage._replace(tokens_bt=tokens_bt)), counted_b)
+    assert jax.device_get(filled) == jax.device_get(first)
 
 
 def test_work_is_counted_by_the_texts():

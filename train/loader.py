@@ -9,7 +9,7 @@ from f2llm_jax.train.batch import AnyTrainBatch
 
 
 class Item(Protocol):
-    """A batch, of which this process has its share."""
+    """A batch, of which this process has its share; whatever follows its first ``examples`` is there to fill it."""
 
     @property
     def dataset(self) -> str: ...
@@ -19,6 +19,9 @@ class Item(Protocol):
 
     @property
     def batch(self) -> AnyTrainBatch: ...
+
+    @property
+    def examples(self) -> int: ...
 
 
 class Loader(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -91,15 +92,15 @@ def shardings_of(tree: Any) -> Any:
 
 def global_batch(batch: AnyTrainBatch, mesh: Mesh) -> AnyTrainBatch:
     """The batch of all processes, over the mesh, from this one's share."""
-    sharding = NamedSharding(mesh, BATCH_SPEC)
     if isinstance(batch, PackedTrainBatch):
-        batch = _with_global_slots(batch, sharding)
+        batch = _with_global_slots(batch, NamedSharding(mesh, BATCH_SPEC))
+    return jax.tree.map(functools.partial(global_rows, mesh=mesh), batch)
 
-    def put(x: np.ndarray) -> jax.Array:
-        shape = (jax.process_count() * len(x), *x.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, x, shape)
 
-    return jax.tree.map(put, batch)
+def global_rows(x: np.ndarray, mesh: Mesh) -> jax.Array:
+    """The rows of all processes, over the mesh, from this one's share."""
+    shape = (jax.process_count() * len(x), *x.shape[1:])
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH_SPEC), x, shape)
 
 
 def _with_global_slots(batch: PackedTrainBatch, sharding: NamedSharding) -> PackedTrainBatch:

@@ -145,11 +145,20 @@ def teacher_states(
 
 
 def loss_terms(
-    states: States, batch: AnyTrainBatch, loss: LossConfig, *, in_batch: bool, teacher: States | None = None
+    states: States,
+    batch: AnyTrainBatch,
+    loss: LossConfig,
+    *,
+    in_batch: bool,
+    teacher: States | None = None,
+    counted_b: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """The terms ``hard``, ``in_batch`` and ``distill`` (unweighted) of a batch, float32 scalars; 0 where one is off."""
+    """The terms ``hard``, ``in_batch`` and ``distill`` (unweighted) of a batch, float32 scalars; 0 where one is off.
+
+    The first two are of the examples in ``counted_b`` alone, a bool [batch], if it is there.
+    """
     query_bd, passage_bd, negatives_bnd = split_states(states)
-    options: dict[str, Any] = {"temperature": loss.temperature, "mrl_dims": loss.mrl_dims}
+    options: dict[str, Any] = {"temperature": loss.temperature, "mrl_dims": loss.mrl_dims, "counted_b": counted_b}
     terms = {
         "hard": losses.hard_negative_loss(query_bd, passage_bd, negatives_bnd, **options),
         "in_batch": jnp.float32(0),

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from f2llm_jax.config import ModelConfig
@@ -20,7 +21,7 @@ from f2llm_jax.train.batch import AnyTrainBatch
 from f2llm_jax.train.config import TrainConfig
 from f2llm_jax.train.loader import Loader
 from f2llm_jax.train.meter import LOSSES, by_dataset
-from f2llm_jax.train.placement import everywhere, global_batch
+from f2llm_jax.train.placement import everywhere, global_batch, global_rows
 from f2llm_jax.train.step import ComputeConfig, LossConfig, batch_states, loss_terms, split_states
 
 # Batches dispatched before the results of an older one are fetched.
@@ -30,6 +31,7 @@ _IN_FLIGHT = 2
 def validation_step(
     params: Params,
     batch: AnyTrainBatch,
+    counted_b: jax.Array,
     *,
     config: ModelConfig,
     loss: LossConfig,
@@ -41,6 +43,7 @@ def validation_step(
     Args:
         params: the parameters.
         batch: the global batch.
+        counted_b: bool [batch]; the others are there to fill it, and nothing depends on them.
         config, loss, compute, in_batch: as for ``train_step``.
 
     Returns:
@@ -48,14 +51,15 @@ def validation_step(
         all of their negatives), if there are negatives; ``loss_in_batch``, for retrieval.
     """
     states = batch_states(params, batch, config, compute)
-    terms = loss_terms(states, batch, dataclasses.replace(loss, mrl_dims=()), in_batch=in_batch)
+    loss = dataclasses.replace(loss, mrl_dims=())
+    terms = loss_terms(states, batch, loss, in_batch=in_batch, counted_b=counted_b)
     values = {LOSSES["in_batch"]: terms["in_batch"]} if in_batch else {}
     query_bd, passage_bd, negatives_bnd = split_states(states)
     if negatives_bnd is None:
         return values
     score_b = jnp.einsum("bd,bd->b", unit(query_bd), unit(passage_bd), precision="highest")
     score_bn = jnp.einsum("bd,bnd->bn", unit(query_bd), unit(negatives_bnd), precision="highest")
-    accuracy = jnp.mean(score_b > jnp.max(score_bn, axis=1), dtype=jnp.float32)
+    accuracy = jnp.mean(score_b > jnp.max(score_bn, axis=1), dtype=jnp.float32, where=counted_b)
     return {LOSSES["hard"]: terms["hard"], "accuracy": accuracy, **values}
 
 
@@ -68,11 +72,23 @@ def make_evaluate(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> Callab
 def validate(
     params: Params, loader: Loader, evaluate: Callable[..., dict[str, jax.Array]], mesh: Mesh
 ) -> dict[str, float]:
-    """The means of ``validation_step`` over the batches of each dataset, and their averages over tasks, by name."""
+    """The means of ``validation_step`` over the examples of each dataset, and their averages over tasks, by name."""
     results: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    examples: dict[tuple[str, str], list[int]] = defaultdict(list)
     for item in itertools.chain.from_iterable(loader.validation().values()):
-        values = results[item.task, item.dataset]
-        values.append(evaluate(params, global_batch(item.batch, mesh), in_batch=item.task == "retrieval"))
+        key = item.task, item.dataset
+        values = results[key]
+        examples[key].append(item.examples)
+        rows = len(item.batch.passage_ids_b)
+        counted_b = global_rows(jax.process_index() * rows + np.arange(rows) < item.examples, mesh)
+        batch = global_batch(item.batch, mesh)
+        values.append(evaluate(params, batch, counted_b, in_batch=item.task == "retrieval"))
         if len(values) > _IN_FLIGHT:
             values[-1 - _IN_FLIGHT] = jax.device_get(values[-1 - _IN_FLIGHT])
-    return by_dataset("valid", jax.device_get(dict(results)))
+    means = {key: [_mean(values, examples[key])] for key, values in jax.device_get(dict(results)).items()}
+    return by_dataset("valid", means)
+
+
+def _mean(batches: list[dict[str, Any]], examples: list[int]) -> dict[str, Any]:
+    """The mean over all examples, from the means of batches of so many."""
+    return {name: np.average([values[name] for values in batches], weights=examples) for name in batches[0]}
