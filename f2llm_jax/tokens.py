@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +59,15 @@ class Tokenizer:
         pad = settings.get("pad_token")
         pad_id = eos_id if pad is None else _token_id(backend, pad, "pad_token", settings_file)
         return cls(backend, eos_id, pad_id, _without_row(backend, max(eos_id, pad_id), path))
+
+    @functools.cached_property
+    def vocabulary(self) -> str:
+        """A digest of the tokens that the model has a row for, and of their ids: data of one fits models of the same.
+
+        It is equal for relatives whose files differ, in a chat template for example.
+        """
+        tokens = sorted(item for item in self.backend.get_vocab().items() if item[1] not in self.without_row)
+        return hashlib.blake2b(json.dumps(tokens).encode(), digest_size=16).hexdigest()
 
     def encode(self, texts: Sequence[str], max_length: int) -> tuple[list[np.ndarray], int]:
         """Token ids of every text, EOS last.

@@ -261,3 +261,12 @@ def test_other_additions_than_one_eos_are_refused(tiny_folders, tmp_path, templa
     backend.save(str(folder / "tokenizer.json"))
     with pytest.raises(ReleaseError, match="one EOS"):
         Tokenizer.from_release(folder)
+
+
+def test_the_vocabulary_is_that_of_the_models_rows(tiny_folders):
+    plain, appending = (Tokenizer.from_release(folder) for folder in tiny_folders.values())
+    assert plain.vocabulary == appending.vocabulary  # of files that differ
+    backend = Tokenizer.from_release(tiny_folders[False]).backend
+    backend.add_tokens(["<new>"])
+    assert Tokenizer(backend, 1, 0).vocabulary != plain.vocabulary
+    assert Tokenizer(backend, 1, 0, {backend.token_to_id("<new>"): "<new>"}).vocabulary == plain.vocabulary

@@ -32,7 +32,9 @@ from f2llm_jax.train.data import DataLoader
 from f2llm_jax.train.meter import Work, by_dataset
 from f2llm_jax.train.placement import make_train_mesh
 from f2llm_jax.train.prepare import prepare
+from f2llm_jax.train.records import Settings
 from f2llm_jax.train.scalars import Scalars, read_scalars
+from f2llm_jax.train.teacher import check_tokenizer
 
 PROCESS = Path(__file__).with_name("train_process.py")
 
@@ -367,14 +369,29 @@ def test_an_export_is_not_overwritten(command, tmp_path, capsys):
     assert f"{tmp_path} exists" in capsys.readouterr().err
 
 
-def test_data_for_another_tokenizer_is_refused(command, copied_release, tmp_path, capsys):
-    (copied_release / "tokenizer.json").write_text(
-        (copied_release / "tokenizer.json").read_text().replace("<|im_end|>", "<|endoftext|>", 0)
-    )
+def test_data_for_another_tokenizer_is_refused(command, data, tiny_release, copied_release, tmp_path, capsys):
+    def refused(message: str, **settings: object) -> None:
+        assert main(["train", *command(tmp_path / "run", **settings)]) == 2
+        assert message in capsys.readouterr().err
+
+    file, prepared = copied_release / "tokenizer.json", Settings.read(data)
+    edit_json(copied_release / "tokenizer_config.json", chat_template="{{ messages }}")
+    check_tokenizer(copied_release, prepared, data)
+    backend = json.loads(file.read_text())
+    ids = backend["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    file.write_text(json.dumps(backend))
+    refused("was prepared for models with other tokens than", model=copied_release)
+    refused("have different tokenizers", teacher=copied_release)
     edit_json(copied_release / "tokenizer_config.json", eos_token="<|endoftext|>")
     set_appended_token(copied_release, "<|endoftext|>")
-    assert main(["train", *command(tmp_path / "run", model=copied_release)]) == 2
-    assert "was prepared for models whose EOS is token 1; that of" in capsys.readouterr().err
+    refused("was prepared for models whose EOS is token 1; that of", model=copied_release)
+
+    # Data of early versions says less.
+    shutil.copy(data / "prepared.json", tmp_path)
+    edit_json(tmp_path / "prepared.json", vocabulary=None, tokenizer="of files")
+    assert Settings.read(tmp_path) == dataclasses.replace(prepared, vocabulary=None)
+    check_tokenizer(tiny_release, Settings.read(tmp_path), tmp_path)
 
 
 # --- parts

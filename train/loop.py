@@ -210,17 +210,17 @@ def load_teacher(config: TrainConfig, student: Release, mesh: Mesh) -> Teacher |
     """The teacher, in the dtype it computes in; None if there is none, or its states are read from disk.
 
     Raises:
-        InputError: the student is wider than its teacher, or their tokenizers end texts differently.
+        InputError: the student is wider than its teacher, or their tokenizers differ.
     """
     if config.teacher is None or config.teacher_states is not None:
         return None
     release = read_release(find_release(config.teacher))
     check_width(student.config.hidden_size, release.config.hidden_size, f"the states of {config.teacher}")
-    eos_ids = [Tokenizer.from_release(path).eos_id for path in (student.path, release.path)]
-    if eos_ids[0] != eos_ids[1]:
+    own, its = (Tokenizer.from_release(path) for path in (student.path, release.path))
+    if (own.eos_id, own.vocabulary) != (its.eos_id, its.vocabulary):
         raise InputError(
-            f"the EOS of {config.model} is token {eos_ids[0]}, that of its teacher {config.teacher} {eos_ids[1]}: they "
-            "have different tokenizers"
+            f"{config.model} (EOS: token {own.eos_id}) and its teacher {config.teacher} (EOS: token {its.eos_id}) do "
+            "not share tokens and ids: they have different tokenizers"
         )
     params = load_params(open_checkpoint(release.path), release.config, dtype=config.compute.dtype, mesh=mesh)
     return Teacher(params, padded_config(release.config, mesh))

@@ -304,12 +304,13 @@ class _Work:
         datasets = self._datasets(pieces)
         splits: dict[Split, list[Shard]] = {split: shards for split in SPLITS if (shards := _shards(pieces, split))}
         documents = _shards(pieces, "documents")
+        tokenizer = Tokenizer.from_release(self.release)
         settings = Settings(
             stage=self.stage,
             seed=self.seed,
             max_length=self.max_length,
-            tokenizer=_fingerprint(self.release),
-            eos_id=(tokenizer := Tokenizer.from_release(self.release)).eos_id,
+            vocabulary=tokenizer.vocabulary,
+            eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
             documents=sum(shard.records for shard in documents),
             datasets=datasets,

@@ -56,6 +56,7 @@ from f2llm_jax.texts import read_texts
 from f2llm_jax.tokens import Tokenizer
 from f2llm_jax.train.placement import on_mesh
 from f2llm_jax.train.records import Records, Settings
+from f2llm_jax.train.teacher import check_tokenizer
 
 IMPORTANCES = ("l2", "mean", "weighted")
 LAYERS_BY = ("first", "change")
@@ -440,25 +441,20 @@ def _scale(axes: Sequence[str], shrink: float) -> float:
 
 def _sequences(source: str | Path, release: Release, count: int, max_length: int) -> list[np.ndarray]:
     """Token ids of ``count`` texts drawn at random, or of all if there are fewer."""
-    rng, tokenizer = np.random.default_rng(0), Tokenizer.from_release(release.path)
+    rng = np.random.default_rng(0)
     if Path(source).is_dir():
-        return _prepared_sequences(Path(source), tokenizer, count, max_length, rng)
+        check_tokenizer(release.path, Settings.read(Path(source)), source)
+        return _prepared_sequences(Path(source), count, max_length, rng)
     texts = read_texts(source).texts
     if not texts:
         raise InputError(f"{source} holds no texts to calibrate with")
     chosen = np.sort(rng.permutation(len(texts))[:count])
+    tokenizer = Tokenizer.from_release(release.path)
     return tokenizer.encode([texts[number] for number in chosen], min(max_length, release.max_length))[0]
 
 
-def _prepared_sequences(
-    folder: Path, tokenizer: Tokenizer, count: int, max_length: int, rng: np.random.Generator
-) -> list[np.ndarray]:
+def _prepared_sequences(folder: Path, count: int, max_length: int, rng: np.random.Generator) -> list[np.ndarray]:
     """As many queries, with their instructions, as passages."""
-    settings = Settings.read(folder)
-    if settings.eos_id != tokenizer.eos_id:
-        raise InputError(
-            f"{folder} was prepared for models whose EOS is token {settings.eos_id}; the model's is {tokenizer.eos_id}"
-        )
     examples = Records(folder, "examples", "train")
     chosen = examples.read(rng.permutation(len(examples))[: -(-count // 2)])
     passages = Records(folder, "documents", "train").read([example["passage"] for example in chosen])

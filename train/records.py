@@ -166,8 +166,8 @@ class Settings:
     """What ``prepared.json`` says.
 
     Attributes:
-        stage, seed, max_length, tokenizer: as prepared; ``tokenizer`` is a digest of its file.
-        eos_id, pad_id: of that tokenizer.
+        stage, seed, max_length: as prepared.
+        vocabulary, eos_id, pad_id: of the tokenizer; no vocabulary in data of early versions.
         documents: how many distinct ones there are.
         datasets: in the order of their examples.
     """
@@ -175,7 +175,7 @@ class Settings:
     stage: int
     seed: int
     max_length: int
-    tokenizer: str
+    vocabulary: str | None
     eos_id: int
     pad_id: int
     documents: int
@@ -200,7 +200,8 @@ class Settings:
             if (found := values.pop("format")) != FORMAT:
                 raise InputError(f"{file} has format {found}, this version reads {FORMAT}; prepare the data again")
             datasets = [Dataset(**dataset) for dataset in values.pop("datasets")]
-            return cls(**values, datasets=datasets)
+            values.pop("tokenizer", None)  # of early data: a digest of files, which relatives do not share
+            return cls(**{"vocabulary": None, **values}, datasets=datasets)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{file} is damaged: {type(error).__name__}: {error}") from None
 

@@ -286,13 +286,16 @@ def cut(tokens: np.ndarray, max_length: int, eos_id: int) -> np.ndarray:
 
 
 def check_tokenizer(release: Path, prepared: Settings, data: str | Path) -> None:
-    """An InputError if data was prepared for models with another EOS."""
-    eos_id = Tokenizer.from_release(release).eos_id
-    if eos_id != prepared.eos_id:
+    """An InputError if data was prepared for models with another EOS or other tokens."""
+    tokenizer = Tokenizer.from_release(release)
+    mend = f"prepare it with --tokenizer {release}"
+    if tokenizer.eos_id != prepared.eos_id:
         raise InputError(
-            f"{data} was prepared for models whose EOS is token {prepared.eos_id}; that of {release} is {eos_id}: "
-            f"prepare it with --tokenizer {release}"
+            f"{data} was prepared for models whose EOS is token {prepared.eos_id}; that of {release} is "
+            f"{tokenizer.eos_id}: {mend}"
         )
+    if prepared.vocabulary not in (None, tokenizer.vocabulary):
+        raise InputError(f"{data} was prepared for models with other tokens than {release}, or other ids: {mend}")
 
 
 def teacher_digest(folder: Path, config: ModelConfig) -> str:
