@@ -132,10 +132,10 @@ def encode_corpus(
         field=field,
         id_field=id_field,
         file_format=file_format,
-        shard_rows=shard_rows,
+        shard_rows=whole_number("shard_rows", shard_rows),
     )
     team = Team.of(settings["mesh"], processes)
-    corpus = _index(patterns, settings, plan, show_progress)
+    corpus = _index(patterns, out, settings, plan, show_progress)
     calibration = None if ranges is None else np.asarray(ranges, np.float32)
     work = Output(out, settings, corpus, model=str(model), ranges=calibration)
     with _Termination(team) as termination:
@@ -207,7 +207,7 @@ def _settings(
     device = jax.local_devices()[0]
     return {
         "model_sha256": model_digest(release.path),
-        "mesh": {**_ONE_DEVICE, **mesh},
+        "mesh": _mesh_sizes(mesh),
         "device": f"{device.platform} {device.device_kind}",
         "dim": dim,
         "output": output,
@@ -216,14 +216,22 @@ def _settings(
     }
 
 
+def _mesh_sizes(mesh: Mapping[str, int]) -> dict[str, int]:
+    """Sizes of all axes."""
+    if unknown := mesh.keys() - _ONE_DEVICE.keys():
+        axes = ", ".join(_ONE_DEVICE)
+        raise InputError(f"mesh has sizes of {axes}, not of {', '.join(map(repr, sorted(unknown)))}")
+    return {axis: whole_number(f"mesh[{axis!r}]", mesh.get(axis, size)) for axis, size in _ONE_DEVICE.items()}
+
+
 def _index(
-    patterns: Sequence[str], settings: Mapping[str, Any], plan: dict[str, Any] | None, show_progress: bool
+    patterns: Sequence[str], out: Path, settings: Mapping[str, Any], plan: dict[str, Any] | None, show_progress: bool
 ) -> Corpus:
     """The corpus; files that the begun run has cut in the same way are not read again."""
     reading = ("field", "id_field", "file_format", "shard_rows")
     same_cuts = plan is not None and all(plan["settings"].get(key) == settings[key] for key in reading)
     return index(
-        find_files(patterns),
+        find_files(patterns, out),
         field=settings["field"],
         id_field=settings["id_field"],
         file_format=settings["file_format"],

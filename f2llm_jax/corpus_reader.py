@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from f2llm_jax.errors import InputError
-from f2llm_jax.texts import RECORDS, Lines, Position, check_text, format_of
+from f2llm_jax.texts import RECORDS, Lines, Position, check_text, check_unicode, format_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -86,19 +86,28 @@ class UnitTexts(NamedTuple):
     ids: pyarrow.Array
 
 
-def find_files(patterns: Sequence[str]) -> list[str]:
+def find_files(patterns: Sequence[str], out: Path) -> list[str]:
     """The files of glob patterns: those of the first pattern by name, then those of the next; each file once.
+
+    Args:
+        patterns: globs; one that is the name of a file is that file, whatever brackets are in it.
+        out: the folder of the output, whose own files are left out.
 
     Raises:
         InputError: nothing matches a pattern.
     """
-    files: dict[str, None] = {}
+    files: dict[Path, str] = {}  # by where they really are: a file may have several names
+    out = out.resolve()
     for pattern in patterns:
-        found = sorted(path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(path))
+        name = os.path.expanduser(pattern)
+        paths = [name] if os.path.isfile(name) else sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
+        found = [(Path(path).resolve(), path) for path in paths]
+        found = [(file, path) for file, path in found if not file.is_relative_to(out)]
         if not found:
-            raise InputError(f"no file matches {pattern}")
-        files.update(dict.fromkeys(found))
-    return list(files)
+            raise InputError(f"no file matches {pattern}" + (f" but those of {out} itself" if paths else ""))
+        for file, path in found:
+            files.setdefault(file, path)
+    return list(files.values())
 
 
 class Corpus:
@@ -219,6 +228,8 @@ def _check_id(id_: Any, id_field: str, id_type: str | None, where: str) -> str:
         raise InputError(f"{where}: the id in field {id_field!r} is {found}, those before it are {id_type}")
     if found == "int64" and not -(2**63) <= id_ < 2**63:
         raise InputError(f"{where}: the id {id_} in field {id_field!r} does not fit 64 bits; make the ids strings")
+    if found == "string":
+        check_unicode(id_, f"{where}: the id in field {id_field!r}")
     return found
 
 

@@ -112,7 +112,7 @@ class Output:
 
     Attributes:
         folder: where it is.
-        fingerprint: of the settings and the contents of the inputs; shards of another one do not belong here.
+        fingerprint: of the settings and of the inputs' formats and contents; shards of another do not belong here.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Output:
         self._corpus = corpus
         self._model = model
         self._settings = json.loads(json.dumps(settings))
-        contents = [[file.bytes, file.sha256] for file in corpus.files]
+        contents = [[file.format, file.bytes, file.sha256] for file in corpus.files]
         self.fingerprint = hashlib.sha256(json.dumps([self._settings, contents]).encode()).hexdigest()
         found = read_plan(folder)
         if found is not None:
@@ -162,7 +162,7 @@ class Output:
         if not changed and len(before) != len(now):
             changed = [f"the number of input files (was {len(before)}, is {len(now)})"]
         for old, new in zip(before, now, strict=False):
-            if (old["bytes"], old["sha256"]) != (new.bytes, new.sha256):
+            if (old["format"], old["bytes"], old["sha256"]) != (new.format, new.bytes, new.sha256):
                 changed.append(new.path if old["path"] == new.path else f"{new.path} in place of {old['path']}")
         if changed:
             raise InputError(

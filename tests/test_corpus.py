@@ -27,6 +27,7 @@ import f2llm_jax as f2llm
 from f2llm_jax import distributed
 from f2llm_jax.cli import main
 from f2llm_jax.corpus import encode_corpus
+from f2llm_jax.corpus_reader import index
 from f2llm_jax.corpus_writer import Output, read_plan
 from f2llm_jax.distributed import Processes
 
@@ -375,6 +376,15 @@ def test_other_inputs_and_models_are_refused(whole, tiny_release, copied_release
     assert "changed: model_sha256" in message and "name another --out" in message
 
 
+def test_the_same_bytes_in_another_format_are_other_inputs(tmp_path):
+    table, out = tmp_path / "in.csv", tmp_path / "out"
+    table.write_text("text\na\n")
+    Output(out, {}, index([str(table)], unit_rows=8), model="tiny")
+    lines = table.rename(tmp_path / "in.txt")
+    with pytest.raises(f2llm.InputError, match=f"changed: {lines} in place of {table};"):
+        Output(out, {}, index([str(lines)], unit_rows=8), model="tiny")
+
+
 def test_a_folder_of_something_else_is_left_alone(tiny_release, docs, tmp_path, capsys):
     (tmp_path / "mine.txt").touch()
     message = error_of(capsys, command(tiny_release, docs, tmp_path))
@@ -390,9 +400,18 @@ def test_ranges_that_another_process_writes_are_no_stranger(tmp_path):
         read_plan(tmp_path)
 
 
-def test_wrong_numbers_are_refused_before_anything_is_made(tiny_release, docs, tmp_path):
-    with pytest.raises(f2llm.InputError, match="batch_tokens must be a positive whole number, not 0"):
-        f2llm.encode_corpus(tiny_release, [f"{docs}/*.parquet"], tmp_path / "out", batch_tokens=0)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_tokens": 0}, "batch_tokens must be a positive whole number, not 0"),
+        ({"shard_rows": 0}, "shard_rows must be a positive whole number, not 0"),
+        ({"mesh": {"data": 0}}, r"mesh\['data'\] must be a positive whole number, not 0"),
+        ({"mesh": {"rows": 2}}, "mesh has sizes of data, fsdp, tensor, not of 'rows'"),
+    ],
+)
+def test_wrong_numbers_are_refused_before_anything_is_made(arguments, message, tiny_release, docs, tmp_path):
+    with pytest.raises(f2llm.InputError, match=message):
+        f2llm.encode_corpus(tiny_release, [f"{docs}/*.parquet"], tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
 
 

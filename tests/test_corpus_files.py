@@ -77,15 +77,22 @@ def test_units_of_a_parquet_file_are_read_in_any_order(order, skipped, group, tm
     assert read_all(corpus, order) == ([text for _, text in expected], [id_ for id_, _ in expected])
 
 
-def test_files_are_taken_by_pattern_then_by_name_and_once(tmp_path):
-    for name in ("b.txt", "a.txt", "sub/c.txt", "a.jsonl"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+def test_files_are_taken_by_pattern_then_by_name_and_once(tmp_path, monkeypatch):
+    for name in ("b.txt", "a.txt", "sub/c.txt", "a.jsonl", "p[1].md", "p1.md", "out/shards/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "folder.txt").mkdir()
-    found = find_files([f"{tmp_path}/*.jsonl", f"{tmp_path}/**/*.txt", f"{tmp_path}/a.*"])
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    monkeypatch.chdir(tmp_path)
+    out = Path("sub/../out")
+    found = find_files([f"{tmp_path}/*.jsonl", f"{tmp_path}/**/*.txt", f"{tmp_path}/a.*", "./a.txt"], out)
     assert [Path(file).relative_to(tmp_path).as_posix() for file in found] == ["a.jsonl", "a.txt", "b.txt", "sub/c.txt"]
+    assert find_files(["p[1].md"], out) == ["p[1].md"]  # its name, and a pattern of p1.md's
+    assert find_files(["p[1-9].md", *sorted(map(str, Path().glob("*.md")))], out) == ["p1.md", "p[1].md"]
     with pytest.raises(InputError, match=r"no file matches .*/\*\.csv"):
-        find_files([f"{tmp_path}/*.txt", f"{tmp_path}/*.csv"])
+        find_files([f"{tmp_path}/*.txt", f"{tmp_path}/*.csv"], out)
+    with pytest.raises(InputError, match=r"no file matches out/\*\*/\*\.txt but those of .*/out itself"):
+        find_files(["out/**/*.txt"], out)
 
 
 def test_rows_are_numbered_over_all_files(tmp_path):
@@ -154,6 +161,10 @@ BAD = {
         "line 2: the id in field 'id' is string, those",
     ),
     "large.jsonl": (b'{"text": "a", "id": 9223372036854775808}', "line 1: the id 9223372036854775808 in field 'id'"),
+    "half.jsonl": (
+        b'{"text": "a", "id": "\\ud800"}',
+        "line 1: the id in field 'id': character 0 is half of a surrogate pair",
+    ),
     "no_id.csv": (b"text\na\n", "line 2: there is no id in field 'id'"),
     "lines.txt": (b"a\n", "lines.txt is a txt file, which has no field 'id'"),
     "bytes.csv": (b"text,id\na,1\n\xff,2\n", "line 3: not valid UTF-8"),
