@@ -373,19 +373,29 @@ def test_a_bad_parquet_column_is_one_clear_line(message, tiny_release, tmp_path,
     assert message in error_of(capsys, encode(tiny_release, tmp_path / "in.parquet", tmp_path / "out.npy"))
 
 
-def test_ids_of_several_types_are_found_before_the_work(tmp_path, capsys):
-    source = write_texts(tmp_path / "in.jsonl", ["a", "b"], ids=[1, "one"])
-    message = error_of(capsys, encode(tmp_path / "no-model", source, tmp_path / "out.parquet"))
-    assert "ids do not make a column" in message
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ('"one"', "ids do not make a column"),
+        ('"\\ud800"', "the id of the input's row 1: character 0 is half of a surrogate pair"),
+    ],
+)
+def test_ids_that_make_no_column_are_found_before_the_work(second, message, tmp_path, capsys):
+    source = tmp_path / "in.jsonl"
+    source.write_text(f'{{"text": "a", "id": 1}}\n{{"text": "b", "id": {second}}}\n')
+    assert message in error_of(capsys, encode(tmp_path / "no-model", source, tmp_path / "out.parquet"))
 
 
 def test_bad_arguments_are_one_clear_line(tiny_release, corpus, tmp_path, capsys):
     out = tmp_path / "out.npy"
     ranges = tmp_path / "ranges.npy"
     ranges.write_bytes(b"no numbers")
+    archive = tmp_path / "archive.npy"
+    archive.write_bytes(b"PK\x03\x04no archive")
     one = write_texts(tmp_path / "one.txt", ["a"])
     cases = [
         ([corpus, tmp_path / "out.txt"], "the output is a .npy or .parquet file, not '.txt'"),
+        ([corpus, "."], ".: the output is a .npy or .parquet file, not ''"),
         ([corpus, tmp_path / "nowhere" / "out.npy"], "nowhere is not a folder"),
         ([tmp_path, out, "--input-format", "txt"], "Is a directory"),
         ([corpus, out, "--dim", "97"], "dim must be a whole number within 1..96, not 97"),
@@ -394,6 +404,7 @@ def test_bad_arguments_are_one_clear_line(tiny_release, corpus, tmp_path, capsys
         ([corpus, out, "--revision", "main"], "is a local folder; a revision ('main') belongs to a hub id"),
         ([corpus, out, "--ranges", str(ranges)], "--ranges is for --output-type int8"),
         ([corpus, out, "--output-type", "int8", "--ranges", str(ranges)], "is not a .npy file of float ranges"),
+        ([corpus, out, "--output-type", "int8", "--ranges", str(archive)], "is not a .npy file of float ranges"),
         ([corpus, out, "--output-type", "int8", "--ranges", str(tmp_path / "no.npy")], "No such file"),
         ([one, out, "--output-type", "int8"], "needs at least 2 texts, not 1"),
     ]

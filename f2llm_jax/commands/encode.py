@@ -25,6 +25,8 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -42,7 +44,7 @@ from f2llm_jax.commands import (
 )
 from f2llm_jax.errors import InputError
 from f2llm_jax.files import new_file
-from f2llm_jax.texts import STDIN, Texts, read_texts
+from f2llm_jax.texts import STDIN, Texts, check_unicode, read_texts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -142,6 +144,7 @@ def _run_corpus(args: argparse.Namespace) -> int:
 
 
 def _run_file(args: argparse.Namespace) -> None:
+    write = _writer(args.output)
     calibrate = args.output_type == "int8" and args.ranges is None
     ranges_file = args.output.with_suffix(".ranges.npy")
     _check_arguments(args, [args.output, ranges_file] if calibrate else [args.output])
@@ -151,7 +154,6 @@ def _run_file(args: argparse.Namespace) -> None:
             f"int8 without --ranges takes them from the input, which needs at least 2 texts, not {len(texts.texts)}"
         )
     ranges = None if args.ranges is None else _read_ranges(args.ranges)
-    write = WRITERS[args.output.suffix.lower()]
     ids = _id_column(texts) if write is _write_parquet else None
     # Opened before the work, so that a folder that cannot be written to is found out now.
     with new_file(args.output) as stream:
@@ -163,9 +165,14 @@ def _run_file(args: argparse.Namespace) -> None:
     print(f"{args.output}: {len(embeddings)} embeddings, {embeddings.shape[1]} x {embeddings.dtype}")
 
 
+def _writer(output: Path) -> Callable[[BinaryIO, np.ndarray, pyarrow.Array | None], None]:
+    """What writes a file of this extension."""
+    if output.suffix.lower() not in WRITERS:
+        raise InputError(f"{output}: the output is a {' or '.join(WRITERS)} file, not {output.suffix!r}")
+    return WRITERS[output.suffix.lower()]
+
+
 def _check_arguments(args: argparse.Namespace, outputs: list[Path]) -> None:
-    if args.output.suffix.lower() not in WRITERS:
-        raise InputError(f"{args.output}: the output is a {' or '.join(WRITERS)} file, not {args.output.suffix!r}")
     if args.ranges is not None and args.output_type != "int8":
         raise InputError(f"--ranges is for --output-type int8, not for {args.output_type}")
     if not args.output.parent.is_dir():
@@ -184,7 +191,7 @@ def _read_ranges(file: Path) -> np.ndarray:
 
     try:
         ranges = np.load(file, allow_pickle=False)
-    except (ValueError, EOFError):
+    except (ValueError, EOFError, zipfile.BadZipFile):
         ranges = None
     if not isinstance(ranges, np.ndarray) or ranges.dtype.kind != "f":
         raise InputError(f"{file} is not a .npy file of float ranges [2, dim]")
@@ -227,6 +234,9 @@ def _id_column(texts: Texts) -> pyarrow.Array:
 
     if texts.ids is None:
         return pyarrow.array(np.arange(len(texts.texts)))
+    for row, id_ in enumerate(texts.ids):
+        if isinstance(id_, str):
+            check_unicode(id_, f"the id of the input's row {row}")
     try:
         return pyarrow.array(texts.ids, type=texts.id_type)
     except (pyarrow.ArrowException, OverflowError) as error:
