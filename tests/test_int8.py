@@ -111,6 +111,16 @@ def test_on_a_mesh(models, real_release, texts):
     np.testing.assert_array_equal(copied.encode(texts[:8]), model.encode(texts[:8]))
 
 
+@pytest.mark.parametrize("axes", [None, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_a_model_loads_whatever_mesh_is_set(models, real_release, axes):
+    mesh = None if axes is None else make_mesh(**axes)
+    with jax.set_mesh(make_mesh(tensor=2, devices=jax.devices()[:2])):
+        params = load_params(
+            open_checkpoint(real_release), models["int8"].config, dtype="bfloat16", int8=True, mesh=mesh
+        )
+    jax.tree.map(np.testing.assert_array_equal, params["layers"], models["int8"].params["layers"])
+
+
 def test_what_an_evaluation_says_of_it(models, real_release, texts):
     embedder = load_embedder(str(real_release), dtype="int8")
     np.testing.assert_array_equal(embedder.encode(texts[:4], "document"), models["int8"].encode_document(texts[:4]))
