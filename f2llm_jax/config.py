@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from f2llm_jax.errors import ReleaseError, warn
+from f2llm_jax.errors import ReleaseError, warn, whole_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +36,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name != "dtype" and not value > 0:
-                raise ValueError(f"{field.name} must be positive, not {value!r}")
+            if field.type == "int":
+                whole_number(field.name, value)
+            elif field.type == "float" and not (type(value) in (int, float) and 0 < value < math.inf):
+                raise ValueError(f"{field.name} must be a positive number, not {value!r}")
+            elif field.type == "str" and not isinstance(value, str):
+                raise ValueError(f"{field.name} must be a string, not {value!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -91,16 +96,18 @@ class ModelConfig:
         missing = [name for name in required if values.get(name) is None]
         if missing:
             raise ReleaseError(f"{source}: missing {', '.join(missing)}")
-        _check_layer_types(values, source)
+        rope_theta = _rope_theta(values, source)
         try:
-            return cls(
+            config = cls(
                 **{name: values[name] for name in required},
-                rope_theta=_rope_theta(values, source),
+                rope_theta=rope_theta,
                 max_position_embeddings=values.get("max_position_embeddings", cls.max_position_embeddings),
                 dtype=values.get("dtype") or values.get("torch_dtype") or "float32",
             )
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise ReleaseError(f"{source}: {error}") from error
+        _check_layer_types(values, config.num_hidden_layers, source)
+        return config
 
     def to_hf(self) -> dict[str, Any]:
         """The mapping for a ``config.json`` that transformers 4.51 and later, and 5, read as the same model.
@@ -152,16 +159,19 @@ def _refuse_other_models(values: Mapping[str, Any], source: str) -> None:
         raise ReleaseError(f"{source}: attention_bias is true; projections with a bias are not supported")
 
 
-def _check_layer_types(values: Mapping[str, Any], source: str) -> None:
-    num_layers, layer_types = values["num_hidden_layers"], values.get("layer_types")
+def _check_layer_types(values: Mapping[str, Any], num_layers: int, source: str) -> None:
+    layer_types = values.get("layer_types")
     if layer_types is None:
         first_sliding = values.get("max_window_layers", num_layers)
-        if values.get("use_sliding_window") and values.get("sliding_window") and first_sliding < num_layers:
+        none_slides = isinstance(first_sliding, int) and first_sliding >= num_layers
+        if values.get("use_sliding_window") and values.get("sliding_window") and not none_slides:
             raise ReleaseError(
                 f"{source}: use_sliding_window makes layers {first_sliding}..{num_layers - 1} sliding_attention, "
                 "which is not supported"
             )
         return
+    if not isinstance(layer_types, list):
+        raise ReleaseError(f"{source}: layer_types must be a list, not {layer_types!r}")
     if len(layer_types) < num_layers:
         raise ReleaseError(f"{source}: layer_types has {len(layer_types)} entries for {num_layers} layers")
     if len(layer_types) > num_layers:
@@ -174,11 +184,14 @@ def _check_layer_types(values: Mapping[str, Any], source: str) -> None:
 
 def _rope_theta(values: Mapping[str, Any], source: str) -> float:
     """transformers 4 has rope_theta at the top, transformers 5 inside rope_parameters; a default would be a guess."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    key = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
+    rope = values.get(key) or {}
+    if not isinstance(rope, dict):
+        raise ReleaseError(f"{source}: {key} must be a JSON object, not {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ReleaseError(f"{source}: rope_type is {kind!r}; only the default rotary positions are supported")
     theta = rope.get("rope_theta", values.get("rope_theta"))
     if theta is None:
         raise ReleaseError(f"{source}: no rope_theta, neither at the top level nor in rope_parameters")
-    return float(theta)
+    return float(theta) if type(theta) is int else theta

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from f2llm_jax.config import ModelConfig, read_json
-from f2llm_jax.errors import InputError, ReleaseError, warn
+from f2llm_jax.errors import InputError, ReleaseError, warn, whole_number
 
 # What of a hub repository a model needs: no other frameworks' weights, no pictures, and no pickles but the two factors
 # of ML-Embed's embedding table, which are opened only where the table itself is missing.
@@ -131,7 +131,7 @@ def _check_modules(path: Path, config: ModelConfig) -> None:
         modules: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
         # sentence-transformers has moved its modules between releases; the class name has stayed.
         kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
         raise ReleaseError(f"{file} is damaged: {type(error).__name__}: {error}") from None
     if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
         raise ReleaseError(f"{file}: modules {', '.join(kinds)}; supported is Transformer, Pooling, Normalize")
@@ -160,11 +160,17 @@ def _check_pooling(file: Path, config: ModelConfig) -> None:
 def _read_prompts(path: Path) -> tuple[dict[str, str], str | None]:
     file = path / "config_sentence_transformers.json"
     values = read_json(file) if file.exists() else {}
-    prompts = {"query": "", "document": "", **(values.get("prompts") or {})}
+    given = values.get("prompts") or {}
+    if not isinstance(given, dict):
+        raise ReleaseError(f"{file}: prompts must be a JSON object of strings, not {given!r}")
+    prompts = {name: "" if text is None else text for name, text in {"query": "", "document": "", **given}.items()}
+    for name, text in prompts.items():
+        if not isinstance(text, str):
+            raise ReleaseError(f"{file}: the prompt {name!r} must be a string, not {text!r}")
     default = values.get("default_prompt_name")
-    if default is not None and default not in prompts:
+    if default is not None and default not in list(prompts):
         raise ReleaseError(f"{file}: default_prompt_name {default!r} is not among the prompts {', '.join(prompts)}")
-    return {name: text or "" for name, text in prompts.items()}, default
+    return prompts, default
 
 
 def _read_max_length(path: Path, config: ModelConfig) -> int:
@@ -173,6 +179,12 @@ def _read_max_length(path: Path, config: ModelConfig) -> int:
     for name, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
         file = path / name
         limit = read_json(file).get(key) if file.exists() else None
-        if limit is not None:
-            limits.append(int(limit))
+        if limit is None:
+            continue
+        if isinstance(limit, float) and limit.is_integer():
+            limit = int(limit)  # transformers has written 1e30 where there is no limit
+        try:
+            limits.append(whole_number(key, limit))
+        except InputError as error:
+            raise ReleaseError(f"{file}: {error}") from None
     return min(limits)

@@ -50,6 +50,14 @@ def edit_config(**changes: object) -> Callable[[Path], None]:
     return lambda folder: edit_json(folder / "config.json", **changes)
 
 
+def edit_prompts(**changes: object) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "config_sentence_transformers.json", **changes)
+
+
+def edit_limit(limit: object) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "tokenizer_config.json", model_max_length=limit)
+
+
 def write_pooling(**values: object) -> Callable[[Path], None]:
     return lambda folder: write_json(folder / "1_Pooling" / "config.json", values)
 
@@ -72,6 +80,7 @@ VARIANTS: dict[str, Callable[[Path], None]] = {
     "the limit of a sentence-transformers 2 file": lambda folder: write_json(
         folder / "sentence_bert_config.json", {"max_seq_length": 512, "do_lower_case": False}
     ),
+    "no limit of the tokenizer's": lambda folder: edit_limit(1e30)(folder),
     "other files": lambda folder: (folder / "README.md").write_text("A model."),
 }
 
@@ -246,11 +255,28 @@ def damage_modules(kinds: list[str]) -> Callable[[Path], None]:
         (damage_modules([]), "modules.json", "supported is Transformer, Pooling"),
         (lambda folder: write_json(folder / "modules.json", {"a": 1}), "modules.json", "damaged"),
         (lambda folder: write_json(folder / "modules.json", [{"idx": 0}]), "modules.json", "damaged"),
+        (lambda folder: write_json(folder / "modules.json", [{"type": 0}]), "modules.json", "damaged"),
         (lambda folder: (folder / "modules.json").write_text("["), "modules.json", "damaged"),
         (
             lambda folder: edit_json(folder / "config_sentence_transformers.json", default_prompt_name="other"),
             "config_sentence_transformers.json",
             "'other' is not among the prompts query, document",
+        ),
+        (edit_prompts(prompts=["a"]), "config_sentence_transformers.json", "prompts must be a JSON object of strings"),
+        (edit_prompts(prompts={"query": 3}), "config_sentence_transformers.json", "prompt 'query' must be a string"),
+        (edit_prompts(default_prompt_name=["query"]), "config_sentence_transformers.json", "is not among the prompts"),
+        (edit_config(num_hidden_layers="3"), "config.json", "num_hidden_layers must be a positive whole number"),
+        (edit_limit("abc"), "tokenizer_config.json", "model_max_length must be a positive whole number, not 'abc'"),
+        (
+            edit_limit(float("inf")),
+            "tokenizer_config.json",
+            "model_max_length must be a positive whole number, not inf",
+        ),
+        (edit_limit(-1), "tokenizer_config.json", "model_max_length must be a positive whole number, not -1"),
+        (
+            lambda folder: write_json(folder / "sentence_bert_config.json", {"max_seq_length": 0}),
+            "sentence_bert_config.json",
+            "max_seq_length must be a positive whole number, not 0",
         ),
         (
             lambda folder: (folder / "config_sentence_transformers.json").write_text("nothing"),
