@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 
-from f2llm_jax.batching import Packing, row_slots
+from f2llm_jax.batching import Buckets, Packing, row_slots
 from f2llm_jax.config import ModelConfig
-from f2llm_jax.encoder import BATCH_TOKENS
+from f2llm_jax.encoder import BATCH_TOKENS, padding
 from f2llm_jax.errors import InputError
 from f2llm_jax.planning.chips import Topology, topology_devices
 from f2llm_jax.planning.counts import ATTENTION_BACKWARD, Axes, Estimate, TrainWork, estimate_encode, estimate_train
@@ -87,21 +87,34 @@ class Job:
 
     @property
     def packed(self) -> bool:
-        """Whether texts share rows: as many as there is room for. Encoding on TPUs has long texts in such rows too."""
-        return self.recipe is None or self.recipe.data.packed
+        """Whether texts share rows: as many as there is room for. In encoding, if no more is computed so."""
+        if self.recipe is not None:
+            return self.recipe.data.packed
+        row_length, bucket_length = self._encode_lengths
+        return row_length <= bucket_length * (row_length // self.length)
+
+    @property
+    def _encode_lengths(self) -> tuple[int, int]:
+        """Tokens of a packed row and of a text's own, as the ``Encoder`` has them by default."""
+        longest = self.config.max_position_embeddings
+        packed = next(length for length in Packing(1, longest).lengths if length >= self.length)
+        return packed, Buckets(1, longest).full(self.length).length
 
     @property
     def row_length(self) -> int:
         """Tokens of a row."""
-        if not self.packed:
-            return self.length
         if self.recipe is None:
-            return Packing(1, self.length).lengths[-1]
-        return self.train_packing(1).lengths(self.length)[-1]
+            return self._encode_lengths[0 if self.packed else 1]
+        return self.train_packing(1).lengths(self.length)[-1] if self.packed else self.length
 
     @property
     def texts_per_row(self) -> int:
-        return self.row_length // self.length
+        return self.row_length // self.length if self.packed else 1
+
+    @property
+    def padding(self) -> float:
+        """The share of a row's tokens that belong to no text."""
+        return padding(self.texts_per_row * self.length, self.row_length)
 
     @property
     def slots(self) -> int:
@@ -433,7 +446,7 @@ def abstract_program(job: Job, mesh: jax.sharding.Mesh, rows_at_once: int) -> Ab
             mesh,
             rows=rows_at_once,
             length=job.row_length,
-            slots=job.slots,
+            slots=job.slots if job.packed else None,
             dtype=job.dtype,
         )
     work = _train_work(job, Axes(**mesh.shape), rows_at_once)

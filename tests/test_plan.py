@@ -7,11 +7,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
 from releases import TINY
 
+from f2llm_jax import batching
+from f2llm_jax.batching import Buckets, Packing
 from f2llm_jax.cli import main
 from f2llm_jax.configs.models import MODELS
 from f2llm_jax.embedding import Batch, eos_states
@@ -21,6 +24,7 @@ from f2llm_jax.plan import Job, needed_bytes
 from f2llm_jax.planning import chips, counts
 from f2llm_jax.planning.chips import parse_topology
 from f2llm_jax.planning.hlo import read_program
+from f2llm_jax.planning.programs import encode_program
 from f2llm_jax.sharding import make_mesh
 
 
@@ -236,6 +240,26 @@ def test_float32_products_take_six_bfloat16_ones():
     seconds = {itemsize: estimate.seconds(parse_topology("v5e:4x4"), itemsize) for itemsize in (2, 4)}
     assert seconds[4] == pytest.approx((6 * seconds[2][0], *seconds[2][1:]))
     assert Job("encode", TINY, dtype="float32").itemsize == 4
+
+
+@pytest.mark.parametrize("length", [8, 100, 341, 350, 512, 600, 1024, 1025, 1100, 2048, 2100, 3000, 4000, 40960])
+def test_texts_are_laid_out_as_the_encoder_lays_them_out(length):
+    config = MODELS["80M"]
+    buckets, packing = Buckets(32768, config.max_position_embeddings), Packing(32768, config.max_position_embeddings)
+    chunk = [np.zeros(length, np.int32)] * (2048 if length < 4096 else 8)
+    layout = batching.choose_layout("auto", "tpu", chunk, buckets, packing)
+    job = Job("encode", config, length=length)
+    assert job.packed == (layout == "packed")
+    first = next(batching.packed([chunk], packing, 0) if job.packed else batching.batched([chunk], buckets, 0))
+    assert first.batch.tokens_bt.shape[1] == job.row_length
+    assert len(first.texts) == len(first.batch.tokens_bt) * job.texts_per_row
+    assert job.padding == pytest.approx(1 - first.tokens / first.batch.tokens_bt.size)
+
+
+def test_rows_of_one_text_have_no_segments():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    program = encode_program(TINY, mesh, rows=2, length=64, slots=None, dtype="float32")
+    assert [array.shape for array in program.lower().in_avals[0][1]] == [(2, 64), (2,)]
 
 
 def test_a_kernel_that_tpus_do_not_have_is_named():

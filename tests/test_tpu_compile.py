@@ -165,7 +165,7 @@ def test_a_mesh_is_found_and_reported(capsys):
     assert main(["plan", "80M", "--topology", "v5e:2x2", "--length", "128", "--batch-tokens", "8192"]) == 0
     printed = capsys.readouterr().out
     assert "80,084,288 parameters on v5e:2x2: 4 devices TPU v5 lite, mesh data=4" in printed
-    assert "8 in a row of 1,024" in printed
+    assert "8 in a row of 1,024 (0.0% padding)" in printed
     assert "of 15.75: fits" in printed
     assert "(estimate)" in printed
 

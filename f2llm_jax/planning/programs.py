@@ -39,22 +39,26 @@ class AbstractProgram:
 
 
 def encode_program(
-    config: ModelConfig, mesh: Mesh, *, rows: int, length: int, slots: int, dtype: str
+    config: ModelConfig, mesh: Mesh, *, rows: int, length: int, slots: int | None, dtype: str
 ) -> AbstractProgram:
-    """``embed`` of a packed batch.
+    """``embed`` of a batch.
 
     Args:
         config: the sizes.
         mesh: of compile-only devices.
         rows, length: of the batch.
-        slots: for texts in each row.
+        slots: for texts in each packed row; None for a text a row.
         dtype: of the parameters and of the operands of products.
     """
     config = padded_config(config, mesh)
     params = _params(config, mesh, dtype)
     sharding = NamedSharding(mesh, BATCH_SPEC)
     rows_bt = _array((rows, length), jnp.int32, sharding)
-    batch = PackedBatch(rows_bt, rows_bt, _array((rows, slots), jnp.int32, sharding))
+    batch: Batch | PackedBatch
+    if slots is None:
+        batch = Batch(rows_bt, _array((rows,), jnp.int32, sharding))
+    else:
+        batch = PackedBatch(rows_bt, rows_bt, _array((rows, slots), jnp.int32, sharding))
     compute = jax.jit(embed, static_argnames=("config", "dim", "dtype", "kernel"))
 
     def lower() -> Any:

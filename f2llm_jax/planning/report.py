@@ -23,11 +23,11 @@ def describe(plan: Plan) -> str:
         "" if job.recipe is None else f", batches of {job.recipe.data.batch_size} queries, each with a passage and "
     )
     recipe += "" if job.recipe is None else f"{job.negatives} negatives"
-    packed = f", {job.texts_per_row} in a row of {job.row_length:,}" if job.texts_per_row > 1 else ""
+    rows = f", {job.texts_per_row} in a row of {job.row_length:,} ({job.padding:.1%} padding)"
     lines = [
         f"{job.do} {count_parameters(job.config):,} parameters on {plan.topology.name}: "
         f"{plan.topology.size} devices {chip.kind}, mesh {plan.mesh}",
-        f"texts of {job.length:,} tokens{recipe}{packed}, {plan.batch_tokens:,} tokens at a time",
+        f"texts of {job.length:,} tokens{recipe}{rows}, {plan.batch_tokens:,} tokens at a time",
         *_other_batches(job),
         "",
         f"memory per {device}, GiB (as compiled)",
@@ -145,6 +145,9 @@ def to_dict(plan: Plan) -> dict[str, object]:
         "device_kind": plan.topology.chip.kind,
         "mesh": plan.mesh._asdict(),
         "length": job.length,
+        "row_length": job.row_length,
+        "texts_per_row": job.texts_per_row,
+        "padding": job.padding,
         "batch_tokens": plan.batch_tokens,
         "texts_per_step": plan.texts,
         "fits": plan.fits,
