@@ -20,7 +20,7 @@ import jax
 
 from f2llm_jax.batching import Buckets, Packing, row_slots
 from f2llm_jax.config import ModelConfig
-from f2llm_jax.encoder import BATCH_TOKENS, padding
+from f2llm_jax.encoder import BATCH_TOKENS
 from f2llm_jax.errors import InputError
 from f2llm_jax.planning.chips import Topology, topology_devices
 from f2llm_jax.planning.counts import ATTENTION_BACKWARD, Axes, Estimate, TrainWork, estimate_encode, estimate_train
@@ -114,7 +114,7 @@ class Job:
     @property
     def padding(self) -> float:
         """The share of a row's tokens that belong to no text."""
-        return padding(self.texts_per_row * self.length, self.row_length)
+        return 1 - self.texts_per_row * self.length / self.row_length
 
     @property
     def slots(self) -> int:
