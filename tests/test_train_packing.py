@@ -339,5 +339,5 @@ class LengthsOnly(TrainingData):
 @pytest.fixture(scope="module")
 def real_data(tmp_path_factory, real_release) -> Path:
     out = tmp_path_factory.mktemp("real") / "data"
-    prepare(REAL, real_release, out, workers=1)
+    prepare(REAL, real_release, out, workers=1, cap=1000)
     return out
