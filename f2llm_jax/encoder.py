@@ -183,8 +183,9 @@ class Encoder:
                 Any size works; ``config.matryoshka_dims`` are those the family is trained at.
             max_length: longer texts are cut to this many tokens, EOS included, and reported once per call as a warning.
             batch_tokens: tokens computed at a time (rows · length); more takes more memory.
-            layout: ``bucketed`` (one text a row, rows of a few lengths), ``packed`` (many texts a row), or ``auto`` for
-                what the platform computes faster; the embeddings are the same.
+            layout: ``bucketed`` (one text a row, rows of a few lengths), ``packed`` (many texts a row; what all texts
+                begin with may be there once a row), or ``auto`` for what the platform computes faster; the embeddings
+                are the same.
             output: ``float32``; ``bfloat16``; ``int8`` (needs ``ranges``); ``binary`` or ``ubinary`` (a bit per
                 dimension, packed as sentence-transformers packs them).
             ranges: float [2, dim] from ``int8_ranges``, for ``output="int8"``.
