@@ -16,7 +16,7 @@ from f2llm_jax.convert import orbax, safetensors
 from f2llm_jax.convert.orbax import get
 from f2llm_jax.convert.release_files import write_release_files
 from f2llm_jax.convert.safetensors import some
-from f2llm_jax.convert.staging import output_path, staged, unfinished_folder
+from f2llm_jax.convert.staging import output_path, refuse_to_delete, staged, unfinished_folder
 from f2llm_jax.convert.table import Tensor, tensor_table
 from f2llm_jax.convert.tensors import DTYPES, TensorInfo, array_blocks, cast, check_finite, dtype_code, write_part
 from f2llm_jax.errors import F2LLMError, InputError
@@ -109,13 +109,14 @@ def export_release(
         The absolute path of ``out``.
 
     Raises:
-        InputError: ``out`` exists, the parameters do not fit the config or have several dtypes, or an argument is none
-            of those above.
+        InputError: ``out`` exists or holds ``like``, the parameters do not fit the config or have several dtypes, or an
+            argument is none of those above.
         ReleaseError: a parameter holds a NaN, an infinity, or a value that the dtype has no room for; or ``like``
             cannot be used.
     """
     place = output_path(out)
     source = find_release(like, weights=False)
+    refuse_to_delete(source, place)
     table = tensor_table(config)
     _check_params(params, table)
     code = dtype_code(_common_dtype(params) if dtype is None else dtype)

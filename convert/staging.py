@@ -203,6 +203,12 @@ def output_path(out: str | Path) -> Path:
     return path
 
 
+def refuse_to_delete(source: Path, out: Path) -> None:
+    """An InputError if the output, where it replaces what is there, would take a source away that lies below it."""
+    if out.resolve() in source.resolve().parents:
+        raise InputError(f"{out} holds the model {source}, and would replace it; write to another folder")
+
+
 def _home(out: Path) -> Path:
     return out.with_name(out.name + ".incomplete")
 

@@ -44,7 +44,7 @@ from f2llm_jax.batching import Buckets, batched
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert.export import export_release
 from f2llm_jax.convert.load import load_params, open_checkpoint
-from f2llm_jax.convert.staging import output_path
+from f2llm_jax.convert.staging import output_path, refuse_to_delete
 from f2llm_jax.embedding import Batch
 from f2llm_jax.encoder import use_compilation_cache
 from f2llm_jax.errors import InputError
@@ -141,12 +141,14 @@ def prune(
         The report, as in ``pruning.json``.
 
     Raises:
-        InputError: a size is above that of ``model``, an argument is none of those above, or ``out`` exists.
+        InputError: a size is above that of ``model``, an argument is none of those above, or ``out`` exists or holds
+            ``model``.
         ReleaseError: the model cannot be used.
     """
     _check_arguments(importance, layers_by, out, force)
     use_compilation_cache()
     release = read_release(find_release(model))
+    refuse_to_delete(release.path, output_path(out))
     target = smaller_config(release.config, hidden=hidden, mlp=mlp, layers=layers)
     param_shardings(padded_config(target, mesh), mesh)  # sizes that do not divide are refused before the work
     sequences = _sequences(calibration, release, texts, max_length)
