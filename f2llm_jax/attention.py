@@ -104,7 +104,8 @@ def resolve_kernel(kernel: str, platform: str, dtype: jax.typing.DTypeLike) -> s
 def longest_prefixed_row(kernel: str) -> int:
     """The longest rows in which a kernel lets texts share a prefix; 0 if in none.
 
-    Splash compares segments by itself; the loops of ragged look back no further than to where a text begins.
+    Splash compares segments by itself; the loops of ragged, which are for longer rows and for gradients of all, look
+    back no further than to where a text begins.
     """
     return {"splash": 0, "ragged": SHORT - 1}.get(kernel, sys.maxsize)
 

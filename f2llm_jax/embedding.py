@@ -41,7 +41,7 @@ class PackedBatch(NamedTuple):
         tokens_bt: int32 [batch, length]; what belongs to no text may be anything, nothing depends on it.
         segment_ids_bt: int32 [batch, length], equal for the tokens of one text, different from those of the row's other
             texts; 0 for padding; ``segments.PREFIX`` for what they all begin with, in rows up to
-            ``attention.longest_prefixed_row``.
+            ``attention.longest_prefixed_row`` and where there is no gradient.
         ends_be: int32 [batch, texts], where in its row each text's EOS is; 0 in a slot without a text, whose state
             means nothing.
     """

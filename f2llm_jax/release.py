@@ -168,7 +168,7 @@ def _read_prompts(path: Path) -> tuple[dict[str, str], str | None]:
         if not isinstance(text, str):
             raise ReleaseError(f"{file}: the prompt {name!r} must be a string, not {text!r}")
     default = values.get("default_prompt_name")
-    if default is not None and default not in list(prompts):
+    if default is not None and default not in list(prompts):  # which may not be hashable
         raise ReleaseError(f"{file}: default_prompt_name {default!r} is not among the prompts {', '.join(prompts)}")
     return prompts, default
 
