@@ -56,8 +56,9 @@ def partition_spec(
         mesh_shape: {mesh axis: devices along it}.
 
     Raises:
-        InputError: a dimension does not divide over its mesh axes; the message has the numbers.
+        InputError: a dimension does not divide over its mesh axes; the message has the numbers. Or the mesh has others.
     """
+    check_axes(mesh_shape)
 
     def mesh_axes(size: int, name: str) -> MeshAxes:
         axes = rules[name]
@@ -122,14 +123,27 @@ def _gather_backward(names: tuple[str, ...], _: None, gradient: jax.Array) -> tu
 gather.defvjp(_gather_forward, _gather_backward)
 
 
+def check_axes(mesh_shape: Mapping[str, int]) -> None:
+    """An InputError if a mesh has other axes than ``make_mesh`` gives it."""
+    if tuple(mesh_shape) != MESH_AXES:
+        axes, ours = (", ".join(names) for names in (mesh_shape, MESH_AXES))
+        raise InputError(f"the mesh has axes {axes}; make_mesh makes one of {ours}")
+
+
 def batch_parts(mesh: Mesh | AbstractMesh | None = None) -> int:
     """How many parts a batch is cut into, of which its rows must be a multiple.
 
     Args:
         mesh: default that of ``jax.set_mesh``; 1 without one.
+
+    Raises:
+        InputError: it has other axes than ``make_mesh`` gives it.
     """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if mesh.empty:
+        return 1
+    check_axes(mesh.shape)
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def platform() -> str:

@@ -27,6 +27,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
 from f2llm_jax.attention import attention
 from f2llm_jax.axes import batch_parts, constrain, gather
@@ -383,9 +384,10 @@ def abstract_params(config: ModelConfig) -> Params:
 
     Returns:
         A tree of ``nn.LogicallyPartitioned`` boxes around ``jax.ShapeDtypeStruct``; ``box.names`` are the logical axes.
-        This is the one source for shapes, shardings and names.
+        This is the one source for shapes, shardings and names. It is the same whatever mesh is set.
     """
-    return jax.eval_shape(lambda: _init(config, jax.random.key(0)))
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        return jax.eval_shape(lambda: _init(config, jax.random.key(0)))
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:

@@ -11,7 +11,7 @@ import jax
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from f2llm_jax.axes import COMPUTE_RULES, MESH_AXES, STORAGE_RULES, partition_spec
+from f2llm_jax.axes import COMPUTE_RULES, MESH_AXES, STORAGE_RULES, check_axes, partition_spec
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.embedding import Batch, PackedBatch
 from f2llm_jax.errors import InputError
@@ -63,10 +63,10 @@ def padded_config(config: ModelConfig, mesh: Mesh | None) -> ModelConfig:
     Raises:
         InputError: a mesh with other axes than ``make_mesh`` gives it.
     """
-    if mesh is not None and mesh.axis_names != MESH_AXES:
-        axes, ours = (", ".join(names) for names in (mesh.axis_names, MESH_AXES))
-        raise InputError(f"the mesh has axes {axes}; make_mesh makes one of {ours}")
-    parts = 1 if mesh is None else mesh.shape["tensor"]
+    if mesh is None:
+        return config
+    check_axes(mesh.shape)
+    parts = mesh.shape["tensor"]
     return dataclasses.replace(config, vocab_size=math.ceil(config.vocab_size / parts) * parts)
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from releases import TINY, write_release
 
 import f2llm_jax
@@ -235,6 +236,25 @@ def test_a_model_on_one_device_encodes_whatever_mesh_is_set(tiny, monkeypatch):
         np.testing.assert_array_equal(tiny.encode(texts), expected)
 
 
-def test_a_mesh_of_other_axes_is_refused(tiny_release):
-    with pytest.raises(InputError, match="the mesh has axes data, tensor; make_mesh makes one of data, fsdp, tensor"):
-        f2llm_jax.load(tiny_release, mesh=jax.make_mesh((4, 2), ("data", "tensor")))
+def test_a_mesh_of_other_axes_is_refused(tiny, tiny_release):
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    message = "the mesh has axes data, tensor; make_mesh makes one of data, fsdp, tensor"
+    refused = pytest.raises(InputError, match=message)
+    with refused:
+        f2llm_jax.load(tiny_release, mesh=mesh)
+    with jax.set_mesh(mesh), refused:
+        f2llm_jax.init_params(tiny.config, jax.random.key(0))
+    batch = Batch(np.zeros((4, 8), np.int32), np.full(4, 8))
+    with jax.set_mesh(mesh), refused:
+        f2llm_jax.embed(tiny.params, batch, config=tiny.config)
+
+
+@pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize("around", [("x",), ("data", "fsdp", "tensor")])
+def test_a_model_loads_whatever_mesh_is_set(tiny, tiny_release, mesh, around):
+    """One over which it would not divide, and one of somebody else's axes."""
+    sizes = (1,) * (len(around) - 1) + (8,)
+    with jax.set_mesh(jax.make_mesh(sizes, around, axis_types=(AxisType.Auto,) * len(sizes))):
+        model = f2llm_jax.load(tiny_release, mesh=None if mesh is None else make_mesh(**mesh))
+        assert f2llm_jax.model.count_parameters(tiny.config) == sum(x.size for x in jax.tree.leaves(tiny.params))
+    jax.tree.map(np.testing.assert_array_equal, model.params["layers"], tiny.params["layers"])
