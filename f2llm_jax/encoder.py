@@ -59,6 +59,9 @@ _CPU_THREADS = 2
 # Tokens of a full batch and device. A CPU core has its matrix units busy with few; more only spills its cache.
 BATCH_TOKENS = {"cpu": 512, "gpu": 32768, "tpu": 32768}
 
+# Of all models together, so that one can be copied and pickled.
+_compiling = threading.Lock()
+
 DTYPES = (*PARAM_DTYPES, "int8")
 """What a model may be loaded in."""
 
@@ -124,7 +127,6 @@ class Encoder:
         self._weights = bit_views(params) if on_cpu else params
         self._layerwise = Layerwise(params, config, dtype=self._compute_dtype, kernel=self.kernel) if on_cpu else None
         self._shapes_met: set[tuple[Any, ...]] = set()
-        self._compiling = threading.Lock()
 
     @property
     def params(self) -> Params:
@@ -375,7 +377,7 @@ class Encoder:
         """
         shapes = (dim, *(array.shape for array in batch))
         if shapes not in self._shapes_met:
-            with self._compiling:
+            with _compiling:
                 if shapes not in self._shapes_met:
                     embeddings = compute(batch, dim)
                     self._shapes_met.add(shapes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -352,6 +353,11 @@ def test_a_copy_on_another_device_keeps_the_kernel(tiny, tiny_release):
     copy = model.copy_to(jax.devices()[1:2])
     assert copy.kernel == "reference"
     same(copy.encode(TEXTS[:8]), model.encode(TEXTS[:8]))
+
+
+def test_a_pickled_copy_gives_the_same(tiny, expected):
+    copied = pickle.loads(pickle.dumps(tiny))
+    np.testing.assert_array_equal(copied.encode(TEXTS), expected)
 
 
 def test_packed_rows_give_the_same(tiny, expected, caplog):
