@@ -296,14 +296,21 @@ class Output:
         return self.folder / "work" / f"{unit.number:06d}.json"
 
     def _noted(self, unit: Unit) -> Shard | None:
-        """What is noted of a shard, in the manifest or in its note; None if it is not finished."""
+        """What is noted of a shard, in the manifest or in its note; None if it is not finished.
+
+        Its input has the name that this run knows it by: others may have named the same file otherwise.
+        """
         if self.complete:
-            return self._listed[unit.number]
-        try:
-            note = json.loads(self._note(unit).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        return Shard(**note) if note.pop("fingerprint") == self.fingerprint else None
+            shard = self._listed[unit.number]
+        else:
+            try:
+                note = json.loads(self._note(unit).read_text(encoding="utf-8"))
+            except FileNotFoundError:
+                return None
+            if note.pop("fingerprint") != self.fingerprint:
+                return None
+            shard = Shard(**note)
+        return dataclasses.replace(shard, input=self._corpus.files[unit.file].path)
 
     @functools.cached_property
     def _listed(self) -> list[Shard]:

@@ -325,14 +325,15 @@ def test_a_full_disk_is_one_line_and_leaves_no_part_of_a_shard(tiny_release, doc
 # --- going on
 
 
-def test_finished_shards_are_verified(whole, tiny_release, docs, tmp_path, capsys):
+def test_finished_shards_are_verified(whole, tiny_release, docs, tmp_path, capsys, monkeypatch):
     out = Path(shutil.copytree(whole, tmp_path / "out"))
     damaged, missing = out / "shards" / "000002.parquet", out / "shards" / "000005.parquet"
     data = bytearray(damaged.read_bytes())
     data[100] ^= 1
     damaged.write_bytes(data)
     missing.unlink()
-    arguments = command(tiny_release, docs, out, "--id-field", "key")
+    monkeypatch.chdir(docs.parent)  # where the inputs lie has another name, which is not part of a shard
+    arguments = command(tiny_release, Path(docs.name), out, "--id-field", "key")
     assert main(arguments) == 0
     err = capsys.readouterr().err
     assert "000002.parquet is damaged; it is made again" in err
@@ -424,7 +425,7 @@ def test_a_damaged_plan_is_named(name, content, tmp_path):
         read_plan(tmp_path)
 
 
-def test_a_folder_that_is_just_being_begun_is_joined(tiny_release, docs, tmp_path):
+def test_a_folder_that_is_just_being_begun_is_joined(tiny_release, docs, tmp_path, monkeypatch):
     for name in ("shards", "work"):
         (tmp_path / "out" / name).mkdir(parents=True)
     patterns, out = [f"{docs}/*.parquet", f"{docs}/[bcd].*"], tmp_path / "out"
@@ -432,6 +433,12 @@ def test_a_folder_that_is_just_being_begun_is_joined(tiny_release, docs, tmp_pat
         tiny_release, patterns, out, id_field="key", shard_rows=SHARD_ROWS, processes=Processes(7, 8)
     )
     assert outcome.finished == 1
+    joined = Path(shutil.copytree(out, tmp_path / "joined"))
+    monkeypatch.chdir(docs)  # who joins names the inputs otherwise: the manifest has one name of each
+    encode_corpus(tiny_release, ["*.parquet", "[bcd].*"], joined, id_field="key", shard_rows=SHARD_ROWS)
+    manifest = manifest_of(joined)
+    assert [file["path"] for file in manifest["inputs"]] == ["a.parquet", "b.jsonl", "c.jsonl", "d.csv"]
+    assert {shard["input"] for shard in manifest["shards"]} == {"a.parquet", "b.jsonl", "d.csv"}
     (out / "work" / "plan.json").unlink()  # shards without a plan are not ours
     with pytest.raises(f2llm.InputError, match="no such command made it"):
         encode_corpus(tiny_release, patterns, out, id_field="key", shard_rows=SHARD_ROWS)
