@@ -183,15 +183,21 @@ def _check_layer_types(values: Mapping[str, Any], num_layers: int, source: str) 
 
 
 def _rope_theta(values: Mapping[str, Any], source: str) -> float:
-    """transformers 4 has rope_theta at the top, transformers 5 inside rope_parameters; a default would be a guess."""
-    key = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
-    rope = values.get(key) or {}
-    if not isinstance(rope, dict):
-        raise ReleaseError(f"{source}: {key} must be a JSON object, not {rope!r}")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ReleaseError(f"{source}: rope_type is {kind!r}; only the default rotary positions are supported")
-    theta = rope.get("rope_theta", values.get("rope_theta"))
+    """transformers 4 has rope_theta at the top, transformers 5 inside rope_parameters; a default would be a guess.
+
+    Both scale positions as rope_scaling says, transformers 5 also where there are rope_parameters.
+    """
+    theta = values.get("rope_theta")
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = values.get(key) or {}
+        if not isinstance(rope, dict):
+            raise ReleaseError(f"{source}: {key} must be a JSON object, not {rope!r}")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ReleaseError(
+                f"{source}: rope_type is {kind!r} in {key}; only the default rotary positions are supported"
+            )
+        theta = rope.get("rope_theta", theta)
     if theta is None:
         raise ReleaseError(f"{source}: no rope_theta, neither at the top level nor in rope_parameters")
     return float(theta) if type(theta) is int else theta

@@ -119,6 +119,8 @@ def test_sliding_attention_beyond_the_layers_is_no_matter():
         ({"rope_theta": None, "rope_parameters": {"rope_type": "default"}}, "no rope_theta"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}, "rope_type is 'yarn'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+        # Beside the rope_parameters of the release.
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn' in rope_scaling"),
         ({"layer_types": ["full_attention"] * 2}, "layer_types has 2 entries for 3 layers"),
         ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding_attention"),
         (
