@@ -19,10 +19,10 @@ from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert.export import Layout
 from f2llm_jax.convert.load import open_checkpoint
 from f2llm_jax.convert.safetensors import Checkpoint, parse_size, some
-from f2llm_jax.convert.staging import Staging, output_path, staged, unfinished_folder
+from f2llm_jax.convert.staging import Staging, output_path, refuse_to_delete, staged, unfinished_folder
 from f2llm_jax.convert.table import Tensor, tensor_table
 from f2llm_jax.convert.tensors import CODES, DTYPES, cast, dtype_code, write_part
-from f2llm_jax.errors import InputError, ReleaseError, warn
+from f2llm_jax.errors import ReleaseError, warn
 from f2llm_jax.release import find_release, read_release
 from f2llm_jax.tokens import Tokenizer
 
@@ -67,8 +67,7 @@ def convert_release(
     """
     place = output_path(out)
     folder = find_release(source, revision)
-    if folder.resolve().is_relative_to(place.resolve()):  # --force would delete it at the end
-        raise InputError(f"{place} is, or holds, the model to convert, {folder}; write to another folder")
+    refuse_to_delete(folder, place)
     config = read_release(folder).config
     Tokenizer.from_release(folder)
     checkpoint = open_checkpoint(folder)

@@ -116,7 +116,8 @@ def export_release(
     """
     place = output_path(out)
     source = find_release(like, weights=False)
-    refuse_to_delete(source, place)
+    if source.resolve() != place.resolve():  # weights may be replaced by others
+        refuse_to_delete(source, place)
     table = tensor_table(config)
     _check_params(params, table)
     code = dtype_code(_common_dtype(params) if dtype is None else dtype)

@@ -204,9 +204,10 @@ def output_path(out: str | Path) -> Path:
 
 
 def refuse_to_delete(source: Path, out: Path) -> None:
-    """An InputError if the output, where it replaces what is there, would take a source away that lies below it."""
-    if out.resolve() in source.resolve().parents:
-        raise InputError(f"{out} holds the model {source}, and would replace it; write to another folder")
+    """An InputError if the output, or what is made of it before, would take the place of a source."""
+    for place in (out, _home(out)):
+        if source.resolve().is_relative_to(place.resolve()):
+            raise InputError(f"{place} is, or holds, the model {source}, and would replace it; write to another folder")
 
 
 def _home(out: Path) -> Path:

@@ -229,13 +229,14 @@ def test_force_replaces_model_folders_only(release: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("below", ["", "flax"])
 def test_model_is_not_converted_onto_itself(release: Path, tmp_path: Path, below: str) -> None:
-    """Nor onto a folder that it lies in, be it by way of a link."""
-    out = Path(shutil.copytree(release, tmp_path / "out"))
+    """Nor onto a folder that it lies in, be it by way of a link, nor beside one that is made there first."""
+    out = Path(shutil.copytree(release, tmp_path / "out.incomplete"))
     source = Path(shutil.copytree(release, out / below, dirs_exist_ok=True))
     (tmp_path / "link").symlink_to(source)
     for name in (source, tmp_path / "link"):
-        with pytest.raises(InputError, match="is, or holds, the model to convert"):
-            convert_release(name, out, to="hf", force=True)
+        for place in (out, str(out).removesuffix(".incomplete")):
+            with pytest.raises(InputError, match=r"is, or holds, the model .* and would replace it"):
+                convert_release(name, place, to="hf", force=True)
     assert tensor_sums(source)
 
 
