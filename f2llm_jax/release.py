@@ -66,7 +66,6 @@ def find_release(model: str | Path, revision: str | None = None, *, weights: boo
 def _download(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import (
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -86,8 +85,10 @@ def _download(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
             f"{repo_id} is not in the local hub cache, and the hub is out of reach or HF_HUB_OFFLINE is set: "
             "give a folder, or download it where there is a network"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
-        raise ReleaseError(f"downloading {repo_id} failed: {error}") from None
+    except Exception as error:  # its HTTP client's, too, which have no type in common
+        raise ReleaseError(
+            f"downloading {repo_id} failed: {type(error).__name__}: {error}; the same command goes on where it stopped"
+        ) from error
     return Path(folder)
 
 

@@ -107,7 +107,10 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     if (path / "vocab.json").exists() and (path / "merges.txt").exists():
         import transformers
 
-        return transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True).backend_tokenizer
+        try:
+            return transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True).backend_tokenizer
+        except Exception as error:
+            raise ReleaseError(f"vocab.json and merges.txt in {path} make no tokenizer: {error}") from error
     raise ReleaseError(f"{path} has no tokenizer.json, and not both of vocab.json and merges.txt")
 
 

@@ -10,7 +10,9 @@ import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
+import huggingface_hub
 import numpy as np
 import pytest
 import sentence_transformers
@@ -382,6 +384,16 @@ def test_hub_id_that_is_not_cached(hub_cache, tmp_path, call, message):
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("f2llm_jax.errors.ReleaseError") and message in last
     assert "During handling" not in result.stderr
+
+
+@pytest.mark.parametrize("error", [TimeoutError("timed out"), RuntimeError("403 Forbidden")])
+def test_a_download_that_fails_is_one_clear_error(monkeypatch, error):
+    """Whatever its HTTP client or its transfer of large files raises."""
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=error))
+    with pytest.raises(
+        ReleaseError, match=rf"downloading a/b failed: {type(error).__name__}: {error}; the same command"
+    ):
+        f2llm_jax.load("a/b")
 
 
 def test_a_digest_is_of_every_tensor_and_of_nothing_else(tmp_path: Path) -> None:

@@ -212,6 +212,10 @@ def test_vocabulary_and_merges_without_tokenizer_json(real, tmp_path):
     tokenizer = Tokenizer.from_release(tmp_path)
     check_eos_and_pad(tokenizer, real[False])
     assert our_ids(tokenizer, TRICKY) == auto_ids(real[True], TRICKY)
+    with (tmp_path / "vocab.json").open("r+b") as stream:
+        stream.truncate(1000)
+    with pytest.raises(ReleaseError, match=f"vocab.json and merges.txt in {tmp_path} make no tokenizer"):
+        Tokenizer.from_release(tmp_path)
 
 
 def test_limits_stored_in_tokenizer_json_do_not_act(tiny_folders, tmp_path):
