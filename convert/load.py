@@ -85,31 +85,31 @@ def load_params(
     vocab_size = padded_config(config, mesh).vocab_size
     read = checkpoint.restore if isinstance(checkpoint, OrbaxCheckpoint) else partial(_read_sharded, checkpoint)
     params: Params = {}
-    for tensor in table:
-        sharding = get(shardings, tensor.path)
-        shape = tuple(
-            vocab_size if axis == "vocab" else size for size, axis in zip(tensor.shape, tensor.axes, strict=True)
-        )
-        value = read(tensor, shape, PARAM_DTYPES[dtype], sharding)
-        if int8 and tensor.inputs:
-            if isinstance(checkpoint, OrbaxCheckpoint):
-                checkpoint.check_finite({tensor.path: value})
-            value, scale = _to_int8(value, tensor.inputs, mesh)
-            put(params, tensor.path.removesuffix("weight") + "scale", scale)
-        put(params, tensor.path, value)
-    if isinstance(checkpoint, OrbaxCheckpoint):
-        checkpoint.check_finite(params)
+    with jax.set_mesh(mesh):  # the caller may have set another
+        for tensor in table:
+            sharding = get(shardings, tensor.path)
+            shape = tuple(
+                vocab_size if axis == "vocab" else size for size, axis in zip(tensor.shape, tensor.axes, strict=True)
+            )
+            value = read(tensor, shape, PARAM_DTYPES[dtype], sharding)
+            if int8 and tensor.inputs:
+                if isinstance(checkpoint, OrbaxCheckpoint):
+                    checkpoint.check_finite({tensor.path: value})
+                value, scale = _to_int8(value, tensor.inputs)
+                put(params, tensor.path.removesuffix("weight") + "scale", scale)
+            put(params, tensor.path, value)
+        if isinstance(checkpoint, OrbaxCheckpoint):
+            checkpoint.check_finite(params)
     return params
 
 
-def _to_int8(weight: jax.Array, inputs: int, mesh: Mesh | None) -> tuple[jax.Array, jax.Array]:
+def _to_int8(weight: jax.Array, inputs: int) -> tuple[jax.Array, jax.Array]:
     """A projection as ``int8_rows``, which rest where it rested."""
     sharding = weight.sharding
     of_scale = sharding
     if isinstance(sharding, NamedSharding):
         of_scale = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[: weight.ndim - inputs]))
-    with jax.set_mesh(mesh):  # the caller may have set another
-        return jax.jit(int8_rows, static_argnums=1, out_shardings=(sharding, of_scale))(weight, inputs)
+    return jax.jit(int8_rows, static_argnums=1, out_shardings=(sharding, of_scale))(weight, inputs)
 
 
 def _read_sharded(

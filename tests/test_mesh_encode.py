@@ -247,14 +247,3 @@ def test_a_mesh_of_other_axes_is_refused(tiny, tiny_release):
     batch = Batch(np.zeros((4, 8), np.int32), np.full(4, 8))
     with jax.set_mesh(mesh), refused:
         f2llm_jax.embed(tiny.params, batch, config=tiny.config)
-
-
-@pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "tensor": 2}])
-@pytest.mark.parametrize("around", [("x",), ("data", "fsdp", "tensor")])
-def test_a_model_loads_whatever_mesh_is_set(tiny, tiny_release, mesh, around):
-    """One over which it would not divide, and one of somebody else's axes."""
-    sizes = (1,) * (len(around) - 1) + (8,)
-    with jax.set_mesh(jax.make_mesh(sizes, around, axis_types=(AxisType.Auto,) * len(sizes))):
-        model = f2llm_jax.load(tiny_release, mesh=None if mesh is None else make_mesh(**mesh))
-        assert f2llm_jax.model.count_parameters(tiny.config) == sum(x.size for x in jax.tree.leaves(tiny.params))
-    jax.tree.map(np.testing.assert_array_equal, model.params["layers"], tiny.params["layers"])

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from conversions import tensor_sums
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from releases import TINY, write_release
 
 import f2llm_jax
@@ -69,6 +69,19 @@ def test_onto_any_mesh(
         assert np.asarray(array)[: len(expected)].tobytes() == expected.tobytes()
         assert not np.asarray(array)[len(expected) :].any()
     assert checkpoint.bytes_read == sum(value.nbytes for value in whole.values())
+
+
+@pytest.mark.parametrize("kind", ["release", "flax"])
+@pytest.mark.parametrize("around", [("x",), ("data", "fsdp", "tensor")])
+@pytest.mark.parametrize("sizes", [None, (1, 2, 2)], ids=str)
+def test_whatever_mesh_is_set(request: pytest.FixtureRequest, whole: dict[str, np.ndarray], kind, around, sizes):
+    """One of somebody else's axes, and one of ours over which the model does not divide."""
+    shape = (1,) * (len(around) - 1) + (8,)
+    with jax.set_mesh(jax.make_mesh(shape, around, axis_types=(AxisType.Auto,) * len(around))):
+        model = f2llm_jax.load(request.getfixturevalue(kind), mesh=None if sizes is None else mesh_of(sizes))
+    for tensor in tensor_table(ODD):
+        array, expected = get(model.params, tensor.path), whole[tensor.path]
+        assert np.asarray(array)[: len(expected)].tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("to", ["flax", "hf"])
