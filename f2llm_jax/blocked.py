@@ -74,8 +74,8 @@ def _block(
     k = k_bskh.shape[2]
     g = q_btnh.shape[2] // k
     dtype = q_btnh.dtype
-    q_bkqh = from_bits(_heads_first(bits(q_btnh)[:, first:end], k), dtype)
-    k_bksh, v_bksh = (from_bits(_heads_first(bits(x_bskh)[:, :end], k), dtype) for x_bskh in (k_bskh, v_bskh))
+    q_bkqh = from_bits(heads_first(bits(q_btnh)[:, first:end], k), dtype)
+    k_bksh, v_bksh = (from_bits(heads_first(bits(x_bskh)[:, :end], k), dtype) for x_bskh in (k_bskh, v_bskh))
     score_bkqs = product("bkqh,bksh->bkqs", q_bkqh, k_bksh, dtype)
     seen_qs = first + jnp.arange((end - first) * g)[:, None] // g >= jnp.arange(end)
     if segment_ids_bt is not None:
@@ -86,22 +86,24 @@ def _block(
     weight_bkqs = jnp.exp(score_bkqs - jnp.max(score_bkqs, axis=-1, keepdims=True))
     out_bkqh = product("bkqs,bksh->bkqh", weight_bkqs, v_bksh, dtype)
     out_bkqh = (out_bkqh / jnp.sum(weight_bkqs, axis=-1, keepdims=True)).astype(dtype)
-    return _heads_last(bits(out_bkqh), g)
+    return heads_last(bits(out_bkqh), g)
 
 
-def _heads_first(x_btnh: jax.Array, k: int) -> jax.Array:
-    """[b, k, q, h], where the queries q = (t, g) share a key/value head.
+def heads_first(x_tnh: jax.Array, k: int) -> jax.Array:
+    """[..., t, n, h] as [..., k, q, h], where the queries q = (t, g) share a key/value head.
 
     XLA merges this with the loop that turns the halves of heads, as which they are therefore moved: its index is then
-    no division. For the same reason positions are cut before.
+    no division. For the same reason positions are cut before. Keys and values, too, have the axis of those that share
+    one, if of size one: XLA's CPU compiler would fold a plain transposition into the product that follows, and multiply
+    bfloat16 in float32.
     """
-    b, t, n, h = x_btnh.shape
-    x_bktg2h = x_btnh.reshape(b, t, k, n // k, 2, h // 2).transpose(0, 2, 1, 3, 4, 5)
-    return x_bktg2h.reshape(b, k, t * n // k, h)
+    *batch, t, n, h = x_tnh.shape
+    x_ktg2h = x_tnh.reshape(*batch, t, k, n // k, 2, h // 2).swapaxes(-5, -4)
+    return x_ktg2h.reshape(*batch, k, t * n // k, h)
 
 
-def _heads_last(x_bkqh: jax.Array, g: int) -> jax.Array:
-    """Undoes ``_heads_first``."""
-    b, k, q, h = x_bkqh.shape
-    x_btkg2h = x_bkqh.reshape(b, k, q // g, g, 2, h // 2).transpose(0, 2, 1, 3, 4, 5)
-    return x_btkg2h.reshape(b, q // g, k * g, h)
+def heads_last(x_kqh: jax.Array, g: int) -> jax.Array:
+    """Undoes ``heads_first``."""
+    *batch, k, q, h = x_kqh.shape
+    x_tkg2h = x_kqh.reshape(*batch, k, q // g, g, 2, h // 2).swapaxes(-5, -4)
+    return x_tkg2h.reshape(*batch, q // g, k * g, h)

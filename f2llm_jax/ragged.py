@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from f2llm_jax.blocked import blocked
+from f2llm_jax.blocked import blocked, heads_first, heads_last
 from f2llm_jax.products import einsum, from_bits, product, to_bits
 
 Carry = TypeVar("Carry")
@@ -152,12 +152,12 @@ def _forward(
     k = k_bskh.shape[2]
     g, dtype = n // k, q_btnh.dtype
     blocks = _Blocks.of((b, t), segment_ids_bt)
-    q_pnh, k_pkh, v_pkh = (_joined(x, blocks) for x in (q_btnh, k_bskh, v_bskh))
+    q_pn2h, k_pk2h, v_pk2h = (_joined(_halves(x), blocks) for x in (q_btnh, k_bskh, v_bskh))
 
     def visit(block: jax.Array, window: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        out_pnh, log_sum_ckq = carry
-        q_kqh = from_bits(_heads_first(blocks.cut(q_pnh, block), k), dtype)
-        k_ksh, v_ksh = _keys(blocks, block, window, k_pkh, v_pkh, dtype)
+        x_pn2h, log_sum_ckq = carry  # the results of blocks that are done, in the place of their queries
+        q_kqh = _queries(blocks, block, x_pn2h, k, dtype)
+        k_ksh, v_ksh = _keys(blocks, block, window, k_pk2h, v_pk2h, dtype)
         score_kqs = product("kqh,ksh->kqs", q_kqh, k_ksh, dtype)
         score_kqs += jnp.where(blocks.seen(block, window, g), 0.0, -jnp.inf)
         # The sum is divided out after the product with v, where it touches h values a query instead of s.
@@ -165,17 +165,17 @@ def _forward(
         weight_kqs = jnp.exp(score_kqs - largest_kq1)
         out_kqh = product("kqs,ksh->kqh", weight_kqs, v_ksh, dtype)
         sum_kq1 = jnp.sum(weight_kqs, axis=-1, keepdims=True)
-        out = _heads_last(to_bits((out_kqh / sum_kq1).astype(dtype)), g)
+        out_qn2h = _halves(heads_last((out_kqh / sum_kq1).astype(dtype), g))
         log_sum_kq = (largest_kq1 + jnp.log(sum_kq1))[..., 0]
         return (
-            jax.lax.dynamic_update_slice_in_dim(out_pnh, out, block * blocks.size, 0),
+            jax.lax.dynamic_update_slice_in_dim(x_pn2h, out_qn2h, block * blocks.size, 0),
             jax.lax.dynamic_update_index_in_dim(log_sum_ckq, log_sum_kq, block, 0),
         )
 
     count = len(blocks.first_p) // blocks.size
     zeros_ckq = jnp.zeros((count, k, blocks.size * g), jnp.float32)
-    out_pnh, log_sum_ckq = blocks.each(visit, (jnp.zeros_like(q_pnh), zeros_ckq))
-    return from_bits(out_pnh[: b * t].reshape(q_btnh.shape), dtype), log_sum_ckq
+    out_pn2h, log_sum_ckq = blocks.each(visit, (q_pn2h, zeros_ckq))
+    return from_bits(out_pn2h[: b * t].reshape(q_btnh.shape), dtype), log_sum_ckq
 
 
 def _residuals(
@@ -195,70 +195,73 @@ def _backward(residuals: Any, cotangent_btnh: jax.Array) -> tuple[jax.Array, jax
     k = k_bskh.shape[2]
     g, dtype = n // k, q_btnh.dtype
     blocks = _Blocks.of((b, t), segment_ids_bt)
-    q_pnh, k_pkh, v_pkh, d_out_pnh = (
-        _joined(x, blocks) for x in (q_btnh, k_bskh, v_bskh, cotangent_btnh.astype(dtype))
+    q_pn2h, k_pk2h, v_pk2h, d_out_pn2h = (
+        _joined(_halves(x), blocks) for x in (q_btnh, k_bskh, v_bskh, cotangent_btnh.astype(dtype))
     )
     # What a query's weights have to do with each other by their sum being one.
-    mean_btn = jnp.sum(cotangent_btnh * out_btnh.astype(jnp.float32), axis=-1)
-    mean_pn1 = _joined(mean_btn[..., None], blocks)
+    mean_pn = _joined(jnp.sum(cotangent_btnh * out_btnh.astype(jnp.float32), axis=-1), blocks)
     multiply = functools.partial(einsum, dtype=dtype)
 
     def visit(block: jax.Array, window: int, carry: Gradients) -> Gradients:
-        d_q_pnh, d_k_kph, d_v_kph = carry
-        q_kqh, d_out_kqh = (from_bits(_heads_first(blocks.cut(x, block), k), dtype) for x in (q_pnh, d_out_pnh))
-        k_ksh, v_ksh = _keys(blocks, block, window, k_pkh, v_pkh, dtype)
+        x_pn2h, d_k_kph, d_v_kph = carry  # the gradients of blocks that are done, in the place of their queries
+        q_kqh, d_out_kqh = (_queries(blocks, block, x, k, dtype) for x in (x_pn2h, d_out_pn2h))
+        k_ksh, v_ksh = _keys(blocks, block, window, k_pk2h, v_pk2h, dtype)
         score_ksq = multiply("ksh,kqh->ksq", k_ksh, q_kqh)
         log_sum_k1q = jax.lax.dynamic_index_in_dim(log_sum_ckq, block, 0, keepdims=False)[:, None]
         weight_ksq = jnp.exp(jnp.where(blocks.seen(block, window, g).T, score_ksq - log_sum_k1q, -jnp.inf))
-        mean_k1q = _heads_first(blocks.cut(mean_pn1, block), k).swapaxes(1, 2)
+        mean_k1q = blocks.cut(mean_pn, block).reshape(-1, k, g).swapaxes(0, 1).reshape(k, 1, -1)
         d_score_ksq = weight_ksq * (multiply("ksh,kqh->ksq", v_ksh, d_out_kqh) - mean_k1q)
-        d_q = _heads_last(to_bits(multiply("ksq,ksh->kqh", d_score_ksq, k_ksh).astype(dtype)), g)
+        d_q_qn2h = _halves(heads_last(multiply("ksq,ksh->kqh", d_score_ksq, k_ksh).astype(dtype), g))
         start = blocks.window_start(block, window)
         return (
-            jax.lax.dynamic_update_slice_in_dim(d_q_pnh, d_q, block * blocks.size, 0),
+            jax.lax.dynamic_update_slice_in_dim(x_pn2h, d_q_qn2h, block * blocks.size, 0),
             _add_at(d_k_kph, multiply("ksq,kqh->ksh", d_score_ksq, q_kqh), start),
             _add_at(d_v_kph, multiply("ksq,kqh->ksh", weight_ksq, d_out_kqh), start),
         )
 
     zeros_kph = jnp.zeros((k, len(blocks.first_p), h), jnp.float32)
-    d_q_pnh, *d_kv = blocks.each(visit, (jnp.zeros_like(q_pnh), zeros_kph, zeros_kph))
-    d_q_btnh = from_bits(d_q_pnh[: b * t].reshape(q_btnh.shape), dtype)
-    d_k_bskh, d_v_bskh = (_heads_last(x[:, : b * t].astype(dtype), 1).reshape(k_bskh.shape) for x in d_kv)
+    d_q_pn2h, *d_kv = blocks.each(visit, (q_pn2h, zeros_kph, zeros_kph))
+    d_q_btnh = from_bits(d_q_pn2h[: b * t].reshape(q_btnh.shape), dtype)
+    d_k_bskh, d_v_bskh = (heads_last(x[:, : b * t].astype(dtype), 1).reshape(k_bskh.shape) for x in d_kv)
     return d_q_btnh, d_k_bskh, d_v_bskh, None
 
 
 ragged.defvjp(_residuals, _backward)
 
 
-def _joined(x_btnh: jax.Array, blocks: _Blocks) -> jax.Array:
-    """The rows one after the other, as bits, padded to whole blocks."""
-    x_pnh = to_bits(x_btnh).reshape(-1, *x_btnh.shape[2:])
-    return jnp.pad(x_pnh, ((0, len(blocks.first_p) - len(x_pnh)), (0, 0), (0, 0)))
+def _joined(x_bt: jax.Array, blocks: _Blocks) -> jax.Array:
+    """The rows [batch, length, ...] one after the other, padded to whole blocks."""
+    x_p = x_bt.reshape(-1, *x_bt.shape[2:])
+    return jnp.pad(x_p, [(0, len(blocks.first_p) - len(x_p)), *[(0, 0)] * (x_p.ndim - 1)])
+
+
+def _halves(x_nh: jax.Array) -> jax.Array:
+    """The bits of heads [..., h] as halves [..., 2, h / 2], as which loops carry them.
+
+    XLA merges what computes queries and keys with what makes them whole, whose index would then be a division; into a
+    loop it does not reach.
+    """
+    return to_bits(x_nh).reshape(*x_nh.shape[:-1], 2, -1)
+
+
+def _whole(x_n2h: jax.Array) -> jax.Array:
+    """Undoes ``_halves``, but for the bits."""
+    return x_n2h.reshape(*x_n2h.shape[:-2], -1)
+
+
+def _queries(blocks: _Blocks, block: jax.Array, x_pn2h: jax.Array, k: int, dtype: Any) -> jax.Array:
+    """What belongs to a block's queries, [k, q, h]."""
+    return from_bits(heads_first(_whole(blocks.cut(x_pn2h, block)), k), dtype)
 
 
 def _keys(
-    blocks: _Blocks, block: jax.Array, window: int, k_pkh: jax.Array, v_pkh: jax.Array, dtype: Any
+    blocks: _Blocks, block: jax.Array, window: int, k_pk2h: jax.Array, v_pk2h: jax.Array, dtype: Any
 ) -> Iterator[jax.Array]:
     """Keys and values of a block's window, [k, s, h]."""
     start = blocks.window_start(block, window)
-    for x_pkh in (k_pkh, v_pkh):
-        yield from_bits(_heads_first(jax.lax.dynamic_slice_in_dim(x_pkh, start, window), x_pkh.shape[1]), dtype)
-
-
-def _heads_first(x_pnh: jax.Array, k: int) -> jax.Array:
-    """[k, q, h], where the queries of a position that share a key/value head follow each other.
-
-    Keys and values, too, have the axis of those that share one, if of size one: XLA's CPU compiler would fold a plain
-    transposition into the product that follows, and multiply bfloat16 in float32.
-    """
-    p, n, h = x_pnh.shape
-    return x_pnh.reshape(p, k, n // k, h).swapaxes(0, 1).reshape(k, p * n // k, h)
-
-
-def _heads_last(x_kqh: jax.Array, g: int) -> jax.Array:
-    """Undoes ``_heads_first``."""
-    k, q, h = x_kqh.shape
-    return x_kqh.reshape(k, q // g, g, h).swapaxes(0, 1).reshape(q // g, k * g, h)
+    for x_pk2h in (k_pk2h, v_pk2h):
+        x_sk2h = jax.lax.dynamic_slice_in_dim(x_pk2h, start, window)
+        yield from_bits(heads_first(_whole(x_sk2h), x_sk2h.shape[1]), dtype)
 
 
 def _add_at(total_kph: jax.Array, part_ksh: jax.Array, start: jax.Array) -> jax.Array:
