@@ -2,7 +2,7 @@
 
 Peak rates, HBM and ICI bandwidth are those of Google's pages on each chip (docs.cloud.google.com/tpu/docs/v4, v5e, v5p,
 v6e, tpu7x); the bandwidth of one ICI link is that of "How to Scale Your Model", jax-ml.github.io/scaling-book/tpus,
-which is what a link carries of its nominal rate. The HBM a program may use is what libtpu 0.0.52 says when it refuses
+which is what a link carries of its nominal rate. The HBM a program may use is what libtpu 0.0.42.1 says when it refuses
 one that is too large: it keeps a part of the chip's memory for itself.
 """
 
@@ -150,7 +150,11 @@ def topology_devices(topology: Topology) -> list[Any]:
     from jax.errors import JaxRuntimeError
     from jax.experimental import topologies
 
-    options = {"chip_config_name": topology.chip.config} if topology.chip.config else {}
+    # Up to four chips a host, or what there is of a smaller slice. Which chips share a host changes no program.
+    x, y = topology.shape[:2]
+    options: dict[str, Any] = {"chips_per_host_bounds": [min(x, 2), min(y, 2), 1]}
+    if topology.chip.config:
+        options["chip_config_name"] = topology.chip.config
     try:
         description = topologies.get_topology_desc(topology.name, "tpu", **options)
     except JaxRuntimeError as error:
