@@ -102,14 +102,14 @@ _OF_BLOCK = ("config", "dtype", "kernel")
 
 @functools.partial(jax.jit, static_argnames=_OF_BLOCK, donate_argnums=1)
 def _layer(weights: Params, x_btd: jax.Array, rotary: Any, segment_ids_bt: jax.Array | None, **block: Any) -> jax.Array:
-    return apply(Block(**block), weights, x_btd, rotary, segment_ids_bt, False)[0]
+    return apply(Block(**block), weights, x_btd, rotary, segment_ids_bt)
 
 
 @functools.partial(jax.jit, static_argnames=_OF_BLOCK)  # nothing to donate: its result is smaller
 def _layer_of_ends(
     weights: Params, x_btd: jax.Array, rotary: Any, segment_ids_bt: jax.Array | None, ends_be: jax.Array, **block: Any
 ) -> jax.Array:
-    return apply(Block(**block), weights, x_btd, rotary, segment_ids_bt, False, ends_be)[0]
+    return apply(Block(**block), weights, x_btd, rotary, segment_ids_bt, ends_be)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dim"))

@@ -165,9 +165,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer. Returns the residual stream twice: as the carry of the scan, and as this layer's output.
+    """One decoder layer: the residual stream behind it.
 
-    With ``ends_be`` the residual stream of those positions alone, [b, e, d]: the others are only keys and values.
+    With ``ends_be`` that of those positions alone, [b, e, d]: the others are only keys and values.
     """
 
     config: ModelConfig
@@ -180,9 +180,8 @@ class Block(nn.Module):
         x_btd: jax.Array,
         rotary: tuple[jax.Array, jax.Array],
         segment_ids_bt: jax.Array | None,
-        all_layers: bool,
         ends_be: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array | None]:
+    ) -> jax.Array:
         c = self.config
         normed_btd = RMSNorm(c.hidden_size, "embed", c.rms_norm_eps, name="input_norm")(x_btd)
         attention = Attention(c, self.dtype, self.kernel, name="attention")
@@ -190,8 +189,7 @@ class Block(nn.Module):
         x_btd = (x_btd if ends_be is None else at_positions(x_btd, ends_be)) + attended_btd
         normed_btd = RMSNorm(c.hidden_size, "embed", c.rms_norm_eps, name="mlp_norm")(x_btd)
         x_btd = x_btd + MLP(c, self.dtype, name="mlp")(normed_btd)
-        x_btd = constrain(x_btd, "batch", "length", "embed")
-        return x_btd, (x_btd if all_layers else None)
+        return constrain(x_btd, "batch", "length", "embed")
 
 
 class Backbone(nn.Module):
@@ -215,9 +213,7 @@ class Backbone(nn.Module):
         tokens_bt: jax.Array,
         segment_ids_bt: jax.Array | None = None,
         ends_be: jax.Array | None = None,
-        *,
-        all_layers: bool = False,
-    ) -> Any:
+    ) -> jax.Array:
         """Runs the decoder.
 
         Args:
@@ -226,14 +222,13 @@ class Backbone(nn.Module):
                 one text each.
             ends_be: int32 [batch, ends], the positions whose states are wanted; None for all. Of the last layer, what
                 only other positions need is then not computed; for a gradient, if the model ``has_few_layers``.
-            all_layers: also return the output of every layer; not with ``ends_be``.
 
         Returns:
-            float32 [batch, length, hidden] final-norm states, or [batch, ends, hidden]; with ``all_layers`` a pair of
-            these and the residual stream after each layer, [layers, batch, length, hidden].
+            float32 [batch, length, hidden] final-norm states, or [batch, ends, hidden]. Those after each layer are what
+            Flax's ``capture_intermediates`` finds of ``Block``.
 
         Raises:
-            InputError: ``all_layers`` with ``ends_be``, or parameters of another number of layers than the config's.
+            InputError: parameters of another number of layers than the config's.
         """
         c = self.config
         table = nn.with_logical_partitioning(_normal, ("vocab", "embed"))
@@ -244,26 +239,23 @@ class Backbone(nn.Module):
         rotary = rotary_angles(positions(tokens_bt.shape[1], segment_ids_bt), c.head_dim, c.rope_theta)
         norm = RMSNorm(c.hidden_size, "embed", c.rms_norm_eps, name="norm")
         if ends_be is not None:
-            if all_layers:
-                raise InputError("all_layers needs the states of all positions, and ends_be leaves them out")
             plain = functools.partial(_layer, Block(c, self.dtype, self.kernel, parent=None))
             # The last layer may be merged with its forward pass: but for keys and values it is of few positions.
             layer = jax.checkpoint(plain, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
             weights = self.variables["params"]["layers"]
             return norm(_through_layers(layer, weights, x_btd, rotary, segment_ids_bt, ends_be))
         # Within a scan nothing can be merged with the forward pass anyway: prevent_cse would only cost.
-        block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False, static_argnums=(4,))
-        layers = nn.scan(
-            block,
+        block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        through_layers = nn.scan(
+            lambda block, x_btd, *others: (block(x_btd, *others), None),
             variable_axes={"params": 0, "intermediates": 0},  # the latter for whoever looks in, as train/prune.py does
             split_rngs={"params": True},
-            in_axes=(nn.broadcast,) * 3,
+            in_axes=(nn.broadcast,) * 2,
             length=c.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.dtype, self.kernel, name="layers")
-        x_btd, layer_outputs_lbtd = layers(x_btd, rotary, segment_ids_bt, all_layers)
-        states_btd = norm(x_btd)
-        return (states_btd, layer_outputs_lbtd) if all_layers else states_btd
+        )
+        x_btd, _ = through_layers(block(c, self.dtype, self.kernel, name="layers"), x_btd, rotary, segment_ids_bt)
+        return norm(x_btd)
 
 
 def check_layers(params: Params, config: ModelConfig) -> None:
@@ -276,7 +268,7 @@ def check_layers(params: Params, config: ModelConfig) -> None:
 def _layer(
     block: Block, weights: Params, x_btd: jax.Array, rotary: Any, segment_ids_bt: Any, ends_be: Any = None
 ) -> jax.Array:
-    return apply(block, weights, x_btd, rotary, segment_ids_bt, False, ends_be)[0]
+    return apply(block, weights, x_btd, rotary, segment_ids_bt, ends_be)
 
 
 def _through_layers(

@@ -140,12 +140,6 @@ def test_another_number_of_layers_is_refused(params):
         jax.eval_shape(partial(f2llm_jax.eos_states, config=config), params, batch)
 
 
-def test_states_of_all_layers_are_of_all_positions(params):
-    ends_be = np.full((2, 1), 7, np.int32)
-    with pytest.raises(InputError, match="all_layers needs the states of all positions"):
-        f2llm_jax.Backbone(TINY).apply({"params": params}, random_tokens(2, 8), None, ends_be, all_layers=True)
-
-
 def test_no_weights_are_copied_without_a_gradient():
     config = dataclasses.replace(TINY, num_hidden_layers=12, intermediate_size=8192)
     params = f2llm_jax.init_params(config, jax.random.key(0))

@@ -21,7 +21,7 @@ import f2llm_jax
 from f2llm_jax import Batch, embed, init_params, products
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.configs.models import MODELS
-from f2llm_jax.model import abstract_params
+from f2llm_jax.model import Block, abstract_params
 
 # FACTS: recomputed from the paper's Table 1, and equal to the released ones.
 PARAMETERS = {
@@ -80,9 +80,11 @@ def check_against_transformers(config: ModelConfig, *batches_of_lengths: Sequenc
     for batch, expected_bd in zip(batches, expected, strict=True):
         np.testing.assert_allclose(embed(params, batch), expected_bd, rtol=0, atol=LARGEST_DIFFERENCE)
 
-    final_btd, layers_lbtd = jax.jit(
-        lambda params, tokens_bt: f2llm_jax.Backbone(config).apply({"params": params}, tokens_bt, all_layers=True)
-    )(params, batches[0].tokens_bt)
+    states = jax.jit(
+        partial(f2llm_jax.Backbone(config).apply, capture_intermediates=_of_layers, mutable="intermediates")
+    )
+    final_btd, noted = states({"params": params}, batches[0].tokens_bt)
+    (layers_lbtd,) = noted["intermediates"]["layers"]["__call__"]
     for row, tokens_t in enumerate(rows_of(batches[0])):
         expected_ltd = torch_states(model, tokens_t)
         got_ltd = np.concatenate([layers_lbtd[:, row], final_btd[None, row]])[:, : len(tokens_t)]
@@ -97,6 +99,10 @@ def check_against_transformers(config: ModelConfig, *batches_of_lengths: Sequenc
         got_bd = np.asarray(embed(params, batch, dtype="bfloat16"))
         assert got_bd.dtype == np.float32
         assert (got_bd * expected_bd).sum(axis=1).min() >= BFLOAT16_COSINE
+
+
+def _of_layers(module: nn.Module, _: str) -> bool:
+    return isinstance(module, Block)
 
 
 def test_what_accelerators_round_costs_little(monkeypatch):

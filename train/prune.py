@@ -301,7 +301,7 @@ def _sums(params: Params, batch: Batch, *, config: ModelConfig) -> dict[str, Any
         if isinstance(module, Projection) and _reads(module.axes) in ("embed", "mlp"):
             note_channels(module, args[0])
         elif isinstance(module, Block):
-            note(module, change=1 - _cosine(args[0], result[0]))
+            note(module, change=1 - _cosine(args[0], result))
         elif isinstance(module, Backbone):
             note_channels(module, result)
         return result
