@@ -19,8 +19,12 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 
-FOLDERS = {"f2llm_jax": "f2llm_jax", "configs": "f2llm_jax/configs", "convert": "f2llm_jax/convert"}
-FOLDERS |= {"train": "f2llm_jax/train"} if (ROOT / "train").is_dir() else {}
+FOLDERS = {
+    "f2llm_jax": "f2llm_jax",
+    "configs": "f2llm_jax/configs",
+    "convert": "f2llm_jax/convert",
+    "train": "f2llm_jax/train",
+}
 """Folders of the checkout that hold code, and where a wheel has them."""
 
 SHOW_WHERE = """
