@@ -36,7 +36,7 @@ class Fixed:
 
     def __init__(self, vectors: np.ndarray, name: str = "fixed"):
         self.prompts = {"query": "", "document": "", "bitext": ""}
-        self.name, self.dim, self.calls = name, vectors.shape[1], 0
+        self.name, self.dtype, self.dim, self.calls = name, "float32", vectors.shape[1], 0
         self._vectors = ranking.unit(vectors).astype(np.float32)
 
     def encode(self, texts: Sequence[str], role: str) -> np.ndarray:
@@ -287,12 +287,13 @@ def test_table_json_and_plot(tiny_release: Path, tmp_path: Path, capsys: pytest.
     arguments = ["--dims", "8,16,full", "--outputs", ",".join(OUTPUTS), "--dtype", "float32", "--results", str(results)]
     assert main(["evaluate", str(tiny_release), "--retrieval", str(folder), *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["model", "output", "dim", "bytes", *RETRIEVAL_METRICS]
+    assert lines[0].split() == ["model", "dtype", "output", "dim", "bytes", *RETRIEVAL_METRICS]
     assert len(lines) == 1 + 3 * len(OUTPUTS) + 1
     assert len({len(line) for line in lines[:-1]}) == 1
     report = json.loads((results / "retrieval.json").read_text())
     assert [row["bytes_per_vector"] for row in report["rows"]] == [32, 64, 384, 8, 16, 96] + 2 * [1, 2, 12]
-    assert f"{report['rows'][0]['scores']['ndcg@10']:.4f}" == lines[1].split()[4]
+    assert f"{report['rows'][0]['scores']['ndcg@10']:.4f}" == lines[1].split()[5]
+    assert {row["dtype"] for row in report["rows"]} == {"float32"} == {line.split()[1] for line in lines[1:-1]}
     assert (results / "retrieval.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -335,6 +336,12 @@ def test_table_keeps_long_names_apart(tmp_path: Path):
     report = evaluate_retrieval([Fixed(np.eye(2, 4), "/x" * 50 + "/release")], folder)
     name = table(report).splitlines()[1].split()[0]
     assert len(name) == 40 and name.startswith("…") and name.endswith("/release")
+
+
+@pytest.mark.parametrize(("dtype", "loaded"), [("int8", "bfloat16"), ("bfloat16",) * 2, ("float32",) * 2])
+def test_what_a_model_computes_in(dtype: str, loaded: str, tiny_release: Path):
+    assert load_embedder(str(tiny_release), dtype=dtype).dtype == dtype
+    assert load_embedder(f"st:{tiny_release}", dtype=dtype).dtype == loaded
 
 
 def test_bitext_command(tiny_release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

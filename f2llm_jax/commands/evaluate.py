@@ -12,6 +12,7 @@ encode once, and score every size of --dims and every output of --outputs from t
   int8      documents a byte per dimension
   binary    queries and documents a bit per dimension, Hamming distance
   rescored  binary search for four times as many, ordered by the float query and the documents' bits
+In the table, dtype is what the model computes in (--dtype), output which of these was compared.
 Results are printed as a table, and written to RESULTS as retrieval.json and .png, or bitext.json and .png; those of an
 earlier run are replaced.
 """

@@ -27,11 +27,13 @@ class Embedder(Protocol):
 
     Attributes:
         name: for tables.
+        dtype: what it computes in.
         dim: of its full embeddings.
         prompts: {role: what is put before each text}.
     """
 
     name: str
+    dtype: str
     dim: int
     prompts: dict[Role, str]
 
@@ -45,6 +47,7 @@ class F2LLMEmbedder:
 
     def __init__(self, name: str, encoder: Encoder, *, instructions_of: str | None = None, **options: Any):
         self.name = name
+        self.dtype = encoder.dtype
         self.dim = encoder.config.hidden_size
         self._encoder = encoder
         self._options = options
@@ -75,6 +78,7 @@ class SentenceTransformersEmbedder:
         self._model = sentence_transformers.SentenceTransformer(name, revision=revision, model_kwargs={"dtype": dtype})
         if max_length is not None:
             self._model.max_seq_length = min(max_length, self._model.max_seq_length or max_length)
+        self.dtype = str(self._model.dtype).removeprefix("torch.")
         self.dim = self._model.get_embedding_dimension()
         self.prompts = sentence_transformers_prompts(name, self._model.prompts)
 

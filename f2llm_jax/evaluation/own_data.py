@@ -32,9 +32,19 @@ ENCODE_BLOCK = 16384
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The scores of one model at one size, from one kind of output."""
+    """The scores of one model at one size, from one kind of output.
+
+    Attributes:
+        model: its name.
+        dtype: what the model computes in.
+        output: what its embeddings are turned into to be compared, one of ``ranking.OUTPUTS``.
+        dim: how many values of each embedding are kept.
+        bytes_per_vector: what a stored document takes.
+        scores: {metric: mean over the data}.
+    """
 
     model: str
+    dtype: str
     output: str
     dim: int
     bytes_per_vector: int
@@ -190,4 +200,4 @@ def _run(data: RetrievalData, score_qk: np.ndarray, number_qk: np.ndarray) -> di
 
 
 def _row(model: Embedder, output: str, dim: int, scores: dict[str, float]) -> Row:
-    return Row(model.name, output, dim, bytes_per_vector(output, dim), scores)
+    return Row(model.name, model.dtype, output, dim, bytes_per_vector(output, dim), scores)

@@ -28,14 +28,14 @@ _TITLES = {"ndcg@10": "nDCG@10", "accuracy": "accuracy"}
 
 def table(report: Report) -> str:
     """The scores as aligned text: a line per model, output and size."""
-    lines = [["model", "output", "dim", "bytes", *report.metrics]]
+    lines = [["model", "dtype", "output", "dim", "bytes", *report.metrics]]
     for row in report.rows:
         scores = [f"{row.scores[metric]:.4f}" for metric in report.metrics]
-        lines.append([_short(row.model), row.output, str(row.dim), f"{row.bytes_per_vector:,}", *scores])
+        lines.append([_short(row.model), row.dtype, row.output, str(row.dim), f"{row.bytes_per_vector:,}", *scores])
     columns = [max(map(width, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
-            cell + " " * (size - width(cell)) if number < 2 else cell.rjust(size)
+            cell + " " * (size - width(cell)) if number < 3 else cell.rjust(size)
             for number, (cell, size) in enumerate(zip(line, columns, strict=True))
         )
         for line in lines
