@@ -18,9 +18,10 @@ from pyarrow import parquet
 
 import f2llm_jax as f2llm
 from f2llm_jax.cli import main
-from f2llm_jax.evaluation import own_data, ranking
+from f2llm_jax.commands import evaluate
+from f2llm_jax.evaluation import embedders, own_data, ranking
 from f2llm_jax.evaluation.data import read_bitext, read_retrieval
-from f2llm_jax.evaluation.embedders import F2LLMEmbedder, load_embedder, sentence_transformers_prompts
+from f2llm_jax.evaluation.embedders import F2LLMEmbedder, load_embedder, role_prompts, translation_prompt
 from f2llm_jax.evaluation.metrics import RETRIEVAL_METRICS, bitext_scores, retrieval_scores
 from f2llm_jax.evaluation.own_data import evaluate_bitext, evaluate_retrieval, parse_dims
 from f2llm_jax.evaluation.ranking import OUTPUTS, cosines, rank
@@ -28,6 +29,7 @@ from f2llm_jax.evaluation.report import plot, table
 
 DOCUMENTS = {"a": "the quick brown fox", "b": "jumps over", "c": "the lazy dog", "d": "retrieve the dog", "e": "fox"}
 QUERIES = {"1": "a quick fox", "2": "which dog is lazy", "3": "who jumps"}
+TRANSLATIONS = "Instruct: Retrieve translations of the following text.\nQuery: "
 QRELS = [("1", "a", 2), ("1", "e", 1), ("2", "c", 1), ("2", "d", 0), ("3", "b", 1)]
 
 
@@ -246,15 +248,36 @@ def test_the_release_prompts_are_used(tiny: f2llm.Encoder, tmp_path: Path):
     assert report.rows[0].scores == pytest.approx(retrieval_scores(qrels, run))
 
 
-def test_ours_and_sentence_transformers_agree(tiny_release: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    "saved", [None, {"query": "find: ", "passage": "text: ", "BitextMining": "pair: "}], ids=["released", "others"]
+)
+def test_ours_and_sentence_transformers_agree(saved: dict[str, str] | None, copied_release: Path, tmp_path: Path):
+    if saved is not None:
+        (copied_release / "config_sentence_transformers.json").write_text(json.dumps({"prompts": saved}))
     folder = write_beir(tmp_path / "data")
-    models = (load_embedder(name, dtype="float32") for name in (str(tiny_release), f"st:{tiny_release}"))
-    report = evaluate_retrieval(models, folder, dims=[8, None], outputs=["float32", "int8"])
-    ours, other = report.rows[:4], report.rows[4:]
-    assert [row.model for row in other] == [f"st:{tiny_release}"] * 4
-    assert [row.scores for row in ours] == [pytest.approx(row.scores) for row in other]
-    ours_prompts, other_prompts = report.prompts.values()
-    assert ours_prompts == other_prompts and ours_prompts["query"].startswith("Instruct: ")
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"a": x, "b": y} for x, y in zip("abcd", "wxyz", strict=True)])
+    models = [load_embedder(name, dtype="float32") for name in (str(copied_release), f"st:{copied_release}")]
+    sweep = {"dims": [8, None], "outputs": ["float32", "int8"]}
+    for report in (evaluate_retrieval(models, folder, **sweep), evaluate_bitext(models, pairs, **sweep)):
+        ours, other = report.rows[:4], report.rows[4:]
+        assert [row.model for row in other] == [f"st:{copied_release}"] * 4
+        assert [row.scores for row in ours] == [pytest.approx(row.scores) for row in other]
+        ours_prompts, other_prompts = report.prompts.values()
+        assert ours_prompts == other_prompts
+        assert len(table(report).splitlines()) == 1 + len(report.rows)  # nothing to say of the same prompts
+    assert ours_prompts["bitext"] == (saved or {}).get("BitextMining", TRANSLATIONS)
+
+
+def test_the_same_model_is_compared_at_the_same_revision_and_instructed_alike(monkeypatch: pytest.MonkeyPatch):
+    loaded = {}
+    monkeypatch.setattr(embedders, "find_embedder", lambda *_: None)
+    monkeypatch.setattr(own_data, "evaluate_bitext", lambda models, *_, **__: list(models))
+    monkeypatch.setattr(evaluate, "_show", lambda *_: None)
+    monkeypatch.setattr(embedders, "load_embedder", lambda name, **options: loaded.update({name: options}))
+    others = ["--compare", "st:a/b", "--compare", "st:c/d"]
+    assert main(["evaluate", "a/b", "--bitext", "x", "--revision", "r", "--instructions-of", "i", *others]) == 0
+    own, same, other = ((options.get("revision"), options.get("instructions_of")) for options in loaded.values())
+    assert own == same == ("r", "i") and other == (None, None)
 
 
 def test_a_limit_on_tokens_is_for_all_models(tiny_release: Path):
@@ -266,17 +289,32 @@ def test_a_limit_on_tokens_is_for_all_models(tiny_release: Path):
         np.testing.assert_allclose(ours.encode(texts, "document"), other.encode(texts, "document"), atol=1e-5)
 
 
-def test_sentence_transformers_prompts():
-    own = {"query": "task: search result | query: ", "document": "title: none | text: ", "BitextMining": "task: x"}
-    assert sentence_transformers_prompts("google/embeddinggemma-300m", own) == {
-        "query": own["query"],
-        "document": own["document"],
-        "bitext": "task: x",
-    }
+def test_prompts_of_queries_and_documents():
+    own = {"query": "task: search result | query: ", "document": "title: none | text: "}
+    assert role_prompts("google/embeddinggemma-300m", {**own, "BitextMining": "task: x"}) == own
     # Saved without prompts; MTEB's registry knows them.
-    e5 = sentence_transformers_prompts("intfloat/multilingual-e5-large", {"query": "", "document": ""})
-    assert e5 == {"query": "query: ", "document": "passage: ", "bitext": ""}
-    assert set(sentence_transformers_prompts("somebody/unknown", {}).values()) == {""}
+    e5 = role_prompts("intfloat/multilingual-e5-large", {"query": "", "document": ""})
+    assert e5 == {"query": "query: ", "document": "passage: "}
+    assert set(role_prompts("somebody/unknown", {}).values()) == {""}
+
+
+def test_prompts_of_translations(tiny_release: Path):
+    saved = {"BitextMining": "pair: "}
+    assert translation_prompt("codefuse-ai/F2LLM-v2-80M", {}) == TRANSLATIONS
+    assert translation_prompt("codefuse-ai/F2LLM-v2-80M", saved) == "pair: "
+    assert translation_prompt(str(tiny_release), saved, "codefuse-ai/F2LLM-0.6B") == (
+        "Instruct: Retrieve parallel sentences.\nQuery: "
+    )
+
+
+def test_a_peer_is_not_instructed_as_a_model_of_this_family(hub_of_settings: list, tmp_path: Path):
+    assert embedders.is_instructed("codefuse-ai/F2LLM-v2-80M") and not hub_of_settings
+    assert embedders.is_instructed("somebody/tuned", "main")  # the hub has a release of this kind there
+    assert hub_of_settings == [("somebody/tuned", "main")]
+    assert not embedders.is_instructed("Qwen/Qwen3-Embedding-0.6B")  # whose entry states none
+    assert not embedders.is_instructed("LaBSE")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert not embedders.is_instructed(str(tmp_path))
 
 
 # Reports
@@ -338,6 +376,26 @@ def test_table_keeps_long_names_apart(tmp_path: Path):
     assert len(name) == 40 and name.startswith("…") and name.endswith("/release")
 
 
+def test_table_says_what_models_compute_in_and_are_told(tmp_path: Path):
+    folder = write_beir(tmp_path / "data", {"a": "0", "b": "1"}, {"1": "0"}, [("1", "a", 1)])
+    path = "/x" * 50 + "/release"
+    ours, other, third = (Fixed(np.eye(2, 4), name) for name in (path, f"st:{path}", "third"))
+    ours.dtype, other.dtype, third.dtype = "int8", "bfloat16", "float32"
+    ours.prompts["query"] = "Aufgabe: für\n"
+    lines = table(evaluate_retrieval([ours, other, third], folder, outputs=["float32", "int8"])).splitlines()
+    short, st_short = "…" + path[-39:], "st:…" + path[-36:]
+    assert [line.split()[:3] for line in lines[1:7]] == [
+        [name, dtype, output]
+        for name, dtype in ((short, "int8"), (st_short, "bfloat16"), ("third", "float32"))
+        for output in ("float32", "int8")
+    ]
+    assert lines[7:] == [
+        f"prompts of {short}: query 'Aufgabe: für\\n', document none",
+        f"prompts of {st_short}: query none, document none",
+        "prompts of third: query none, document none",
+    ]
+
+
 @pytest.mark.parametrize(("dtype", "loaded"), [("int8", "bfloat16"), ("bfloat16",) * 2, ("float32",) * 2])
 def test_what_a_model_computes_in(dtype: str, loaded: str, tiny_release: Path):
     assert load_embedder(str(tiny_release), dtype=dtype).dtype == dtype
@@ -352,9 +410,7 @@ def test_bitext_command(tiny_release: Path, tmp_path: Path, capsys: pytest.Captu
     assert "xsim_back" in capsys.readouterr().out
     report = json.loads((tmp_path / "bitext.json").read_text())
     assert report["sizes"] == {"pairs": 2}
-    assert report["prompts"][str(tiny_release)]["bitext"] == (
-        "Instruct: Retrieve translations of the following text.\nQuery: "
-    )
+    assert report["prompts"][str(tiny_release)]["bitext"] == TRANSLATIONS
 
 
 # Data

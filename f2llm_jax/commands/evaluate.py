@@ -12,7 +12,9 @@ encode once, and score every size of --dims and every output of --outputs from t
   int8      documents a byte per dimension
   binary    queries and documents a bit per dimension, Hamming distance
   rescored  binary search for four times as many, ordered by the float query and the documents' bits
-In the table, dtype is what the model computes in (--dtype), output which of these was compared.
+In the table, dtype is what the model computes in (--dtype), output which of these was compared. M and st:M have the
+same prompts: those that M was saved with; for translations its BitextMining, or else MTEB's instruction. Where models
+have different ones, the table says what each puts before its texts.
 Results are printed as a table, and written to RESULTS as retrieval.json and .png, or bitext.json and .png; those of an
 earlier run are replaced.
 """
@@ -144,21 +146,23 @@ def _run_own_data(args: argparse.Namespace) -> None:
 
 def _models(args: argparse.Namespace) -> Iterator[Embedder]:
     """MODEL and what it is compared with, loaded one after the other; all are looked for before the first."""
-    from f2llm_jax.evaluation.embedders import find_embedder, load_embedder
+    from f2llm_jax.evaluation.embedders import SENTENCE_TRANSFORMERS, find_embedder, load_embedder
 
-    revisions = {args.model: args.revision}
+    # Of MODEL whichever library loads it: a comparison of the two is one of the same weights and instructions.
+    of_model = {"revision": args.revision, "instructions_of": args.instructions_of}
+    plain = args.model.removeprefix(SENTENCE_TRANSFORMERS)
     names = dict.fromkeys([args.model, *args.compare])
+    options = {name: of_model if name.removeprefix(SENTENCE_TRANSFORMERS) == plain else {} for name in names}
     for name in names:
-        find_embedder(name, revisions.get(name))
+        find_embedder(name, options[name].get("revision"))
     return (
         load_embedder(
             name,
             dtype=args.dtype,
-            revision=revisions.get(name),
-            instructions_of=args.instructions_of if name == args.model else None,
             max_length=args.max_length,
             batch_tokens=args.batch_tokens,
             show_progress=show_progress(args),
+            **options[name],
         )
         for name in names
     )

@@ -12,11 +12,10 @@ from jax.sharding import Mesh
 from f2llm_jax.encoder import Encoder, float_dtype, load
 from f2llm_jax.errors import ReleaseError
 from f2llm_jax.evaluation import optional
-from f2llm_jax.evaluation.registry import bitext_prompt, instructions, registered
+from f2llm_jax.evaluation.registry import bitext_prompt, instructions, registered, states_instructions
 from f2llm_jax.release import find_release, read_release
 
 Role = Literal["query", "document", "bitext"]
-ROLES: tuple[Role, ...] = ("query", "document", "bitext")
 
 # Written before the name of a model that sentence-transformers is to load.
 SENTENCE_TRANSFORMERS = "st:"
@@ -29,7 +28,7 @@ class Embedder(Protocol):
         name: for tables.
         dtype: what it computes in.
         dim: of its full embeddings.
-        prompts: {role: what is put before each text}.
+        prompts: {role: what is put before each text}; that of ``bitext`` may be found out by the first ``encode``.
     """
 
     name: str
@@ -43,7 +42,7 @@ class Embedder(Protocol):
 
 
 class F2LLMEmbedder:
-    """An ``Encoder``: its own prompts for queries and documents, MTEB's BitextMining instruction for translations."""
+    """An ``Encoder``, with the prompts of ``role_prompts`` and ``translation_prompt``."""
 
     def __init__(self, name: str, encoder: Encoder, *, instructions_of: str | None = None, **options: Any):
         self.name = name
@@ -52,16 +51,19 @@ class F2LLMEmbedder:
         self._encoder = encoder
         self._options = options
         self._instructions_of = instructions_of
-        self.prompts: dict[Role, str] = {role: encoder.prompts[role] for role in ("query", "document")}
+        self.prompts = role_prompts(name, encoder.prompts)
 
     def encode(self, texts: Sequence[str], role: Role) -> np.ndarray:
         if role == "bitext" and role not in self.prompts:
-            self.prompts[role] = bitext_prompt(instructions(self.name, self._instructions_of))
+            self.prompts[role] = translation_prompt(self.name, self._encoder.prompts, self._instructions_of)
         return self._encoder.encode(texts, prompt=self.prompts[role], **self._options)
 
 
 class SentenceTransformersEmbedder:
-    """Any sentence-transformers model: the prompts it was saved with, or else those of its entry in MTEB's registry."""
+    """Any sentence-transformers model, with the prompts that the same model would have as an ``Encoder``.
+
+    What is not instructed (``is_instructed``) has no more for translations than it was saved with.
+    """
 
     def __init__(
         self,
@@ -69,26 +71,38 @@ class SentenceTransformersEmbedder:
         *,
         dtype: str = "float32",
         revision: str | None = None,
+        instructions_of: str | None = None,
         max_length: int | None = None,
         **options: Any,
     ):
         sentence_transformers = optional("sentence_transformers")
         self.name = SENTENCE_TRANSFORMERS + name
+        self._release, self._revision = name, revision
+        self._instructions_of = instructions_of
         self._options = options
         self._model = sentence_transformers.SentenceTransformer(name, revision=revision, model_kwargs={"dtype": dtype})
         if max_length is not None:
             self._model.max_seq_length = min(max_length, self._model.max_seq_length or max_length)
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         self.dim = self._model.get_embedding_dimension()
-        self.prompts = sentence_transformers_prompts(name, self._model.prompts)
+        self.prompts = role_prompts(name, self._model.prompts)
 
     def encode(self, texts: Sequence[str], role: Role) -> np.ndarray:
+        if role == "bitext" and role not in self.prompts:
+            self.prompts[role] = self._translation_prompt()
         # A model with parts for queries and for documents takes the side from the method.
         encode = {"query": self._model.encode_query, "document": self._model.encode_document}.get(
             role, self._model.encode
         )
         embeddings_nd = encode(list(texts), prompt=self.prompts[role], normalize_embeddings=True, **self._options)
         return np.asarray(embeddings_nd, np.float32)
+
+    def _translation_prompt(self) -> str:
+        saved = self._model.prompts
+        given = self._instructions_of is not None or saved.get("BitextMining")
+        if not given and not is_instructed(self._release, self._revision):
+            return ""
+        return translation_prompt(self._release, saved, self._instructions_of)
 
 
 def find_embedder(model: str, revision: str | None = None) -> None:
@@ -122,7 +136,8 @@ def load_embedder(
         model: release folder, converted folder or hub id; after ``st:``, anything that sentence-transformers loads.
         dtype: as for ``load``; with ``int8``, which sentence-transformers does not take, its models are in bfloat16.
         mesh, revision: as for ``load``.
-        instructions_of: the model in MTEB's registry whose instruction for translations is used, see ``instructions``.
+        instructions_of: the model in MTEB's registry whose instruction for translations is used, see
+            ``translation_prompt``.
         max_length, batch_tokens, show_progress: as for ``Encoder.encode``; sentence-transformers has its own batches.
 
     Raises:
@@ -135,6 +150,7 @@ def load_embedder(
             name,
             dtype=float_dtype(dtype),
             revision=revision,
+            instructions_of=instructions_of,
             max_length=max_length,
             show_progress_bar=show_progress,
         )
@@ -149,16 +165,46 @@ def load_embedder(
     )
 
 
-def sentence_transformers_prompts(name: str, saved: Mapping[str, str | None]) -> dict[Role, str]:
-    """A prompt for each role.
+def role_prompts(name: str, saved: Mapping[str, str | None]) -> dict[Role, str]:
+    """A prompt for queries and one for documents: those saved with a model, or else of its entry in MTEB's registry.
 
     Args:
         name: the model's.
-        saved: ``SentenceTransformer.prompts``.
+        saved: ``Encoder.prompts`` or ``SentenceTransformer.prompts``.
     """
     prompts = {key: text for key, text in saved.items() if text}
     if not prompts and (entry := registered(name)) is not None:
         # multilingual-e5 was saved without the "query: " and "passage: " that it was trained with.
         prompts = entry.loader_kwargs.get("model_prompts") or {}
-    names = {"query": ("query",), "document": ("document", "passage", "corpus"), "bitext": ("BitextMining",)}
-    return {role: next((prompts[key] for key in names[role] if key in prompts), "") for role in ROLES}
+    names: dict[Role, tuple[str, ...]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
+    return {role: next((prompts[key] for key in names[role] if key in prompts), "") for role in names}
+
+
+def translation_prompt(name: str, saved: Mapping[str, str | None], instructions_of: str | None = None) -> str:
+    """The prompt for translations: of ``instructions_of``, else saved as BitextMining, else of MTEB's ``instructions``.
+
+    Args:
+        name, saved: as for ``role_prompts``.
+        instructions_of: a model in MTEB's registry.
+
+    Raises:
+        InputError: as for ``instructions``.
+    """
+    if instructions_of is None and (prompt := saved.get("BitextMining")):
+        return prompt
+    return bitext_prompt(instructions(name, instructions_of))
+
+
+def is_instructed(name: str, revision: str | None = None) -> bool:
+    """Whether MTEB's registry states instructions for a model, or, if it is not there, ``load`` takes it.
+
+    ``instructions`` gives what is not in the registry those of F2LLM-v2, which do not fit other kinds of models.
+    """
+    entry = registered(name)
+    if entry is not None:
+        return states_instructions(entry)
+    try:
+        read_release(find_release(name, revision, weights=False))
+    except ReleaseError:
+        return False
+    return True

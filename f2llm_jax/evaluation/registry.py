@@ -19,6 +19,10 @@ def registered(model: str) -> ModelMeta | None:
     return optional("mteb.models.model_implementations").MODEL_REGISTRY.get(model)
 
 
+def states_instructions(entry: ModelMeta) -> bool:
+    return "prompts_dict" in entry.loader_kwargs and "instruction_template" in entry.loader_kwargs
+
+
 def instructions(model: str, instructions_of: str | None = None) -> dict[str, Any]:
     """How a model is instructed: its entry's arguments of mteb's InstructSentenceTransformerModel.
 
@@ -40,7 +44,7 @@ def instructions(model: str, instructions_of: str | None = None) -> dict[str, An
         raise InputError(
             f"mteb {version} knows no model {name!r} (F2LLM-v2 is in mteb 2.26.24); instructions_of names another"
         )
-    if "prompts_dict" not in entry.loader_kwargs or "instruction_template" not in entry.loader_kwargs:
+    if not states_instructions(entry):
         raise InputError(f"mteb's entry of {name} states no instructions; instructions_of names a model that has them")
     return entry.loader_kwargs
 

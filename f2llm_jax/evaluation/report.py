@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from f2llm_jax.display import width
 from f2llm_jax.evaluation import optional
+from f2llm_jax.evaluation.embedders import SENTENCE_TRANSFORMERS
 from f2llm_jax.evaluation.own_data import Report
 from f2llm_jax.files import new_file
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
-# The longest name of a model in a table or a legend; of a longer one, such as a path, the end is kept.
+# The longest name of a model in a table or a legend; of a longer one, such as a path, the end is kept, and its st:.
 _NAME_LENGTH = 40
 
 # An output is told by its line and marker, a model by its colour; a model alone lends the colours to its outputs.
@@ -27,19 +28,31 @@ _TITLES = {"ndcg@10": "nDCG@10", "accuracy": "accuracy"}
 
 
 def table(report: Report) -> str:
-    """The scores as aligned text: a line per model, output and size."""
+    """The scores as aligned text: a line per model, output and size; and a line per model's prompts, if they differ."""
     lines = [["model", "dtype", "output", "dim", "bytes", *report.metrics]]
     for row in report.rows:
         scores = [f"{row.scores[metric]:.4f}" for metric in report.metrics]
         lines.append([_short(row.model), row.dtype, row.output, str(row.dim), f"{row.bytes_per_vector:,}", *scores])
     columns = [max(map(width, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
+    aligned = [
         "  ".join(
             cell + " " * (size - width(cell)) if number < 3 else cell.rjust(size)
             for number, (cell, size) in enumerate(zip(line, columns, strict=True))
         )
         for line in lines
-    )
+    ]
+    return "\n".join(aligned + _different_prompts(report))
+
+
+def _different_prompts(report: Report) -> list[str]:
+    """A line per model; none if all put the same before their texts."""
+    if len({tuple(prompts.items()) for prompts in report.prompts.values()}) < 2:
+        return []
+    return [
+        f"prompts of {_short(model)}: "
+        + ", ".join(f"{role} {prompt!r}" if prompt else f"{role} none" for role, prompt in prompts.items())
+        for model, prompts in report.prompts.items()
+    ]
 
 
 def write_json(report: Report, file: Path) -> None:
@@ -109,4 +122,7 @@ def _ticks(axis: Axis, values: Sequence[int]) -> None:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= _NAME_LENGTH else "…" + name[-_NAME_LENGTH + 1 :]
+    if len(name) <= _NAME_LENGTH:
+        return name
+    start = SENTENCE_TRANSFORMERS + "…" if name.startswith(SENTENCE_TRANSFORMERS) else "…"
+    return start + name[len(start) - _NAME_LENGTH :]
