@@ -1,13 +1,16 @@
-"""Files that appear complete or not at all."""
+"""Files that appear complete or not at all, and locks on what takes long to write."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
+
+from f2llm_jax.errors import InputError
 
 
 @contextlib.contextmanager
@@ -36,3 +39,26 @@ def new_file(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
 def unfinished(folder: Path, name: str = "*") -> Iterator[Path]:
     """The temporary files of ``new_file`` in a folder, also those it was killed over: of a name, by default of all."""
     return folder.glob(f".{name}.*.tmp")
+
+
+def take_lock(file: Path, out: Path) -> TextIO:
+    """Claims an output for this process, until the stream is closed or the process ends, however it ends.
+
+    Args:
+        file: what is locked; it is made if need be, and stays.
+        out: the output, for the message.
+
+    Raises:
+        InputError: another process writes to it.
+        OSError: the file system has no locks.
+    """
+    stream = file.open("w")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        raise InputError(f"{out} is being written by another process right now") from None
+    except OSError as error:
+        stream.close()
+        raise OSError(error.errno, f"cannot be locked: {error.strerror}", stream.name) from None
+    return stream

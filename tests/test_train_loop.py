@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 from compilation import quick_environment
+from jax.experimental import multihost_utils
 from raw_data import rows, write_raw
 from releases import TINY, edit_json, set_appended_token, write_release
 
@@ -25,10 +26,12 @@ from f2llm_jax.cli import main
 from f2llm_jax.convert.load import load_params, open_checkpoint
 from f2llm_jax.embedding import Batch
 from f2llm_jax.errors import InputError
+from f2llm_jax.files import take_lock
 from f2llm_jax.planning.counts import forward_flops
 from f2llm_jax.train.checkpoint import Checkpoints
 from f2llm_jax.train.config import MeshConfig
 from f2llm_jax.train.data import DataLoader
+from f2llm_jax.train.loop import _claimed
 from f2llm_jax.train.meter import Work, by_dataset
 from f2llm_jax.train.placement import make_train_mesh
 from f2llm_jax.train.prepare import prepare
@@ -362,6 +365,25 @@ def test_what_does_not_fit_is_refused_before_training(command, tmp_path, capsys,
     assert main(["train", *command(tmp_path / "run", **settings)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_goes_on_is_left_alone(command, tmp_path, capsys, monkeypatch):
+    """Another one is refused before it removes the checkpoint that is being written, or lines of scalars."""
+    (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
+    (tmp_path / "scalars.jsonl").write_text('{"step": 1, "lr": 0.0}\n')
+    with take_lock(tmp_path / ".lock", tmp_path):
+        before = sorted(tmp_path.rglob("*"))
+        assert main(["train", *command(tmp_path, "--resume", "auto")]) == 2
+        assert f"{tmp_path} is being written by another process right now" in capsys.readouterr().err
+        assert sorted(tmp_path.rglob("*")) == before
+        assert (tmp_path / "scalars.jsonl").read_text() == '{"step": 1, "lr": 0.0}\n'
+    for _ in range(2):  # free again after a run
+        with _claimed(tmp_path):
+            pass
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", np.logical_not)
+    with pytest.raises(InputError, match="cannot be written; the first process says why"), _claimed(tmp_path):
+        pass
 
 
 def test_an_export_is_not_overwritten(command, tmp_path, capsys):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from f2llm_jax.config import ModelConfig
@@ -22,6 +25,7 @@ from f2llm_jax.convert.load import load_params, open_checkpoint
 from f2llm_jax.convert.table import tensor_table
 from f2llm_jax.encoder import use_compilation_cache
 from f2llm_jax.errors import F2LLMError, InputError, ReleaseError
+from f2llm_jax.files import take_lock
 from f2llm_jax.model import Params
 from f2llm_jax.release import Release, find_release, read_release
 from f2llm_jax.sharding import padded_config
@@ -98,8 +102,8 @@ def train(
 
     Raises:
         TrainingError: a loss or a gradient is not finite.
-        InputError: ``out`` holds a run and ``resume`` is off, or one of other data, of a model of other sizes or with
-            more steps; ``export`` exists; or the config does not fit the model or the devices.
+        InputError: ``out`` holds a run and ``resume`` is off, or one of other data, of a model of other sizes, with
+            more steps or going on right now; ``export`` exists; or the config does not fit the model or the devices.
     """
     from tqdm import tqdm
 
@@ -119,7 +123,7 @@ def train(
     update = make_update(config, model, teacher, optimizer, like)
     evaluate = make_evaluate(config, model, mesh)
 
-    with jax.set_mesh(mesh), Checkpoints(out / "checkpoints", keep=config.every.keep) as checkpoints:
+    with _claimed(out), jax.set_mesh(mesh), Checkpoints(out / "checkpoints", keep=config.every.keep) as checkpoints:
         step = _first_step(config, release, checkpoints, total, resume=resume)
         if step:
             state, position = checkpoints.restore(step, like)
@@ -164,6 +168,22 @@ def train(
         if step == total and export is not None:
             export_run(state.params, config, release, export)
         return Outcome(step, total, checkpoints.path(step))
+
+
+@contextlib.contextmanager
+def _claimed(out: Path) -> Iterator[None]:
+    """Keeps other runs out of a run's folder: the first process locks it, and the others hear whether it could."""
+    error: Exception | None = None
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(take_lock(out / ".lock", out))
+            except Exception as caught:
+                error = caught
+        if multihost_utils.broadcast_one_to_all(np.array(error is not None)):
+            raise error or InputError(f"{out} cannot be written; the first process says why")
+        yield
 
 
 class _UnderWay:

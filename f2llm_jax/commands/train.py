@@ -4,7 +4,8 @@ RECIPE is a Python file with a function get_config() that returns a TrainConfig,
 f2llm (--list). --set changes single values: --set optim.learning_rate=1e-5 --set loss.mrl_dims=8,16,32
 
 OUT gets checkpoints/, tensorboard/ (tensorboard --logdir OUT) and scalars.jsonl. With --resume auto, the same command
-starts a run or goes on with it: after a kill the next batch is the very next batch, also on another mesh.
+starts a run or goes on with it: after a kill the next batch is the very next batch, also on another mesh. While a run
+goes on, others are kept out of OUT.
 
 Exit status: 0 when all steps are done; 143 after a SIGTERM, which saves a checkpoint first: start again with --resume
 auto; 2 after an error. A loss that is not finite is one: it names the step, the dataset and the last good checkpoint.
