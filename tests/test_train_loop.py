@@ -53,7 +53,7 @@ SETTINGS = {
     "every.log": 1,
     "every.validation": 5,
     "every.checkpoint": 3,
-    "every.keep": 2,
+    "every.keep": 3,
 }
 
 
@@ -183,7 +183,8 @@ def test_tensorboard_has_the_same_scalars(whole):
 
 
 def test_checkpoints_are_kept_and_exported(whole, tiny_release):
-    assert sorted(int(folder.name) for folder in (whole / "checkpoints").iterdir()) == [9, STEPS]
+    """Among them that before a validation, of step 10."""
+    assert sorted(int(folder.name) for folder in (whole / "checkpoints").iterdir()) == [9, 10, STEPS]
     trained = load_params(open_checkpoint(whole / "checkpoints" / str(STEPS)), TINY)
     exported = f2llm_jax.load(whole / "export")
     jax.tree.map(np.testing.assert_array_equal, trained, exported.params)
@@ -197,13 +198,13 @@ def test_average_is_the_mean_of_the_last_checkpoints(whole, tmp_path, capsys, mo
     read = Checkpoints.read_config
     monkeypatch.setattr(Checkpoints, "read_config", lambda *args: dataclasses.replace(read(*args), model="owner/name"))
     assert main(["average", str(whole), str(tmp_path / "mean"), "--last", "2"]) == 0
-    assert f"steps 9, {STEPS}" in capsys.readouterr().out
+    assert f"steps 10, {STEPS}" in capsys.readouterr().out
     assert hub_of_settings == [("owner/name", None)]
-    parts = [load_params(open_checkpoint(whole / "checkpoints" / str(step)), TINY) for step in (9, STEPS)]
+    parts = [load_params(open_checkpoint(whole / "checkpoints" / str(step)), TINY) for step in (10, STEPS)]
     mean = f2llm_jax.load(tmp_path / "mean").params
     jax.tree.map(lambda x, a, b: np.testing.assert_allclose(x, (a + b) / 2, rtol=1e-6, atol=1e-9), mean, *parts)
-    assert main(["average", str(whole), str(tmp_path / "more"), "--last", "3"]) == 2
-    assert "holds 2 checkpoints, not 3" in capsys.readouterr().err
+    assert main(["average", str(whole), str(tmp_path / "more"), "--last", "4"]) == 2
+    assert "holds 3 checkpoints, not 4" in capsys.readouterr().err
     assert main(["average", str(tmp_path), str(tmp_path / "more")]) == 2
     assert "holds no run" in capsys.readouterr().err
 
@@ -215,12 +216,13 @@ def test_a_killed_run_goes_on_bit_for_bit(command, whole, tmp_path):
     out = tmp_path / "run"
     deaths = [
         {"die_in": "f2llm_jax.train.data.DataLoader.__next__", "count": 2},  # before the first checkpoint
-        {"die_in": "f2llm_jax.train.checkpoint.Checkpoints.save", "count": 2},  # while the one of step 6 is written
+        {"die_in": "f2llm_jax.train.checkpoint.Checkpoints.save", "count": 2},  # while step 5 is written, not validated
     ]
     for death in deaths:
         process = run_process(command(out, "--resume", "auto"), **death)
         process.communicate(timeout=300)
         assert process.returncode == -signal.SIGKILL
+    assert not validated(out)
     assert main(["train", *command(out, "--resume", "auto")]) == 0
     assert losses(out) == losses(whole) and validated(out) == validated(whole)
     ends = [load_params(open_checkpoint(run / "checkpoints" / str(STEPS)), TINY) for run in (out, whole)]

@@ -157,9 +157,10 @@ def train(
                 under_way.add(Step(step, item.dataset, item.task, Work.of(item.batch), metrics))
                 if preemption.reached(step):
                     break
-                if config.every.checkpoint and step % config.every.checkpoint == 0:
-                    save()
-                if step in validations and step < total:
+                validates = step in validations and step < total
+                if config.every.checkpoint and (step % config.every.checkpoint == 0 or validates):
+                    save()  # also before a validation, which may take longer than a SIGTERM leaves time for
+                if validates:
                     write_validation()
             save()
             checkpoints.wait()
