@@ -72,13 +72,13 @@ def task_of(dataset: str, own: Mapping[str, Task] | None = None) -> Task:
 
     Args:
         dataset: its name.
-        own: {glob: task} asked before the table.
+        own: {glob or set: task} asked before the table.
 
     Raises:
         InputError: neither knows the dataset.
     """
     for glob, task in (own or {}).items():
-        if fnmatchcase(dataset, glob):
+        if matches(dataset, expand([glob])):
             return task
     for task, globs in TASKS.items():
         if matches(dataset, globs):

@@ -237,6 +237,8 @@ def test_include_exclude_and_sets(tmp_path, tiny_release):
         flag = option.removesuffix("s")
         with pytest.raises(InputError, match=f"--{flag} {re.escape(glob)} matches none of the 4 datasets in .*raw"):
             run(tmp_path / "raw", tiny_release, tmp_path / "none", **{option: ["*", glob]})
+    with pytest.raises(InputError, match=r"--task xquad matches none of the 4 datasets in .*raw"):
+        run(tmp_path / "raw", tiny_release, tmp_path / "none", tasks={"*": "retrieval", "xquad": "clustering"})
     write_raw(tmp_path / "other", {"xquad_en": rows(4, negatives=1)})
     with pytest.raises(InputError, match="--include @stage1 matches none of the 1 datasets"):
         run(tmp_path / "other", tiny_release, tmp_path / "none", include=["@stage1", "*"])
@@ -281,6 +283,12 @@ def test_an_unknown_dataset_is_an_error_that_says_how_to_add_it(tmp_path, tiny_r
 def test_tasks_of_released_datasets(dataset, task):
     assert task_of(dataset) == task
     assert [known for known, globs in TASKS.items() if matches(dataset, globs)] == [task]
+
+
+def test_a_task_of_ones_own_goes_before_the_tables():
+    own = {"@overlapping": "clustering", "sib*": "classification"}
+    tasks = [task_of(name, own) for name in ("mkqa_de", "sib200", "xquad_en")]
+    assert tasks == ["clustering", "clustering", "retrieval"]
 
 
 def test_bad_raw_folders_are_errors_that_leave_nothing(tmp_path, tiny_release):

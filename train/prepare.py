@@ -85,9 +85,9 @@ def prepare(
         stage: 1 strips instructions off all texts; 2 leaves them as they are.
         cap: queries per source; default 80,000 in stage 2, none in stage 1; 0 for none.
         sources: globs; the datasets that match one are a source together. Any other is a source of its own.
-        include, exclude: globs of datasets to take and to leave out. Here and in ``sources``, ``@NAME`` stands for the
-            globs of a set of configs/datasets.py.
-        tasks: {glob: task type} of datasets that the table does not know.
+        include, exclude: globs of datasets to take and to leave out. Here, in ``sources`` and in ``tasks``, ``@NAME``
+            stands for the globs of a set of configs/datasets.py.
+        tasks: {glob: task type}, asked before the table of datasets.
         max_length: tokens of a text, EOS included; longer ones are truncated, and counted.
         seed: of the choice under a cap, and of the split.
         workers: processes; default one per core.
@@ -110,7 +110,7 @@ def prepare(
     if cap is not None and cap < 0:
         raise InputError(f"cap must be 0, for none, or more, not {cap}")
     place = output_path(out)
-    datasets, excluded = _find(Path(raw).expanduser(), include, exclude, sources)
+    datasets, excluded = _find(Path(raw).expanduser(), include, exclude, sources, list(tasks or ()))
     sources = expand(sources)
     by_dataset = {dataset.name: task_of(dataset.name, tasks) for dataset in datasets}
     _check_negatives(datasets, by_dataset)
@@ -160,11 +160,11 @@ def prepare(
 
 
 def _find(
-    raw: Path, include: Sequence[str], exclude: Sequence[str], sources: Sequence[str]
+    raw: Path, include: Sequence[str], exclude: Sequence[str], sources: Sequence[str], tasks: Sequence[str]
 ) -> tuple[list[RawDataset], list[str]]:
     """The datasets to take, and the names of those that are left out."""
     found = find_datasets(raw)
-    for option, globs in {"include": include, "exclude": exclude, "source": sources}.items():
+    for option, globs in {"include": include, "exclude": exclude, "source": sources, "task": tasks}.items():
         for glob in globs:
             if option == "exclude" and glob.startswith("@"):  # a set may be left out where it is not
                 continue
