@@ -193,13 +193,13 @@ def test_checkpoints_are_kept_and_exported(whole, tiny_release):
     assert np.abs(exported.encode("a quick fox") - before.encode("a quick fox")).max() > 1e-3
 
 
-def test_average_is_the_mean_of_the_last_checkpoints(whole, tmp_path, capsys, monkeypatch, hub_of_settings):
+def test_average_is_the_mean_of_the_last_checkpoints(whole, tmp_path, capsys, caplog, monkeypatch, hub_of_settings):
     """The run is taken to be one of a hub model, of which no weights are downloaded."""
     read = Checkpoints.read_config
     monkeypatch.setattr(Checkpoints, "read_config", lambda *args: dataclasses.replace(read(*args), model="owner/name"))
     assert main(["average", str(whole), str(tmp_path / "mean"), "--last", "2"]) == 0
     assert f"steps 10, {STEPS}" in capsys.readouterr().out
-    assert hub_of_settings == [("owner/name", None)]
+    assert hub_of_settings == [("owner/name", None)] and not caplog.records
     parts = [load_params(open_checkpoint(whole / "checkpoints" / str(step)), TINY) for step in (10, STEPS)]
     mean = f2llm_jax.load(tmp_path / "mean").params
     jax.tree.map(lambda x, a, b: np.testing.assert_allclose(x, (a + b) / 2, rtol=1e-6, atol=1e-9), mean, *parts)

@@ -38,13 +38,13 @@ class Checkpoints:
             read_only: touch nothing; a run may be writing there.
         """
         self.folder = folder.absolute()
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=LatestN(keep or None),
-            cleanup_tmp_directories=not read_only,
-            create=not read_only,
-            read_only=read_only,
-        )
         with quiet():
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=LatestN(keep or None),
+                cleanup_tmp_directories=not read_only,
+                create=not read_only,
+                read_only=read_only,
+            )
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> Checkpoints:
