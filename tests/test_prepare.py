@@ -29,6 +29,7 @@ from f2llm_jax.train.dedupe import Digests, number_documents
 from f2llm_jax.train.prepare import mix, prepare, split_off
 from f2llm_jax.train.raw import REASONS, faults, find_datasets, read_rows
 from f2llm_jax.train.records import Records, Settings
+from f2llm_jax.train.units import usable_cores
 
 
 def run(raw: Path, release: Path, out: Path, **options):
@@ -320,6 +321,13 @@ def test_bad_raw_folders_are_errors_that_leave_nothing(tmp_path, tiny_release):
     with pytest.raises(InputError, match="damaged"):
         run(raw, tiny_release, out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["raw"]
+
+
+def test_workers_are_as_many_as_cores_also_on_macos(tmp_path, tiny_release, monkeypatch):
+    assert usable_cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert usable_cores() == os.cpu_count()
+    run(write_raw(tmp_path / "raw", {"xquad_en": rows(2)}), tiny_release, tmp_path / "out", workers=None)
 
 
 def test_an_existing_output_is_refused_and_replaced_by_force(tmp_path, tiny_release):

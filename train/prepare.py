@@ -18,7 +18,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from fnmatch import fnmatchcase
@@ -47,7 +46,7 @@ from f2llm_jax.train.records import (
     lengths_file,
 )
 from f2llm_jax.train.report import TokenCounts, write_report
-from f2llm_jax.train.units import new_folder, run_units
+from f2llm_jax.train.units import new_folder, run_units, usable_cores
 
 # A unit of tokenising. It makes a shard of documents: some GB, if all of 25 documents per row are new.
 PIECE_ROWS = 100_000
@@ -118,7 +117,7 @@ def prepare(
     if cap is None:
         cap = STAGE_2_CAP if stage == 2 else 0
     if workers is None:
-        workers = len(os.sched_getaffinity(0))
+        workers = usable_cores()
     plan = {
         "format": FORMAT,
         "raw": [[str(d.file.resolve()), d.file.stat().st_size, d.file.stat().st_mtime_ns] for d in datasets],

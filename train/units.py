@@ -26,6 +26,11 @@ from f2llm_jax.tokens import Tokenizer
 _POLL_SECONDS = 0.3
 
 
+def usable_cores() -> int:
+    """Those that this process may run on; all of them where the system does not say, as macOS."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Worker:
     """What a unit works with.
 
@@ -90,7 +95,7 @@ def run_units(units: Sequence[Unit], tokenizer: Path, *, workers: int, label: st
 def _run_in_processes(units: list[Unit], tokenizer: Path, workers: int, bar: tqdm) -> None:
     context = multiprocessing.get_context("spawn")  # forking a process that has threads can hang
     done = context.Value("q")
-    threads = max(len(os.sched_getaffinity(0)) // workers, 1)
+    threads = max(usable_cores() // workers, 1)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, done, threads))
     try:
         futures = [pool.submit(_run_unit, unit) for unit in units]
