@@ -1,16 +1,28 @@
-"""Files that appear complete or not at all, and locks on what takes long to write."""
+"""Outputs: where they may be, files that appear complete or not at all, and locks on what takes long to write."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from f2llm_jax.errors import InputError
+
+
+def local_path(path: str | Path) -> Path:
+    """Where an output is to be.
+
+    Raises:
+        InputError: it is a URL, of which a folder ``gs:`` here would be made.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # a Path has but one slash left
+        raise InputError(f"{path} is a URL; mount the bucket, and give a folder")
+    return Path(path)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from f2llm_jax.cli import main
 from f2llm_jax.convert.load import load_params, open_checkpoint
 from f2llm_jax.embedding import Batch
 from f2llm_jax.errors import InputError
-from f2llm_jax.files import take_lock
+from f2llm_jax.files import local_path, take_lock
 from f2llm_jax.planning.counts import forward_flops
 from f2llm_jax.train.checkpoint import Checkpoints
 from f2llm_jax.train.config import MeshConfig
@@ -391,6 +391,17 @@ def test_a_run_that_goes_on_is_left_alone(command, tmp_path, capsys, monkeypatch
 def test_an_export_is_not_overwritten(command, tmp_path, capsys):
     assert main(["train", *command(tmp_path / "run", "--export", str(tmp_path))]) == 2
     assert f"{tmp_path} exists" in capsys.readouterr().err
+
+
+def test_a_url_is_no_output(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (command("gs://bucket/run"), command(tmp_path / "run", "--export", "gs://bucket/run")):
+        assert main(["train", *arguments]) == 2
+        assert "gs://bucket/run is a URL; mount the bucket, and give a folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="s3:/bucket is a URL"):
+        local_path(Path("s3://bucket"))
+    assert [str(local_path(path)) for path in ("a:b/c", "C:/runs", "/gs:/run")] == ["a:b/c", "C:/runs", "/gs:/run"]
 
 
 def test_data_for_another_tokenizer_is_refused(command, data, tiny_release, copied_release, tmp_path, capsys):

@@ -25,7 +25,7 @@ from f2llm_jax.convert.load import load_params, open_checkpoint
 from f2llm_jax.convert.table import tensor_table
 from f2llm_jax.encoder import use_compilation_cache
 from f2llm_jax.errors import F2LLMError, InputError, ReleaseError
-from f2llm_jax.files import take_lock
+from f2llm_jax.files import local_path, take_lock
 from f2llm_jax.model import Params
 from f2llm_jax.release import Release, find_release, read_release
 from f2llm_jax.sharding import padded_config
@@ -81,10 +81,10 @@ class Outcome(NamedTuple):
 def train(
     config: TrainConfig,
     loader: Loader,
-    out: Path,
+    out: str | Path,
     *,
     resume: bool = False,
-    export: Path | None = None,
+    export: str | Path | None = None,
     show_progress: bool = False,
 ) -> Outcome:
     """Trains a model.
@@ -103,14 +103,16 @@ def train(
     Raises:
         TrainingError: a loss or a gradient is not finite.
         InputError: ``out`` holds a run and ``resume`` is off, or one of other data, of a model of other sizes, with
-            more steps or going on right now; ``export`` exists; or the config does not fit the model or the devices.
+            more steps or going on right now; ``export`` exists, or one of the two is a URL; or the config does not fit
+            the model or the devices.
     """
     from tqdm import tqdm
 
     check_values(config)
-    use_compilation_cache()
-    if export is not None and export.exists():
+    out = local_path(out)
+    if export is not None and local_path(export).exists():
         raise InputError(f"{export} exists")
+    use_compilation_cache()
     mesh = make_train_mesh(config.mesh)
     check_batch(config, mesh)
     release = read_release(find_release(config.model))

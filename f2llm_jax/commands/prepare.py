@@ -30,7 +30,7 @@ from f2llm_jax.configs.datasets import Task
 def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--raw", required=True, type=Path, metavar="DIR", help="a folder of .parquet files")
     parser.add_argument("--tokenizer", required=True, metavar="M", help="release folder, converted folder or hub id")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to write")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--stage", type=int, choices=(1, 2), default=2, help="default: %(default)s")
     parser.add_argument(
         "--cap", type=int, metavar="N", help="queries per source; default: 80000 in stage 2, none (0) in stage 1"

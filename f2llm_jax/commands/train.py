@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import signal
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from f2llm_jax.commands import add_processes, add_progress, needs_extra, show_progress, start_processes
@@ -28,14 +27,14 @@ if TYPE_CHECKING:
 
 def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="Python file, or name of a recipe")
-    parser.add_argument("--out", type=Path, metavar="OUT", help="folder of the run")
+    parser.add_argument("--out", metavar="OUT", help="folder of the run")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="change a value of the recipe"
     )
     parser.add_argument(
         "--resume", choices=("auto", "never"), default="never", help="go on with the run in OUT; default: %(default)s"
     )
-    parser.add_argument("--export", type=Path, metavar="DIR", help="write the trained model as a release")
+    parser.add_argument("--export", metavar="DIR", help="write the trained model as a release")
     parser.add_argument("--list", action="store_true", help="print the recipes, or the settings of RECIPE, and stop")
     add_processes(parser)
     add_progress(parser)
