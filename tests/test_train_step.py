@@ -5,6 +5,7 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -12,6 +13,7 @@ from compilation import jit_as_users
 from packs import as_packed
 from releases import SHARED, TINY
 
+from f2llm_jax import losses
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert.load import load_params
 from f2llm_jax.convert.safetensors import Checkpoint
@@ -19,12 +21,14 @@ from f2llm_jax.embedding import Batch, eos_states
 from f2llm_jax.errors import InputError
 from f2llm_jax.model import init_params
 from f2llm_jax.sharding import make_mesh, param_shardings
-from f2llm_jax.train.batch import AnyTrainBatch, TrainBatch
+from f2llm_jax.train import step as step_module
+from f2llm_jax.train.batch import AnyTrainBatch, TeacherStates, TrainBatch
 from f2llm_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from f2llm_jax.train.placement import abstract_state, global_batch, shardings_of
 from f2llm_jax.train.step import (
     ComputeConfig,
     LossConfig,
+    States,
     TrainState,
     loss_terms,
     train_step,
@@ -190,6 +194,50 @@ def test_gradients_on_a_mesh_are_those_of_one_device():
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-6)
     for (path, own), reference in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         assert np.abs(np.asarray(own) - np.asarray(reference)).max() <= 1e-5 * np.abs(reference).max(), path
+
+
+def random_states(seed: int = 0) -> States:
+    """Of 4 queries and their passages, with one negative each."""
+    query_bd, documents_md = np.split(np.random.default_rng(seed).normal(size=(12, 16)).astype(np.float32), [4])
+    return States(jnp.asarray(query_bd), jnp.asarray(documents_md))
+
+
+def empty_batch(**fields) -> TrainBatch:
+    """Passages 0 and 1 are one document, and 2 and 3 another."""
+    rows = Batch(np.zeros((4, 1), np.int32), np.ones(4, np.int32))
+    return TrainBatch(rows, rows, rows, np.array([0, 0, 1, 1], np.int32), **fields)
+
+
+def test_duplicates_are_masked_as_the_config_says():
+    states, batch = random_states(), empty_batch()
+    for mask in (True, False):
+        terms = loss_terms(states, batch, LossConfig(mask_duplicates=mask), in_batch=True)
+        ids = batch.passage_ids_b if mask else None
+        expected = losses.in_batch_loss(states.query_bd, states.documents_md[:4], passage_ids_c=ids)
+        assert float(terms["in_batch"]) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_passages_have_a_gradient_as_the_config_says():
+    def grad(stop: bool) -> jax.Array:
+        loss = LossConfig(stop_passage_gradient=stop)
+        terms = jax.grad(lambda states: loss_terms(states, empty_batch(), loss, in_batch=True)["in_batch"])
+        return np.abs(terms(random_states()).documents_md[:4]).max()
+
+    assert grad(False) > 0 and grad(True) == 0
+
+
+def test_distillation_weighs_as_the_config_says(monkeypatch):
+    """In the loss of a step, whose states are given here."""
+    student, teacher = random_states(), random_states(1)
+    batch = empty_batch(teacher=TeacherStates(teacher.query_bd, teacher.documents_md[:4], teacher.documents_md[4:]))
+    monkeypatch.setattr(step_module, "value_and_grad", lambda loss, params, *rest: (*loss(student), params))
+    optimizer = optax.sgd(0.0)
+    params = {"w": jnp.ones(1)}
+    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    options = {"config": TINY, "compute": ComputeConfig(), "optimizer": optimizer, "in_batch": True}
+    _, found = train_step(state, batch, loss=LossConfig(kd_weight=0.5), **options)
+    expected = found["hard"] + found["in_batch"] + 0.5 * found["distill"]
+    assert float(found["loss"]) == pytest.approx(float(expected), rel=1e-6) and found["distill"] > 1
 
 
 @pytest.mark.parametrize("warmup", [7, 0])
