@@ -199,12 +199,16 @@ def test_a_killed_teacher_goes_on(tmp_path, data, teacher, monkeypatch):
 def test_states_that_do_not_belong_are_refused(tmp_path, command, data, states, teacher, tiny_release, capsys):
     def refused(message: str, **settings: object) -> None:
         assert main(command(tmp_path / "run", **{"teacher_states": states, **settings})) == 2
-        assert message in capsys.readouterr().err.replace("\n", " ")
+        said = capsys.readouterr().err.replace("\n", " ")
+        assert message in said and said.count("warning: ") == ("data.max_length" in settings)
         assert not (tmp_path / "run").exists()
 
     other = write_release(tmp_path / "other", TEACHER, seed=2)
     refused(f"holds states of {teacher}, whose weights are not those of teacher={other}", teacher=other)
     refused(f"holds states of texts cut to {MAX_LENGTH} tokens, training cuts them to 32", **{"data.max_length": 99})
+    refused("data.max_length=98, but the data was prepared with texts cut to 32 tokens", **{"data.max_length": 98})
+    with pytest.warns(UserWarning, match="max_length=99, but"), pytest.raises(InputError, match="dim must be within"):
+        teach(data, teacher, tmp_path / "wide", max_length=99, dim=999)
     raw = write_raw(tmp_path / "raw", {"aya": rows(30, negatives=1, seed=5)})
     prepare(raw, tiny_release, tmp_path / "data", workers=1, max_length=32)
     refused("holds states of other data than", **{"data.path": tmp_path / "data"})

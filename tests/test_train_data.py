@@ -156,6 +156,13 @@ def test_truncation_ends_with_the_eos(folder, data):
     assert cut > 100
 
 
+def test_more_tokens_than_the_data_has_are_a_warning(folder, data):
+    most = data.settings.max_length
+    with pytest.warns(UserWarning, match=rf"max_length={most + 1}, but .* cut to {most} tokens") as said:
+        longer = pickle.loads(pickle.dumps(TrainingData(folder, max_length=most + 1)))
+    assert len(said) == 1 and longer.max_length == most
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_shares_make_up_the_global_batch(data, processes):
     whole = TrainBatches(data, batch_size=BATCH, seed=3)

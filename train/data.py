@@ -82,7 +82,7 @@ class TrainingData:
 
         Args:
             folder: the folder.
-            max_length: tokens of a text, if the data was not prepared with less.
+            max_length: tokens of a text; a warning if the data was prepared with less.
             teacher: states for every training batch, from ``open_store``.
             packing: the shapes of packed batches; None for rows of one text each.
 
@@ -91,7 +91,7 @@ class TrainingData:
         """
         self.folder = Path(folder)
         self.settings = Settings.read(self.folder)
-        self.max_length = min(max_length, self.settings.max_length)
+        self.max_length = self.settings.cut_to(max_length)
         self._query_lengths = row_lengths(self.max_length, steps=1)
         self._document_lengths = row_lengths(self.max_length, steps=2)
         self._teacher = teacher

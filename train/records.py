@@ -28,7 +28,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
 from f2llm_jax.configs.datasets import Task
-from f2llm_jax.errors import InputError
+from f2llm_jax.errors import InputError, warn
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -180,6 +180,15 @@ class Settings:
     pad_id: int
     documents: int
     datasets: list[Dataset]
+
+    def cut_to(self, max_length: int, key: str = "max_length") -> int:
+        """Tokens of a text where ``max_length`` are asked for; a warning if the data was prepared with less."""
+        if max_length > self.max_length:
+            warn(
+                f"{key}={max_length}, but the data was prepared with texts cut to {self.max_length} tokens, and they "
+                f"stay so: set {self.max_length}, or prepare it anew with --max-length {max_length}"
+            )
+        return min(max_length, self.max_length)
 
     def write(self, folder: Path) -> None:
         text = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1, ensure_ascii=False)

@@ -31,7 +31,7 @@ def open_loader(config: TrainConfig) -> DataLoader:
     release = find_release(config.model, weights=False)
     settings = Settings.read(Path(config.data.path))
     check_tokenizer(release, settings, config.data.path)
-    max_length = min(config.data.max_length, settings.max_length)
+    max_length = settings.cut_to(config.data.max_length, "data.max_length")
     store = None
     if config.teacher_states is not None:
         store = open_store(

@@ -174,7 +174,7 @@ def teach(
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     prepared = Settings.read(data)
-    max_length = min(max_length, prepared.max_length)
+    max_length = prepared.cut_to(max_length)
     release = read_release(find_release(teacher))
     check_tokenizer(release.path, prepared, data)
     dim = release.config.hidden_size if dim is None else dim
