@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from f2llm_jax.errors import F2LLMError, InputError
-from f2llm_jax.files import new_file
+from f2llm_jax.files import local_path, new_file, take_lock
 
 _LOCK = ".lock"
 _PLAN = "plan.json"
@@ -61,7 +60,7 @@ class Workplace:
         self._refuse_existing()
         self._refuse_strangers()
         self.home.mkdir(parents=True, exist_ok=True)
-        self._lock = self._take_lock()
+        self._lock = take_lock(self.home / _LOCK, self.out)
         try:
             self._resume_or_start(json.loads(json.dumps(plan)))
         except BaseException:
@@ -83,17 +82,6 @@ class Workplace:
         """A place of ours has a lock from its first moment to its last."""
         if self.home.exists() and not (self.home / _LOCK).exists() and (found := sorted(self.home.iterdir())):
             raise InputError(f"{self.home} holds {found[0].name}, which is none of this command's; move it away")
-
-    def _take_lock(self) -> Any:
-        stream = (self.home / _LOCK).open("w")
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            stream.close()
-            if not isinstance(error, BlockingIOError):  # a file system without locks, say
-                raise OSError(error.errno, f"cannot be locked: {error.strerror}", stream.name) from None
-            raise InputError(f"{self.out} is being written by another process right now") from None
-        return stream
 
     def _resume_or_start(self, plan: dict[str, Any]) -> None:
         found = self._read_plan()
@@ -196,8 +184,8 @@ class Staging(Workplace):
 
 
 def output_path(out: str | Path) -> Path:
-    """The absolute path of a folder to write: one that has a name, so that there can be one beside it."""
-    path = Path(os.path.abspath(Path(out).expanduser()))
+    """The absolute path of a folder to write: one that has a name, so that there can be one beside it, and no URL."""
+    path = Path(os.path.abspath(local_path(out).expanduser()))
     if not path.name:
         raise InputError(f"{out} cannot be written; name a folder in it")
     return path

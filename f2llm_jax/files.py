@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import secrets
@@ -64,6 +63,8 @@ def take_lock(file: Path, out: Path) -> TextIO:
         InputError: another process writes to it.
         OSError: the file system has no locks.
     """
+    import fcntl  # which Windows has not
+
     stream = file.open("w")
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -224,6 +225,8 @@ def test_force_replaces_model_folders_only(release: Path, tmp_path: Path) -> Non
         convert_release(release, tmp_path / "new", to="flax", force=True)
     with pytest.raises(InputError, match="name a folder"):
         convert_release(release, "/", to="flax", force=True)
+    with pytest.raises(InputError, match="gs://bucket/m is a URL; mount the bucket, and give a folder"):
+        convert_release(release, "gs://bucket/m", to="flax", force=True)
     assert (precious / "thesis.tex").exists()
 
 
@@ -252,7 +255,7 @@ def test_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.
     def flock(*args: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(staging.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(OSError, match=r"cannot be locked: No locks available: .*\.lock"):
         Staging(tmp_path / "out", {"what": "something"})
 
