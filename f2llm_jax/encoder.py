@@ -62,6 +62,13 @@ BATCH_TOKENS = {"cpu": 512, "gpu": 32768, "tpu": 32768}
 # Of all models together, so that one can be copied and pickled.
 _compiling = threading.Lock()
 
+# Of JAX's persistent cache: its own default, under which quick and small programs are not kept, and the value that
+# keeps all.
+_CACHE_LIMITS = {
+    "jax_persistent_cache_min_compile_time_secs": (1.0, 0.0),
+    "jax_persistent_cache_min_entry_size_bytes": (0, -1),
+}
+
 DTYPES = (*PARAM_DTYPES, "int8")
 """What a model may be loaded in."""
 
@@ -243,8 +250,14 @@ class Encoder:
         return self.encode(texts, **self._with_prompt("document", options))
 
     def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Cosine similarities of float embeddings: [n, dim] and [m, dim] give float32 [n, m]; a vector is n = 1."""
-        a, b = (np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b))
+        """Cosine similarities of float embeddings: [n, dim] and [m, dim] give float32 [n, m]; a vector is n = 1.
+
+        Raises:
+            InputError: quantised embeddings, whose numbers have no cosine, or sizes that differ.
+        """
+        a, b = (_floats(x) for x in (a, b))
+        if a.shape[-1] != b.shape[-1]:
+            raise InputError(f"similarity compares embeddings of one size, not of {a.shape[-1]} and {b.shape[-1]}")
         a, b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (a, b))
         return a @ b.T
 
@@ -425,6 +438,17 @@ def _check_text(name: str, text: Any) -> None:
         raise InputError(f"{name} holds half of a surrogate pair, which is no character") from None
 
 
+def _floats(embeddings: Any) -> np.ndarray:
+    """float32 [n, dim]; an InputError for what ``quantize`` has made of it."""
+    embeddings = np.asarray(embeddings)
+    if embeddings.dtype.kind in "biu":
+        raise InputError(
+            f"similarity compares float embeddings, not {embeddings.dtype}: encode with output='float32', or compare "
+            "bits of 'ubinary' by their Hamming distance, np.bitwise_count(a[:, None] ^ b).sum(axis=-1)"
+        )
+    return np.atleast_2d(embeddings.astype(np.float32, copy=False))
+
+
 def load(
     model: str | Path,
     *,
@@ -473,13 +497,19 @@ def load(
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs on disk, so that the second process starts warm.
+    """Keeps compiled programs on disk, all of them, so that the second process starts warm.
 
-    JAX's own setting wins where there is one (``JAX_COMPILATION_CACHE_DIR``, ``JAX_ENABLE_COMPILATION_CACHE=false``);
-    otherwise programs go to ``$XDG_CACHE_HOME/f2llm_jax`` (``~/.cache/f2llm_jax``).
+    They go to ``$XDG_CACHE_HOME/f2llm_jax`` (``~/.cache/f2llm_jax``). JAX's own settings win where there are any:
+    ``JAX_COMPILATION_CACHE_DIR``, ``JAX_ENABLE_COMPILATION_CACHE=false``, and for which programs are worth keeping
+    ``JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS`` and ``JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES``.
     """
     settings: Any = jax.config  # its attributes are made at run time
-    if settings.jax_compilation_cache_dir is not None or not settings.jax_enable_compilation_cache:
+    if not settings.jax_enable_compilation_cache:
+        return
+    for name, (default, keeps_all) in _CACHE_LIMITS.items():
+        if name.upper() not in os.environ and getattr(settings, name) == default:
+            jax.config.update(name, keeps_all)
+    if settings.jax_compilation_cache_dir is not None:
         return
     from jax.experimental.compilation_cache import compilation_cache
 
@@ -487,5 +517,3 @@ def use_compilation_cache() -> None:
     # JAX latches "no cache" at the first compilation of a process; a reset makes it look again.
     compilation_cache.reset_cache()
     jax.config.update("jax_compilation_cache_dir", str(root / "f2llm_jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -395,6 +395,13 @@ def test_similarity(tiny, expected):
     np.testing.assert_allclose(tiny.similarity(expected * 7, expected[:2] / 3), (expected @ expected[:2].T), atol=1e-6)
     half = tiny.encode(TEXTS, output="bfloat16")
     np.testing.assert_allclose(tiny.similarity(half, half), expected @ expected.T, atol=0.02)
+    for output in ("int8", "binary", "ubinary"):
+        codes = f2llm_jax.quantize(expected, output, f2llm_jax.int8_ranges(expected) if output == "int8" else None)
+        for pair in ((codes, codes), (expected, codes)):
+            with pytest.raises(InputError, match=f"float embeddings, not {codes.dtype}.*Hamming distance"):
+                tiny.similarity(*pair)
+    with pytest.raises(InputError, match="of one size, not of 96 and 64"):
+        tiny.similarity(expected, expected[:, :64])
 
 
 def test_attributes(tiny, expected):
@@ -532,6 +539,21 @@ def test_jaxs_own_cache_settings_win(tiny_release, tmp_path, setting):
     script = "import sys, f2llm_jax; f2llm_jax.load(sys.argv[1]).encode('a')"
     subprocess.run([sys.executable, "-c", script, str(tiny_release)], env=environment, check=True)
     assert not (tmp_path / "cache").exists()
+    assert setting.endswith("CACHE") or any((tmp_path / "mine").iterdir())
+
+
+def test_the_users_limits_of_what_is_cached_win(monkeypatch):
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    try:
+        for value, given, expected in ((1.0, None, 0.0), (1.0, "1", 1.0), (7.0, None, 7.0)):
+            jax.config.update(name, value)
+            with monkeypatch.context() as patched:
+                patched.setenv(name.upper(), given) if given else patched.delenv(name.upper(), raising=False)
+                encoder.use_compilation_cache()
+            assert getattr(jax.config, name) == expected
+    finally:
+        jax.config.update(name, before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only glibc keeps it")
