@@ -35,11 +35,10 @@ from f2llm_jax.distributed import ALONE, Processes
 from f2llm_jax.embedding import check_dim
 from f2llm_jax.encoder import Done, Encoder, load
 from f2llm_jax.errors import F2LLMError, InputError, warn, whole_number
+from f2llm_jax.outputs import FILE_OUTPUTS
 from f2llm_jax.quantization import check_ranges
 from f2llm_jax.release import Release, find_release, pick_prompt, read_release
 from f2llm_jax.sharding import make_mesh
-
-OUTPUTS = ("float32", "float16", "int8", "binary", "ubinary")
 
 SHARD_ROWS = 16384
 """Rows of a shard: at the 0.6B's 1,024 values in float32 that is 64 MB."""
@@ -70,7 +69,7 @@ class Outcome(NamedTuple):
 
 def encode_corpus(
     model: str | Path,
-    patterns: Sequence[str],
+    patterns: str | Path | Sequence[str],
     out: str | Path,
     *,
     processes: Processes = ALONE,
@@ -97,7 +96,7 @@ def encode_corpus(
 
     Args:
         model, dtype, revision: as for ``f2llm_jax.load``.
-        patterns: globs of txt, jsonl, csv and parquet files. All processes see the same files, and ``out``.
+        patterns: globs of txt, jsonl, csv and parquet files, or one. All processes see the same files, and ``out``.
         out: the folder for shards and manifest, new or begun by the same call.
         processes: which process this is of how many, from ``f2llm_jax.distributed.start``.
         mesh: sizes of ``data``, ``fsdp`` and ``tensor`` of a copy of the model; the others are 1. Default: that of the
@@ -105,7 +104,7 @@ def encode_corpus(
         field, file_format: as for ``texts.read_texts``.
         id_field: the column or key of the ids; default: the row number, counted over all files.
         prompt_name, prompt, dim, max_length, batch_tokens: as for ``Encoder.encode``.
-        output: one of ``OUTPUTS``.
+        output: one of ``outputs.FILE_OUTPUTS``.
         ranges: float [2, dim] from ``int8_ranges``, for int8.
         shard_rows: rows of a shard, at most; fewer if texts are long.
         show_progress: a progress bar on standard error, of all processes' rows.
@@ -116,6 +115,12 @@ def encode_corpus(
         F2LLMError: Grain is not installed.
     """
     _import_grain()
+    if not isinstance(model, str | Path):
+        raise InputError(
+            "model must be a folder or a hub id, as for f2llm_jax.load, of which every device loads a copy, not "
+            f"a {type(model).__name__}"
+        )
+    patterns = [str(patterns)] if isinstance(patterns, str | Path) else patterns
     release = read_release(find_release(model, revision))
     out = Path(out)
     plan = read_plan(out)
@@ -198,8 +203,8 @@ def _settings(
     **others: Any,
 ) -> dict[str, Any]:
     """All that the bytes of the shards depend on besides the inputs, as JSON values."""
-    if output not in OUTPUTS:
-        raise InputError(f"output must be one of {', '.join(OUTPUTS)}, not {output!r}")
+    if output not in FILE_OUTPUTS:
+        raise InputError(f"output must be one of {', '.join(FILE_OUTPUTS)}, not {output!r}")
     if output == "int8":
         ranges = check_ranges(ranges, dim)
     elif ranges is not None:
@@ -338,20 +343,18 @@ Encode = Callable[[Encoder, list[str], Callable[[Done], None]], np.ndarray]
 
 def _make_encode(settings: dict[str, Any], ranges: np.ndarray | None) -> Encode:
     """A function that embeds the texts of a unit."""
-    output = settings["output"]
 
     def encode(encoder: Encoder, texts: list[str], on_batch: Callable[[Done], None]) -> np.ndarray:
-        embeddings = encoder.encode(
+        return encoder.encode(
             texts,
             prompt=settings["prompt"],
             dim=settings["dim"],
             max_length=settings["max_length"],
             batch_tokens=settings["batch_tokens"],
-            output="float32" if output == "float16" else output,
+            output=settings["output"],
             ranges=ranges,
             on_batch=on_batch,
         )
-        return embeddings.astype(output) if output == "float16" else embeddings
 
     return encode
 

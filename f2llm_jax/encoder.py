@@ -195,8 +195,8 @@ class Encoder:
             layout: ``bucketed`` (one text a row, rows of a few lengths), ``packed`` (many texts a row; what all texts
                 begin with may be there once a row), or ``auto`` for what the platform computes faster; the embeddings
                 are the same.
-            output: ``float32``; ``bfloat16``; ``int8`` (needs ``ranges``); ``binary`` or ``ubinary`` (a bit per
-                dimension, packed as sentence-transformers packs them).
+            output: ``float32``, ``bfloat16`` or ``float16``; ``int8`` (needs ``ranges``); ``binary`` or ``ubinary`` (a
+                bit per dimension, packed as sentence-transformers packs them).
             ranges: float [2, dim] from ``int8_ranges``, for ``output="int8"``.
             show_progress: a progress bar with texts/s, tokens/s and the share of padding on standard error.
             on_batch: called after every batch; the caller reports truncated texts then, and what it raises ends the

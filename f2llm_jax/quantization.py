@@ -6,8 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from f2llm_jax.errors import InputError
-
-OUTPUTS = ("float32", "bfloat16", "int8", "binary", "ubinary")
+from f2llm_jax.outputs import OUTPUTS
 
 
 def output_spec(output: str, dim: int) -> tuple[int, np.dtype]:
@@ -47,7 +46,7 @@ def quantize(embeddings: np.ndarray, output: str, ranges: np.ndarray | None = No
 
     Args:
         embeddings: float32 [n, dim].
-        output: one of ``OUTPUTS``.
+        output: one of ``outputs.OUTPUTS``.
         ranges: float [2, dim] from ``int8_ranges``; needed for int8, and for int8 only.
 
     Raises:

@@ -21,6 +21,7 @@ from releases import TINY
 import f2llm_jax as f2llm
 from f2llm_jax.cli import COMMANDS, main
 from f2llm_jax.files import new_file
+from f2llm_jax.outputs import FILE_OUTPUTS
 from f2llm_jax.search import nearest
 
 TEXTS = [
@@ -178,16 +179,13 @@ def test_parquet_output_keeps_ids(suffix, ids, kept, tiny_release, expected, tmp
     np.testing.assert_array_equal(np.array(table["embedding"].to_pylist(), np.float32), expected)
 
 
-@pytest.mark.parametrize("output_type", ["float32", "float16", "int8", "binary", "ubinary"])
+@pytest.mark.parametrize("output_type", FILE_OUTPUTS)
 @pytest.mark.parametrize("suffix", ["npy", "parquet"])
 def test_output_types(output_type, suffix, tiny_release, tiny, corpus, tmp_path, capsys):
     out = tmp_path / f"out.{suffix}"
     assert encode(tiny_release, corpus, out, "--dim", "32", "--output-type", output_type) == 0
     full = tiny.encode(TEXTS, dim=32)
-    if output_type == "float16":
-        wanted = full.astype(np.float16)
-    else:
-        wanted = f2llm.quantize(full, output_type, f2llm.int8_ranges(full) if output_type == "int8" else None)
+    wanted = f2llm.quantize(full, output_type, f2llm.int8_ranges(full) if output_type == "int8" else None)
     if suffix == "npy":
         written = np.load(out)
         assert written.dtype == wanted.dtype

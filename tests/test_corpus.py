@@ -193,7 +193,7 @@ def test_truncated_texts_are_counted_once_for_all_shards(tiny_release, docs, tmp
 
 def test_no_rows_give_no_shards(tiny_release, tmp_path):
     (tmp_path / "in.jsonl").touch()
-    outcome = encode_corpus(tiny_release, [str(tmp_path / "*.jsonl")], tmp_path / "out")
+    outcome = encode_corpus(tiny_release, str(tmp_path / "*.jsonl"), tmp_path / "out")
     assert outcome.rows == outcome.shards == 0
     assert manifest_of(tmp_path / "out")["shards"] == []
 
@@ -408,12 +408,18 @@ def test_ranges_that_another_process_writes_are_no_stranger(tmp_path):
         ({"shard_rows": 0}, "shard_rows must be a positive whole number, not 0"),
         ({"mesh": {"data": 0}}, r"mesh\['data'\] must be a positive whole number, not 0"),
         ({"mesh": {"rows": 2}}, "mesh has sizes of data, fsdp, tensor, not of 'rows'"),
+        ({"output": "bfloat16"}, "output must be one of float32, float16, int8, binary, ubinary, not 'bfloat16'"),
     ],
 )
-def test_wrong_numbers_are_refused_before_anything_is_made(arguments, message, tiny_release, docs, tmp_path):
+def test_wrong_values_are_refused_before_anything_is_made(arguments, message, tiny_release, docs, tmp_path):
     with pytest.raises(f2llm.InputError, match=message):
         f2llm.encode_corpus(tiny_release, [f"{docs}/*.parquet"], tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_is_no_folder(tiny, docs, tmp_path):
+    with pytest.raises(f2llm.InputError, match=r"model must be a folder or a hub id.*not a Encoder"):
+        encode_corpus(tiny, [f"{docs}/*.parquet"], tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "work/plan.json"])

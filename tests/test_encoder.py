@@ -227,9 +227,10 @@ def test_outputs_equal_sentence_transformers(tiny, dim):
     floats = tiny.encode(TEXTS, dim=dim)
     ranges = f2llm_jax.int8_ranges(floats[:20])
     assert tiny.encode(TEXTS, dim=dim, output="float32").dtype == np.float32
-    half = tiny.encode(TEXTS, dim=dim, output="bfloat16")
-    assert half.dtype == ml_dtypes.bfloat16
-    np.testing.assert_array_equal(half, floats.astype(ml_dtypes.bfloat16))
+    for output, dtype in (("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16)):
+        half = tiny.encode(TEXTS, dim=dim, output=output)
+        assert half.dtype == dtype
+        np.testing.assert_array_equal(half, floats.astype(dtype))
     for output in ("binary", "ubinary"):
         got = tiny.encode(TEXTS, dim=dim, output=output)
         expected = quantize_embeddings(floats, output)
@@ -244,7 +245,7 @@ def test_outputs_equal_sentence_transformers(tiny, dim):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"output": "float16"}, "output must be one of float32, bfloat16, int8, binary, ubinary"),
+        ({"output": "float64"}, "output must be one of float32, bfloat16, float16, int8, binary, ubinary"),
         ({"output": "int8"}, "needs ranges"),
         ({"output": "int8", "ranges": np.zeros((2, 95))}, r"\(2, 96\), not \(2, 95\)"),
         ({"output": "binary", "ranges": np.zeros((2, 96))}, "ranges are for output='int8'"),

@@ -12,6 +12,7 @@ from sentence_transformers.util import quantize_embeddings
 
 import f2llm_jax
 from f2llm_jax.errors import InputError
+from f2llm_jax.outputs import OUTPUTS
 
 values = st.floats(-1, 1, width=32) | st.sampled_from([0.0, -0.0, 1e-38, -1e-38])
 tables = arrays.arrays(np.float32, st.tuples(st.integers(2, 9), st.integers(1, 40)), elements=values, fill=st.nothing())
@@ -49,9 +50,13 @@ def test_values_outside_the_ranges_are_clipped():
 @given(tables)
 def test_floats(embeddings):
     np.testing.assert_array_equal(f2llm_jax.quantize(embeddings, "float32"), embeddings)
-    got = f2llm_jax.quantize(embeddings, "bfloat16")
-    assert got.dtype == ml_dtypes.bfloat16
-    np.testing.assert_allclose(got.astype(np.float32), embeddings, rtol=2**-8, atol=1e-38)
+    for output, dtype, rtol, atol in (
+        ("bfloat16", ml_dtypes.bfloat16, 2**-8, 1e-38),
+        ("float16", np.float16, 2**-11, 2**-24),
+    ):
+        got = f2llm_jax.quantize(embeddings, output)
+        assert got.dtype == dtype
+        np.testing.assert_allclose(got.astype(np.float32), embeddings, rtol=rtol, atol=atol)
 
 
 def test_the_first_dimension_is_the_highest_bit():
@@ -60,7 +65,7 @@ def test_the_first_dimension_is_the_highest_bit():
     np.testing.assert_array_equal(f2llm_jax.quantize(embeddings, "binary"), [[0, 0]])
 
 
-@pytest.mark.parametrize("output", ["float32", "bfloat16", "int8", "binary", "ubinary"])
+@pytest.mark.parametrize("output", OUTPUTS)
 def test_no_embeddings(output):
     ranges = np.zeros((2, 12), np.float32) if output == "int8" else None
     got = f2llm_jax.quantize(np.zeros((0, 12), np.float32), output, ranges)
@@ -69,8 +74,8 @@ def test_no_embeddings(output):
 
 def test_wrong_arguments():
     embeddings = np.zeros((2, 8), np.float32)
-    with pytest.raises(InputError, match="float32, bfloat16, int8, binary, ubinary, not 'float16'"):
-        f2llm_jax.quantize(embeddings, "float16")
+    with pytest.raises(InputError, match="float32, bfloat16, float16, int8, binary, ubinary, not 'float64'"):
+        f2llm_jax.quantize(embeddings, "float64")
     with pytest.raises(InputError, match="int8_ranges"):
         f2llm_jax.quantize(embeddings, "int8")
     with pytest.raises(InputError, match=r"\(2, 8\), not \(2, 7\)"):

@@ -44,6 +44,7 @@ from f2llm_jax.commands import (
 )
 from f2llm_jax.errors import InputError
 from f2llm_jax.files import new_file
+from f2llm_jax.outputs import FILE_OUTPUTS
 from f2llm_jax.texts import STDIN, Texts, check_unicode, read_texts
 
 if TYPE_CHECKING:
@@ -51,8 +52,6 @@ if TYPE_CHECKING:
     import pyarrow
 
     from f2llm_jax.encoder import Encoder
-
-OUTPUT_TYPES = ("float32", "float16", "int8", "binary", "ubinary")
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +64,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace an output that exists")
     add_prompt(parser, "each text", "default: the model's default prompt, none for F2LLM")
     parser.add_argument(
-        "--output-type", default="float32", choices=OUTPUT_TYPES, help="of the embeddings; default: %(default)s"
+        "--output-type", default="float32", choices=FILE_OUTPUTS, help="of the embeddings; default: %(default)s"
     )
     parser.add_argument("--ranges", type=Path, metavar="FILE.npy", help="for int8: the ranges of an earlier output")
     add_progress(parser)
@@ -202,8 +201,6 @@ def _encode(
     model: Encoder, texts: list[str], args: argparse.Namespace, ranges: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The embeddings as ``args`` ask for them, and for int8 without ranges those taken from the embeddings."""
-    import numpy as np
-
     from f2llm_jax.quantization import int8_ranges, quantize
 
     def encode(output: str) -> np.ndarray:
@@ -219,8 +216,6 @@ def _encode(
             show_progress=show_progress(args),
         )
 
-    if args.output_type == "float16":
-        return encode("float32").astype(np.float16), None
     if args.output_type == "int8" and ranges is None:
         embeddings = encode("float32")
         calibrated = int8_ranges(embeddings)

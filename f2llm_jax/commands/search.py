@@ -1,7 +1,8 @@
 """Find the texts of a file that are most similar to a query.
 
 The search is exact: every text of the corpus is embedded and compared. The texts are held in memory, their embeddings
-only some tens of thousands at a time; to search the same corpus often, keep what `f2llm encode` writes.
+only some tens of thousands at a time. Every search embeds them anew: to search the same corpus often, write them once
+with `f2llm encode`, and compare in Python, with Encoder.similarity for example.
 """
 
 from __future__ import annotations
