@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from f2llm_jax.batching import make_batch
     from f2llm_jax.config import ModelConfig
     from f2llm_jax.corpus import encode_corpus
     from f2llm_jax.embedding import Batch, PackedBatch, embed, eos_states, matryoshka
@@ -38,6 +39,7 @@ _HOMES = {
     "init_params": "model",
     "int8_ranges": "quantization",
     "load": "encoder",
+    "make_batch": "batching",
     "make_mesh": "sharding",
     "matryoshka": "embedding",
     "mteb_model": "evaluation.mteb_adapter",

@@ -166,13 +166,43 @@ def batched(sequences: Iterable[list[np.ndarray]], buckets: Buckets, pad_id: int
 
 
 def _fill(bucket: Bucket, items: list[tuple[int, np.ndarray]], pad_id: int) -> Rows:
-    tokens_bt = np.full(bucket, pad_id, np.int32)
-    lengths_b = np.ones(bucket.rows, np.int32)
-    for row, (_, ids) in enumerate(items):
-        tokens_bt[row, : len(ids)] = ids
-        lengths_b[row] = len(ids)
-    tokens = int(lengths_b[: len(items)].sum())
-    return Rows(Batch(tokens_bt, lengths_b), [text for text, _ in items], np.arange(len(items)), tokens)
+    batch = make_batch([ids for _, ids in items], bucket.length, rows=bucket.rows, pad_id=pad_id)
+    tokens = int(batch.lengths_b[: len(items)].sum())
+    return Rows(batch, [text for text, _ in items], np.arange(len(items)), tokens)
+
+
+def make_batch(
+    sequences: Sequence[np.ndarray | Sequence[int]],
+    length: int | None = None,
+    *,
+    rows: int | None = None,
+    pad_id: int = 0,
+) -> Batch:
+    """Texts as rows of NumPy arrays, one a row.
+
+    Args:
+        sequences: the token ids of each text, EOS last, as ``Tokenizer.encode`` gives them.
+        length: of the rows; default: as many tokens as the longest text has. Every shape is a program to compile.
+        rows: how many, those without a text last, of length 1; default: one for each text.
+        pad_id: fills what is left of rows; no embedding depends on it.
+
+    Raises:
+        InputError: a text without tokens, or more tokens or texts than there is room for.
+    """
+    lengths = [len(ids) for ids in sequences]
+    length = max(lengths, default=1) if length is None else length
+    rows = len(lengths) if rows is None else rows
+    if len(lengths) > rows or not all(1 <= tokens <= length for tokens in lengths):
+        raise InputError(
+            f"{rows} rows of {length} hold as many texts at most, of 1 to {length} tokens each, not {len(lengths)} of "
+            f"{min(lengths)} to {max(lengths)}"
+        )
+    tokens_bt = np.full((rows, length), pad_id, np.int32)
+    lengths_b = np.ones(rows, np.int32)
+    lengths_b[: len(lengths)] = lengths
+    for row, ids in zip(tokens_bt, sequences, strict=False):
+        row[: len(ids)] = ids
+    return Batch(tokens_bt, lengths_b)
 
 
 PACKED_LENGTH = 1024

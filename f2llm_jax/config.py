@@ -68,6 +68,11 @@ class ModelConfig:
                 with full attention.
         """
         path = Path(path)
+        if not path.exists():
+            raise ReleaseError(
+                f"{path} does not exist: from_release takes a folder or its config.json; a hub id is downloaded by "
+                "f2llm_jax.load, and without its weights by f2llm_jax.release.find_release(..., weights=False)"
+            )
         file = path / "config.json" if path.is_dir() else path
         return cls.from_hf(read_json(file), source=str(file))
 

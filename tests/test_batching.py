@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from f2llm_jax import make_batch
 from f2llm_jax.batching import (
     PACKED_LENGTH,
     SHORT_ROW,
@@ -24,6 +25,24 @@ from f2llm_jax.errors import InputError
 from f2llm_jax.segments import PREFIX
 
 PAD = -7
+
+
+def test_make_batch():
+    texts = [[5, 6, 7], np.array([8])]
+    tokens_bt, lengths_b = make_batch(texts)
+    assert tokens_bt.dtype == lengths_b.dtype == np.int32
+    assert tokens_bt.tolist() == [[5, 6, 7], [8, 0, 0]] and lengths_b.tolist() == [3, 1]
+    tokens_bt, lengths_b = make_batch(texts, 4, rows=3, pad_id=PAD)
+    assert tokens_bt.tolist() == [[5, 6, 7, PAD], [8, PAD, PAD, PAD], [PAD] * 4] and lengths_b.tolist() == [3, 1, 1]
+    assert make_batch([]).tokens_bt.shape == (0, 1)
+    for wrong, message in (
+        ((texts, 2), "2 rows of 2 hold .* of 1 to 2 tokens each, not 2 of 1 to 3"),
+        (([[1], []], 2), "not 2 of 0 to 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make_batch(*wrong)
+    with pytest.raises(InputError, match=r"1 rows of 3 hold as many texts at most, .* not 2 of 1 to 3"):
+        make_batch(texts, rows=1)
 
 
 @given(st.integers(1, 40960))

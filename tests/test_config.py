@@ -158,8 +158,12 @@ def test_damaged_files_are_named(text, tmp_path):
 
 
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(ReleaseError, match=r"config\.json does not exist"):
+    with pytest.raises(ReleaseError, match=r"config\.json does not exist$"):
         ModelConfig.from_release(tmp_path)
+    with pytest.raises(
+        ReleaseError, match=r"^owner/name does not exist: from_release takes a folder.* f2llm_jax\.load"
+    ):
+        ModelConfig.from_release("owner/name")
 
 
 def test_matryoshka_dims():

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +60,20 @@ def test_the_state_is_that_of_the_last_token(params):
     states = f2llm_jax.Backbone(TINY).apply({"params": params}, batch.tokens_bt)
     expected = np.stack([states[row, length - 1] for row, length in enumerate(batch.lengths_b)])
     np.testing.assert_array_equal(f2llm_jax.eos_states(params, batch, config=TINY), expected)
+
+
+def test_the_functions_of_the_readme(tiny_release):
+    """As they stand there, but for the model's name."""
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "make_batch" in block)
+    code, count = re.subn(r'"codefuse-ai/[^"]+"', repr(str(tiny_release)), code)
+    assert count == 1
+    names: dict[str, Any] = {}
+    exec(code, names)
+    expected = names["model"].encode(names["texts"], dim=64)
+    np.testing.assert_allclose(names["embeddings"], expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(names["heads"][64], expected, rtol=0, atol=1e-5)
+    assert list(names["heads"]) == [8, 64, TINY.hidden_size]
 
 
 def rows_of_each_layout() -> list[f2llm_jax.Batch | f2llm_jax.PackedBatch]:

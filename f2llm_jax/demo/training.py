@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from f2llm_jax.batching import make_batch
 from f2llm_jax.demo.texts import LANGUAGES, Text
 from f2llm_jax.embedding import Batch
 from f2llm_jax.encoder import Encoder
@@ -95,7 +96,4 @@ def _take(rows: Batch, numbers: np.ndarray) -> Batch:
 
 def _rows(model: Encoder, texts: Sequence[Text], prompt: str, length: int) -> Batch:
     sequences, _ = model.tokenizer.encode([prompt + text.text for text in texts], length)
-    tokens_nt = np.full((len(texts), length), model.tokenizer.pad_id, np.int32)
-    for row, sequence in zip(tokens_nt, sequences, strict=True):
-        row[: len(sequence)] = sequence
-    return Batch(tokens_nt, np.array([len(sequence) for sequence in sequences], np.int32))
+    return make_batch(sequences, length, pad_id=model.tokenizer.pad_id)
