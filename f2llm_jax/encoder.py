@@ -312,8 +312,11 @@ class Encoder:
                     bar.set_postfix_str(f"{speed}, {padding / computed:.1%} padding", refresh=False)
                 return rows.texts, values
 
+            def say_compiling(shape: int) -> None:
+                bar.set_postfix_str(f"compiling shape {shape}")
+
             for rows in batches:
-                pending.append((rows, self._start(rows.batch, dim, pool)))
+                pending.append((rows, self._start(rows.batch, dim, pool, say_compiling)))
                 tokens += rows.tokens
                 computed += rows.batch.tokens_bt.size
                 padding += rows.padding
@@ -367,31 +370,39 @@ class Encoder:
             if ahead is not None:
                 yield ahead.result()
 
-    def _start(self, batch: Batch | PackedBatch, dim: int, pool: ThreadPoolExecutor) -> Callable[[], np.ndarray]:
+    def _start(
+        self, batch: Batch | PackedBatch, dim: int, pool: ThreadPoolExecutor, say_compiling: Callable[[int], None]
+    ) -> Callable[[], np.ndarray]:
         """Starts the computation of a batch; the result waits for it.
 
         Without a mesh by a thread of the pool, where what JAX keeps by thread is the default: the caller may have set a
         mesh that this model is not on. On CPUs that thread also waits for it.
         """
         if self.mesh is not None:
-            return functools.partial(np.asarray, self._compiled(self._dispatch, batch, dim))
+            return functools.partial(np.asarray, self._compiled(self._dispatch, batch, dim, say_compiling))
         if self._layerwise is None:
-            promise = pool.submit(self._compiled, self._dispatch, batch, dim)
+            promise = pool.submit(self._compiled, self._dispatch, batch, dim, say_compiling)
             return lambda: np.asarray(promise.result())
         compute = self._layerwise if batch.tokens_bt.shape[1] <= LONGEST_ROW else self._dispatch
-        return pool.submit(lambda: np.asarray(self._compiled(compute, batch, dim))).result
+        return pool.submit(lambda: np.asarray(self._compiled(compute, batch, dim, say_compiling))).result
 
     def _compiled(
-        self, compute: Callable[[Batch | PackedBatch, int], jax.Array], batch: Batch | PackedBatch, dim: int
+        self,
+        compute: Callable[[Batch | PackedBatch, int], jax.Array],
+        batch: Batch | PackedBatch,
+        dim: int,
+        say_compiling: Callable[[int], None],
     ) -> jax.Array:
         """``compute(batch, dim)``, for the first batch of its shapes by one thread at a time.
 
-        Its programs are compiled then, which takes 200 MB each with the 330M. What that frees goes back to the system.
+        Its programs are compiled then, or read from the cache; ``say_compiling`` gets the shape's number, from 1. With
+        the 330M it takes 200 MB each. What that frees goes back to the system.
         """
         shapes = (dim, *(array.shape for array in batch))
         if shapes not in self._shapes_met:
             with _compiling:
                 if shapes not in self._shapes_met:
+                    say_compiling(len(self._shapes_met) + 1)
                     embeddings = compute(batch, dim)
                     self._shapes_met.add(shapes)
                     give_back_memory()

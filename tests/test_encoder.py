@@ -341,12 +341,18 @@ def test_nothing_is_truncated_silently_or_reported_wrongly(tiny):
         tiny.encode(["Z", ""], max_length=1)
 
 
-def test_progress_bar(tiny, capsys):
+def test_progress_bar(tiny, capsys, monkeypatch):
     tiny.encode(TEXTS)
     assert capsys.readouterr().err == ""
     tiny.encode(TEXTS, show_progress=True)
     shown = capsys.readouterr().err
     assert "20/20" in shown and "text/s" in shown and "tokens/s" in shown and "% padding" in shown
+    assert "compiling" not in shown
+    monkeypatch.setattr(tiny, "_shapes_met", set())
+    tiny.encode(TEXTS, show_progress=True)
+    shown = capsys.readouterr().err
+    assert "compiling shape 1" in shown and "compiling shape 2" in shown
+    assert "tokens/s" in shown.split("\r")[-1] and "compiling" not in shown.split("\r")[-1]
 
 
 def test_a_copy_on_another_device_keeps_the_kernel(tiny, tiny_release):
