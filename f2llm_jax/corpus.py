@@ -32,10 +32,11 @@ from f2llm_jax.convert.digest import model_digest
 from f2llm_jax.corpus_reader import Corpus, Reader, Unit, UnitTexts, find_files, index
 from f2llm_jax.corpus_writer import Output, known_inputs, read_plan
 from f2llm_jax.distributed import ALONE, Processes
+from f2llm_jax.dtypes import FILE_OUTPUTS
 from f2llm_jax.embedding import check_dim
 from f2llm_jax.encoder import Done, Encoder, load
 from f2llm_jax.errors import F2LLMError, InputError, warn, whole_number
-from f2llm_jax.outputs import FILE_OUTPUTS
+from f2llm_jax.files import local_path
 from f2llm_jax.quantization import check_ranges
 from f2llm_jax.release import Release, find_release, pick_prompt, read_release
 from f2llm_jax.sharding import make_mesh
@@ -104,7 +105,7 @@ def encode_corpus(
         field, file_format: as for ``texts.read_texts``.
         id_field: the column or key of the ids; default: the row number, counted over all files.
         prompt_name, prompt, dim, max_length, batch_tokens: as for ``Encoder.encode``.
-        output: one of ``outputs.FILE_OUTPUTS``.
+        output: one of ``dtypes.FILE_OUTPUTS``.
         ranges: float [2, dim] from ``int8_ranges``, for int8.
         shard_rows: rows of a shard, at most; fewer if texts are long.
         show_progress: a progress bar on standard error, of all processes' rows.
@@ -122,7 +123,7 @@ def encode_corpus(
         )
     patterns = [str(patterns)] if isinstance(patterns, str | Path) else patterns
     release = read_release(find_release(model, revision))
-    out = Path(out)
+    out = local_path(out)
     plan = read_plan(out)
     settings = _settings(
         release,

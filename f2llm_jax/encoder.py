@@ -33,7 +33,8 @@ from f2llm_jax.batching import (
     packed_length,
 )
 from f2llm_jax.config import ModelConfig
-from f2llm_jax.convert.load import PARAM_DTYPES, load_params, open_checkpoint
+from f2llm_jax.convert.load import load_params, open_checkpoint
+from f2llm_jax.dtypes import DTYPES
 from f2llm_jax.embedding import Batch, PackedBatch, check_dim, embed
 from f2llm_jax.errors import InputError, warn, whole_number
 from f2llm_jax.layerwise import LONGEST_ROW, Layerwise, bit_views
@@ -68,9 +69,6 @@ _CACHE_LIMITS = {
     "jax_persistent_cache_min_compile_time_secs": (1.0, 0.0),
     "jax_persistent_cache_min_entry_size_bytes": (0, -1),
 }
-
-DTYPES = (*PARAM_DTYPES, "int8")
-"""What a model may be loaded in."""
 
 _embed = jax.jit(embed, static_argnames=("config", "dim", "dtype", "kernel"))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
+from f2llm_jax.dtypes import OUTPUTS
 from f2llm_jax.errors import InputError
-from f2llm_jax.outputs import OUTPUTS
 
 
 def output_spec(output: str, dim: int) -> tuple[int, np.dtype]:
@@ -46,7 +46,7 @@ def quantize(embeddings: np.ndarray, output: str, ranges: np.ndarray | None = No
 
     Args:
         embeddings: float32 [n, dim].
-        output: one of ``outputs.OUTPUTS``.
+        output: one of ``dtypes.OUTPUTS``.
         ranges: float [2, dim] from ``int8_ranges``; needed for int8, and for int8 only.
 
     Raises:

@@ -20,8 +20,8 @@ from releases import TINY
 
 import f2llm_jax as f2llm
 from f2llm_jax.cli import COMMANDS, main
+from f2llm_jax.dtypes import FILE_OUTPUTS
 from f2llm_jax.files import new_file
-from f2llm_jax.outputs import FILE_OUTPUTS
 from f2llm_jax.search import nearest
 
 TEXTS = [

@@ -452,6 +452,7 @@ def test_a_folder_that_is_just_being_begun_is_joined(tiny_release, docs, tmp_pat
 
 def test_bad_arguments_are_one_clear_line(tiny_release, docs, tmp_path, capsys):
     out = tmp_path / "out"
+    assert "s3:/bucket/out is a URL" in error_of(capsys, command(tiny_release, docs, Path("s3://bucket/out")))
     cases = [
         (
             ["--mesh", "data=3"],

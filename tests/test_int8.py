@@ -9,9 +9,10 @@ import pytest
 from releases import bitext, xquad
 
 import f2llm_jax
-from f2llm_jax import InputError, commands, encoder, make_mesh
+from f2llm_jax import InputError, make_mesh
 from f2llm_jax.convert.conversion import convert_release
 from f2llm_jax.convert.load import load_params, open_checkpoint, params_bytes
+from f2llm_jax.dtypes import DTYPES
 from f2llm_jax.evaluation.embedders import load_embedder
 from f2llm_jax.evaluation.mteb_adapter import mteb_model
 from f2llm_jax.layerwise import LONGEST_ROW
@@ -152,11 +153,7 @@ def test_no_other_dtype_is_taken(real_release):
         f2llm_jax.load(real_release, dtype="int4")
 
 
-def test_the_command_line_takes_what_load_takes():
-    assert commands.DTYPES == encoder.DTYPES
-
-
-@pytest.mark.parametrize("dtype", encoder.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_bytes_are_counted_without_loading(models, dtype):
     assert params_bytes(models[dtype].config, dtype) == sum(
         leaf.nbytes for leaf in jax.tree.leaves(models[dtype].params)

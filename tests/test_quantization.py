@@ -11,8 +11,8 @@ from hypothesis.extra import numpy as arrays
 from sentence_transformers.util import quantize_embeddings
 
 import f2llm_jax
+from f2llm_jax.dtypes import OUTPUTS
 from f2llm_jax.errors import InputError
-from f2llm_jax.outputs import OUTPUTS
 
 values = st.floats(-1, 1, width=32) | st.sampled_from([0.0, -0.0, 1e-38, -1e-38])
 tables = arrays.arrays(np.float32, st.tuples(st.integers(2, 9), st.integers(1, 40)), elements=values, fill=st.nothing())

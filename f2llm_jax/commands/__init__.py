@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from f2llm_jax.dtypes import DTYPES
 from f2llm_jax.errors import F2LLMError
 from f2llm_jax.texts import FORMATS
 
@@ -16,10 +17,6 @@ if TYPE_CHECKING:
 
     from f2llm_jax.distributed import Processes
     from f2llm_jax.encoder import Encoder
-
-
-DTYPES = ("float32", "bfloat16", "int8")
-"""``encoder.DTYPES``, which a parser need not import JAX for."""
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

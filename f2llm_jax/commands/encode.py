@@ -42,9 +42,9 @@ from f2llm_jax.commands import (
     show_progress,
     start_processes,
 )
+from f2llm_jax.dtypes import FILE_OUTPUTS
 from f2llm_jax.errors import InputError
 from f2llm_jax.files import new_file
-from f2llm_jax.outputs import FILE_OUTPUTS
 from f2llm_jax.texts import STDIN, Texts, check_unicode, read_texts
 
 if TYPE_CHECKING:

@@ -26,7 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from f2llm_jax.commands import DTYPES, add_progress, positive, show_progress
+from f2llm_jax.commands import add_progress, positive, show_progress
+from f2llm_jax.dtypes import DTYPES
 from f2llm_jax.errors import InputError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from f2llm_jax.commands import DTYPES
+from f2llm_jax.dtypes import DTYPES
 
 if TYPE_CHECKING:
     from f2llm_jax.release import Release

@@ -1,6 +1,10 @@
-"""What embeddings may be given as, by name: a parser need not import NumPy for it."""
+"""What models are loaded in and embeddings given as, by name: a parser need import neither JAX nor NumPy for it."""
+
+DTYPES = ("float32", "bfloat16", "int8")
+"""Of ``load``."""
 
 OUTPUTS = ("float32", "bfloat16", "float16", "int8", "binary", "ubinary")
+"""Of ``Encoder.encode``."""
 
 FILE_OUTPUTS = tuple(output for output in OUTPUTS if output != "bfloat16")
 """Those that .npy and Parquet files can hold: neither knows bfloat16."""
