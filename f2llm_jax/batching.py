@@ -192,10 +192,11 @@ def make_batch(
     lengths = [len(ids) for ids in sequences]
     length = max(lengths, default=1) if length is None else length
     rows = len(lengths) if rows is None else rows
-    if len(lengths) > rows or not all(1 <= tokens <= length for tokens in lengths):
+    if len(lengths) > rows:
+        raise InputError(f"{rows} rows hold as many texts at most, not {len(lengths)}")
+    if not all(1 <= tokens <= length for tokens in lengths):
         raise InputError(
-            f"{rows} rows of {length} hold as many texts at most, of 1 to {length} tokens each, not {len(lengths)} of "
-            f"{min(lengths)} to {max(lengths)}"
+            f"rows of {length} hold texts of 1 to {length} tokens, not of {min(lengths)} to {max(lengths)}"
         )
     tokens_bt = np.full((rows, length), pad_id, np.int32)
     lengths_b = np.ones(rows, np.int32)

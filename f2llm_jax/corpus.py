@@ -119,7 +119,7 @@ def encode_corpus(
     if not isinstance(model, str | Path):
         raise InputError(
             "model must be a folder or a hub id, as for f2llm_jax.load, of which every device loads a copy, not "
-            f"a {type(model).__name__}"
+            f"{type(model).__name__}"
         )
     patterns = [str(patterns)] if isinstance(patterns, str | Path) else patterns
     release = read_release(find_release(model, revision))

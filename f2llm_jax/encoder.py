@@ -60,9 +60,6 @@ _CPU_THREADS = 2
 # Tokens of a full batch and device. A CPU core has its matrix units busy with few; more only spills its cache.
 BATCH_TOKENS = {"cpu": 512, "gpu": 32768, "tpu": 32768}
 
-# Of all models together, so that one can be copied and pickled.
-_compiling = threading.Lock()
-
 # Of JAX's persistent cache: its own default, under which quick and small programs are not kept, and the value that
 # keeps all.
 _CACHE_LIMITS = {
@@ -132,6 +129,11 @@ class Encoder:
         self._weights = bit_views(params) if on_cpu else params
         self._layerwise = Layerwise(params, config, dtype=self._compute_dtype, kernel=self.kernel) if on_cpu else None
         self._shapes_met: set[tuple[Any, ...]] = set()
+        self._compiling = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For ``pickle`` and ``copy``: what has been compiled, locks and views of the weights are made anew."""
+        return functools.partial(self._made_with, mesh=self.mesh), (self._params,)
 
     @property
     def params(self) -> Params:
@@ -147,15 +149,19 @@ class Encoder:
         def copy(x: Any) -> jax.Array:
             return jax.device_put(x, devices[0] if mesh is None else NamedSharding(mesh, x.sharding.spec))
 
-        return Encoder(
-            jax.tree.map(copy, self._params),
-            self.config,
-            self.tokenizer,
+        return self._made_with(jax.tree.map(copy, self._params), mesh=mesh)
+
+    @property
+    def _made_with(self) -> Callable[..., Encoder]:
+        """Makes the same of other parameters, on another mesh."""
+        return functools.partial(
+            Encoder,
+            config=self.config,
+            tokenizer=self.tokenizer,
             prompts=self.prompts,
             default_prompt_name=self.default_prompt_name,
             max_length=self.max_length,
             dtype=self.dtype,
-            mesh=mesh,
             kernel=self.kernel,
         )
 
@@ -398,7 +404,7 @@ class Encoder:
         """
         shapes = (dim, *(array.shape for array in batch))
         if shapes not in self._shapes_met:
-            with _compiling:
+            with self._compiling:
                 if shapes not in self._shapes_met:
                     say_compiling(len(self._shapes_met) + 1)
                     embeddings = compute(batch, dim)
@@ -448,9 +454,9 @@ def _check_text(name: str, text: Any) -> None:
 
 
 def _floats(embeddings: Any) -> np.ndarray:
-    """float32 [n, dim]; an InputError for what ``quantize`` has made of it."""
+    """float32 [n, dim]; an InputError for what ``quantize`` makes of embeddings."""
     embeddings = np.asarray(embeddings)
-    if embeddings.dtype.kind in "biu":
+    if embeddings.dtype.kind in "biu" and embeddings.itemsize == 1:
         raise InputError(
             f"similarity compares float embeddings, not {embeddings.dtype}: encode with output='float32', or compare "
             "bits of 'ubinary' by their Hamming distance, np.bitwise_count(a[:, None] ^ b).sum(axis=-1)"

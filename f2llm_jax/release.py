@@ -87,7 +87,7 @@ def _download(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
         ) from None
     except Exception as error:  # its HTTP client's, too, which have no type in common
         raise ReleaseError(
-            f"downloading {repo_id} failed: {type(error).__name__}: {error}; the same command goes on where it stopped"
+            f"downloading {repo_id} failed: {type(error).__name__}: {error}; what was downloaded is kept"
         ) from error
     return Path(folder)
 

@@ -36,12 +36,12 @@ def test_make_batch():
     assert tokens_bt.tolist() == [[5, 6, 7, PAD], [8, PAD, PAD, PAD], [PAD] * 4] and lengths_b.tolist() == [3, 1, 1]
     assert make_batch([]).tokens_bt.shape == (0, 1)
     for wrong, message in (
-        ((texts, 2), "2 rows of 2 hold .* of 1 to 2 tokens each, not 2 of 1 to 3"),
-        (([[1], []], 2), "not 2 of 0 to 1"),
+        ((texts, 2), "rows of 2 hold texts of 1 to 2 tokens, not of 1 to 3"),
+        (([[1], []], 2), "not of 0 to 1"),
     ):
         with pytest.raises(InputError, match=message):
             make_batch(*wrong)
-    with pytest.raises(InputError, match=r"1 rows of 3 hold as many texts at most, .* not 2 of 1 to 3"):
+    with pytest.raises(InputError, match="1 rows hold as many texts at most, not 2"):
         make_batch(texts, rows=1)
 
 

@@ -418,7 +418,7 @@ def test_wrong_values_are_refused_before_anything_is_made(arguments, message, ti
 
 
 def test_an_encoder_is_no_folder(tiny, docs, tmp_path):
-    with pytest.raises(f2llm.InputError, match=r"model must be a folder or a hub id.*not a Encoder"):
+    with pytest.raises(f2llm.InputError, match=r"model must be a folder or a hub id.*not Encoder"):
         encode_corpus(tiny, [f"{docs}/*.parquet"], tmp_path / "out")
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
+from sentence_transformers import SentenceTransformer
 
 import f2llm_jax as f2llm
 from f2llm_jax.cli import main
@@ -266,6 +267,13 @@ def test_ours_and_sentence_transformers_agree(saved: dict[str, str] | None, copi
         assert ours_prompts == other_prompts
         assert len(table(report).splitlines()) == 1 + len(report.rows)  # nothing to say of the same prompts
     assert ours_prompts["bitext"] == (saved or {}).get("BitextMining", TRANSLATIONS)
+    texts = list(DOCUMENTS.values())
+    expected = SentenceTransformer(str(copied_release)).encode_document(texts, normalize_embeddings=True)
+    for got in (
+        *(model.encode(texts, "document") for model in models),
+        f2llm.load(copied_release).encode_document(texts),
+    ):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
 
 
 def test_the_same_model_is_compared_at_the_same_revision_and_instructed_alike(monkeypatch: pytest.MonkeyPatch):

@@ -391,7 +391,7 @@ def test_a_download_that_fails_is_one_clear_error(monkeypatch, error):
     """Whatever its HTTP client or its transfer of large files raises."""
     monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=error))
     with pytest.raises(
-        ReleaseError, match=rf"downloading a/b failed: {type(error).__name__}: {error}; the same command"
+        ReleaseError, match=rf"downloading a/b failed: {type(error).__name__}: {error}; what was downloaded"
     ):
         f2llm_jax.load("a/b")
 

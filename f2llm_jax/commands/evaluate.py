@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 from f2llm_jax.commands import add_progress, positive, show_progress
 from f2llm_jax.dtypes import DTYPES
 from f2llm_jax.errors import InputError
+from f2llm_jax.files import local_path
 
 if TYPE_CHECKING:
     from f2llm_jax.evaluation.embedders import Embedder
@@ -100,6 +101,7 @@ def run(args: argparse.Namespace) -> None:
     for name, value in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.results = local_path(args.results)
     if args.mteb or args.benchmark:
         _run_mteb(args)
     if args.retrieval or args.bitext:

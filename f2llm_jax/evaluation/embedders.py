@@ -42,7 +42,7 @@ class Embedder(Protocol):
 
 
 class F2LLMEmbedder:
-    """An ``Encoder``, with the prompts of ``role_prompts`` and ``translation_prompt``."""
+    """An ``Encoder``, with its own prompts and that of ``translation_prompt``."""
 
     def __init__(self, name: str, encoder: Encoder, *, instructions_of: str | None = None, **options: Any):
         self.name = name
@@ -51,7 +51,7 @@ class F2LLMEmbedder:
         self._encoder = encoder
         self._options = options
         self._instructions_of = instructions_of
-        self.prompts = role_prompts(name, encoder.prompts)
+        self.prompts: dict[Role, str] = {role: encoder.prompts[role] for role in ("query", "document")}
 
     def encode(self, texts: Sequence[str], role: Role) -> np.ndarray:
         if role == "bitext" and role not in self.prompts:
@@ -166,18 +166,18 @@ def load_embedder(
 
 
 def role_prompts(name: str, saved: Mapping[str, str | None]) -> dict[Role, str]:
-    """A prompt for queries and one for documents: those saved with a model, or else of its entry in MTEB's registry.
+    """Those of sentence-transformers' ``encode_query`` and ``encode_document``, or of an entry in MTEB's registry.
 
     Args:
         name: the model's.
-        saved: ``Encoder.prompts`` or ``SentenceTransformer.prompts``.
+        saved: ``SentenceTransformer.prompts``.
     """
-    prompts = {key: text for key, text in saved.items() if text}
-    if not prompts and (entry := registered(name)) is not None:
+    prompts = saved
+    if not any(saved.values()) and (entry := registered(name)) is not None:
         # multilingual-e5 was saved without the "query: " and "passage: " that it was trained with.
         prompts = entry.loader_kwargs.get("model_prompts") or {}
     names: dict[Role, tuple[str, ...]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
-    return {role: next((prompts[key] for key in names[role] if key in prompts), "") for role in names}
+    return {role: next((prompts[key] or "" for key in names[role] if key in prompts), "") for role in names}
 
 
 def translation_prompt(name: str, saved: Mapping[str, str | None], instructions_of: str | None = None) -> str:
