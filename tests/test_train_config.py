@@ -99,6 +99,10 @@ def test_values_are_parsed_by_type(setting, key, value):
         ("params_dtype=bf16", "params_dtype is one of float32, bfloat16, not 'bf16'"),
         ("compute.dtype=float16", "compute.dtype is one of float32, bfloat16, not 'float16'"),
         ("compute.remat=foo", "compute.remat is one of none, dots, full, not 'foo'"),
+        (
+            "compute.kernel=foo",
+            "compute.kernel is one of auto, blocked, cudnn, ragged, reference, splash, not 'foo'",
+        ),
         ("data.max_length=0", "data.max_length must be at least 1, not 0"),
         ("epochs=0", "epochs must be at least 1, not 0"),
         ("max_steps=-1", "max_steps must be at least 0, not -1"),

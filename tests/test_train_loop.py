@@ -360,6 +360,11 @@ def test_bfloat16_with_a_teacher_and_cached_gradients(command, tmp_path, layout)
         ({"mesh.data": 3}, "a mesh data=3 fsdp=1 tensor=1 takes 3 devices, not 8"),
         ({"mesh.fsdp": 0}, "only one can be 0, not data and fsdp"),
         ({"data.path": "nowhere"}, "nowhere holds no prepared data"),
+        (
+            {"loss.mrl_dims": "16,256"},
+            "loss.mrl_dims=16,256 must be within 1..96, the hidden size of model=",
+        ),
+        ({"loss.mrl_dims": "0"}, ": --set loss.mrl_dims=8,16,32,64\n"),
         ({"model": "nowhere"}, "nowhere is neither a folder nor a hub id"),
     ],
 )

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from f2llm_jax.attention import KERNELS
 from f2llm_jax.convert.load import PARAM_DTYPES
 from f2llm_jax.errors import InputError
 from f2llm_jax.model import REMAT_POLICIES
@@ -27,6 +28,7 @@ _CHOICES: dict[str, Iterable[str]] = {
     "data.layout": LAYOUTS,
     "compute.dtype": PARAM_DTYPES,
     "compute.remat": REMAT_POLICIES,
+    "compute.kernel": ("auto", *KERNELS),
 }
 _LEAST = {
     **dict.fromkeys(("epochs", "data.batch_size", "data.max_length"), 1),

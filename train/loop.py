@@ -116,6 +116,7 @@ def train(
     mesh = make_train_mesh(config.mesh)
     check_batch(config, mesh)
     release = read_release(find_release(config.model))
+    check_dims(config, release.config)
     teacher = load_teacher(config, release, mesh)
     model = padded_config(release.config, mesh)
 
@@ -227,6 +228,16 @@ class _UnderWay:
 def _validations(interval: int, total: int) -> set[int]:
     """After which steps: every so many, and the last; none for 0."""
     return {total, *range(interval, total, interval)} if interval else set()
+
+
+def check_dims(config: TrainConfig, model: ModelConfig) -> None:
+    """An InputError if the model has not all of the Matryoshka sizes."""
+    if not all(1 <= dim <= model.hidden_size for dim in config.loss.mrl_dims):
+        mend = ",".join(map(str, model.matryoshka_dims[:-1]))
+        raise InputError(
+            f"loss.mrl_dims={','.join(map(str, config.loss.mrl_dims))} must be within 1..{model.hidden_size}, the "
+            f"hidden size of model={config.model}: --set loss.mrl_dims={mend}"
+        )
 
 
 def load_teacher(config: TrainConfig, student: Release, mesh: Mesh) -> Teacher | None:
