@@ -21,7 +21,7 @@ import f2llm_jax
 from f2llm_jax.cli import main
 from f2llm_jax.convert.load import load_params, open_checkpoint
 from f2llm_jax.embedding import Batch
-from f2llm_jax.errors import InputError
+from f2llm_jax.errors import InputError, ReleaseError
 from f2llm_jax.losses import distillation_loss
 from f2llm_jax.train import teacher as teacher_module
 from f2llm_jax.train.batch import TrainBatch
@@ -30,7 +30,7 @@ from f2llm_jax.train.prepare import prepare
 from f2llm_jax.train.records import Records
 from f2llm_jax.train.scalars import read_scalars
 from f2llm_jax.train.step import ComputeConfig, LossConfig, States, loss_terms, teacher_states
-from f2llm_jax.train.teacher import TeacherStore, open_store, teach
+from f2llm_jax.train.teacher import TeacherStore, find_teacher, hub_commit, open_store, teach
 
 MAX_LENGTH = 8
 TEACHER = dataclasses.replace(TINY, hidden_size=128, num_hidden_layers=4)
@@ -225,7 +225,28 @@ def test_the_same_weights_are_the_same_teacher(tmp_path, data, states, teacher):
     assert main(["convert", str(teacher), str(tmp_path / "flax"), "--to", "flax"]) == 0
     for name in (str(tmp_path / "flax"), None):
         store = open_store(states, data=data, max_length=MAX_LENGTH, width=96, teacher=name)
-        assert store.settings.teacher == str(teacher)
+        assert store.settings.teacher == str(teacher) and store.settings.commit is None
+
+
+def test_no_weights_of_a_hub_teacher_are_downloaded_to_compare_it(tmp_path, data, states, hub_of_settings):
+    """Its commit is known, by the name of the folder that huggingface_hub downloads to."""
+    commit = hub_commit("owner/name", Path("snapshots/1f7c"))
+    assert commit == "1f7c" and hub_commit(tmp_path, tmp_path) is None
+    copied = Path(shutil.copytree(states, tmp_path / "states"))
+    edit_json(copied / "teacher.json", commit=find_teacher("owner/name", "", weights=False).name)
+    options = {"data": data, "max_length": MAX_LENGTH, "width": 96, "teacher": "owner/name"}
+    assert open_store(copied, **options).settings.dim == 128
+    edit_json(copied / "teacher.json", commit="another")
+    with pytest.raises(ReleaseError, match=r"^teacher=owner/name: downloading owner/name failed: AssertionError"):
+        open_store(copied, **options)
+
+
+def test_a_teacher_out_of_reach_is_an_error_that_names_the_setting(tmp_path, command, states, capsys):
+    for folder, without in (("none", "trains without a teacher"), (states, "takes the states as they are")):
+        assert main(command(tmp_path / "run", teacher="nowhere", teacher_states=folder)) == 2
+        error = "teacher=nowhere: nowhere is neither a folder nor a hub id of the form owner/name; teacher=none "
+        assert error + without in capsys.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_teacher_that_does_not_fit_is_refused(tmp_path, command, teacher, capsys):

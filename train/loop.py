@@ -46,7 +46,7 @@ from f2llm_jax.train.placement import (
 from f2llm_jax.train.preemption import Preemption
 from f2llm_jax.train.scalars import Scalars
 from f2llm_jax.train.step import Teacher, TrainState, train_step
-from f2llm_jax.train.teacher import check_width
+from f2llm_jax.train.teacher import check_width, find_teacher
 from f2llm_jax.train.validation import make_evaluate, validate
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ def load_teacher(config: TrainConfig, student: Release, mesh: Mesh) -> Teacher |
     """
     if config.teacher is None or config.teacher_states is not None:
         return None
-    release = read_release(find_release(config.teacher))
+    release = read_release(find_teacher(config.teacher, "trains without a teacher"))
     check_width(student.config.hidden_size, release.config.hidden_size, f"the states of {config.teacher}")
     own, its = (Tokenizer.from_release(path) for path in (student.path, release.path))
     if (own.eos_id, own.vocabulary) != (its.eos_id, its.vocabulary):

@@ -35,7 +35,7 @@ from f2llm_jax.convert.staging import Workplace, output_path
 from f2llm_jax.convert.table import tensor_table
 from f2llm_jax.embedding import eos_states
 from f2llm_jax.encoder import BATCH_TOKENS, use_compilation_cache
-from f2llm_jax.errors import InputError
+from f2llm_jax.errors import InputError, ReleaseError
 from f2llm_jax.model import Params
 from f2llm_jax.release import find_release, read_release
 from f2llm_jax.sharding import padded_config
@@ -51,6 +51,8 @@ FORMAT = 1
 STATES_FILE = "teacher.json"
 DTYPES = {"float32": np.dtype("<f4"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
+AS_THEY_ARE = "takes the states as they are"
+
 # Texts of a file: what a kill loses at most. Their states are in memory until it is written.
 _FILE_TEXTS = 1 << 14
 _READ_TEXTS = 2048
@@ -65,6 +67,7 @@ class StatesSettings:
 
     Attributes:
         teacher: its name, as given.
+        commit: of its hub repository; None for a folder.
         teacher_digest, data_digest: of its weights, and of the prepared data.
         max_length: tokens that texts were cut to.
         dim, dtype: of a state.
@@ -72,6 +75,7 @@ class StatesSettings:
     """
 
     teacher: str
+    commit: str | None
     teacher_digest: str
     data_digest: str
     max_length: int
@@ -182,6 +186,7 @@ def teach(
         raise InputError(f"dim must be within 1..{release.config.hidden_size}, the teacher's hidden size, not {dim}")
     settings = StatesSettings(
         teacher=str(teacher),
+        commit=hub_commit(teacher, release.path),
         teacher_digest=teacher_digest(release.path, release.config),
         data_digest=data_digest(data),
         max_length=max_length,
@@ -312,6 +317,19 @@ def teacher_digest(folder: Path, config: ModelConfig) -> str:
     return digest.hexdigest()
 
 
+def hub_commit(teacher: str | Path, folder: Path) -> str | None:
+    """The commit of a hub model that was found in a folder, which huggingface_hub names by it; None for a folder."""
+    return None if Path(teacher).expanduser().is_dir() else folder.name
+
+
+def find_teacher(teacher: str, without: str, *, weights: bool = True) -> Path:
+    """``find_release`` of the setting ``teacher``; its errors say so, and what the run does ``without`` one."""
+    try:
+        return find_release(teacher, weights=weights)
+    except ReleaseError as error:
+        raise ReleaseError(f"teacher={teacher}: {error}; teacher=none {without}") from error
+
+
 def open_store(folder: str | Path, *, data: Path, max_length: int, width: int, teacher: str | None) -> TeacherStore:
     """Opens a teacher's states for a run, having checked that they are what the run asks for.
 
@@ -324,6 +342,7 @@ def open_store(folder: str | Path, *, data: Path, max_length: int, width: int, t
 
     Raises:
         InputError: they are of other data, another length or another teacher, or the student is wider.
+        ReleaseError: the teacher cannot be found.
     """
     store = TeacherStore(folder, width)
     settings = store.settings
@@ -334,11 +353,18 @@ def open_store(folder: str | Path, *, data: Path, max_length: int, width: int, t
             f"{folder} holds states of texts cut to {settings.max_length} tokens, training cuts them to {max_length}: "
             f"set data.max_length={settings.max_length}, or run f2llm teach with --max-length {max_length}"
         )
-    if teacher is not None:
-        release = read_release(find_release(teacher))
-        if settings.teacher_digest != teacher_digest(release.path, release.config):
-            raise InputError(
-                f"{folder} holds states of {settings.teacher}, whose weights are not those of teacher={teacher}; "
-                "teacher=none takes the states as they are"
-            )
+    if teacher is not None and not _are_of(settings, teacher):
+        raise InputError(
+            f"{folder} holds states of {settings.teacher}, whose weights are not those of teacher={teacher}; "
+            f"teacher=none {AS_THEY_ARE}"
+        )
     return store
+
+
+def _are_of(settings: StatesSettings, teacher: str) -> bool:
+    """Whether states are a teacher's. Of a hub model in the same commit no weights are downloaded."""
+    folder = find_teacher(teacher, AS_THEY_ARE, weights=False)
+    if settings.commit is not None and settings.commit == hub_commit(teacher, folder):
+        return True
+    folder = find_teacher(teacher, AS_THEY_ARE)
+    return settings.teacher_digest == teacher_digest(folder, ModelConfig.from_release(folder))
