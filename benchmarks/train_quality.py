@@ -131,7 +131,7 @@ def train_one(start: Path, data: Path, work: Path, folder: Path, mrl_dims: tuple
         "processor_seconds": earlier["processor_seconds"] + time.process_time() - processor,
     }
     file.write_text(json.dumps(figures))
-    if outcome.step < outcome.total:
+    if not outcome.finished:
         raise SystemExit(f"stopped after step {outcome.step} of {outcome.total}; the same command goes on")
     average_run(folder, trained, last=1)  # the last checkpoint alone
     return trained

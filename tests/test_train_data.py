@@ -269,6 +269,10 @@ def test_validation_is_over_the_examples_on_any_mesh(data):
         mesh = make_mesh(data=devices, devices=jax.devices()[:devices])
         loader = DataLoader(TrainBatches(data, batch_size=batch_size), multiple=devices)
         scores.append(validate({}, loader, evaluate, mesh))
+        asked = [validate({}, loader, evaluate, mesh, stop=iter([False] * n + [True]).__next__) for n in range(3)]
+        assert asked == [None] * 3 and loader.validation_batches == sum(
+            len(list(items)) for items in loader.validation().values()
+        )
     assert scores[0] == pytest.approx(scores[1]) and len(scores[0]) == len(ROWS) + 3
     stored = [len(r["query"]) for r in source(data.folder, "examples", "validation") if r["dataset"] == b"aya"]
     assert scores[0]["aya/valid_length"] == pytest.approx(np.mean(stored)) and len(set(stored)) > 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -248,9 +249,32 @@ def test_sigterm_saves_and_stops(command, whole, tmp_path, monkeypatch, capsys):
 
     assert main(["train", *command(tmp_path)]) == 2
     assert "holds a run up to step 5; --resume auto goes on from there" in capsys.readouterr().err
-    assert main(["train", *command(tmp_path, "--resume", "auto")]) == 0
+    assert validated(tmp_path) == []
+
+    # Within the last validation: it is cut short, and not exported before it is done.
+    validation = DataLoader.validation
+
+    def preempted_validation(loader: DataLoader):
+        if loader.get_state()["step"] < STEPS:
+            return validation(loader)
+        return {"all": _killing(itertools.chain.from_iterable(validation(loader).values()))}
+
+    monkeypatch.setattr(DataLoader, "validation", preempted_validation)
+    more = ("--resume", "auto", "--export", str(tmp_path / "export"))
+    assert main(["train", *command(tmp_path, *more)]) == 128 + signal.SIGTERM
+    assert f"stopped after step {STEPS} of {STEPS}; --resume auto goes on" in capsys.readouterr().out
+    assert validated(tmp_path) == [5, 10] and not (tmp_path / "export").exists()
+    monkeypatch.undo()
+    assert main(["train", *command(tmp_path, *more, "--progress")]) == 0
+    assert "validation: " in capsys.readouterr().err
     assert losses(tmp_path) == losses(whole)
-    assert validated(tmp_path) == [5, 10, STEPS]
+    assert validated(tmp_path) == [5, 10, STEPS] and (tmp_path / "export").exists()
+
+
+def _killing(items):
+    yield next(iter(items))
+    os.kill(os.getpid(), signal.SIGTERM)
+    yield from items
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path, monkeypatch, capsys):

@@ -92,7 +92,7 @@ class IntervalConfig:
     Attributes:
         log: scalars are averaged over so many steps and written.
         validation: per-dataset validation.
-        checkpoint: a checkpoint is saved, and another before each validation, which a SIGTERM does not cut short.
+        checkpoint: a checkpoint is saved, and another before each validation.
         keep: the latest so many checkpoints are kept.
     """
 

@@ -457,10 +457,21 @@ class DataLoader(grain.DatasetIterator):
             self._iterator.close()  # type: ignore[attr-defined]
         self._iterator = None
 
+    @property
+    def validation_batches(self) -> int:
+        """Of all datasets together."""
+        return sum(map(len, self._validation().values()))
+
     def validation(self) -> dict[str, Iterable[Item]]:
         """For each dataset that has any, its validation batches, read ahead; every iteration is a pass over them."""
+        return {
+            name: grain.MapDataset.source(batches).to_iter_dataset(self._options)
+            for name, batches in self._validation().items()
+        }
+
+    def _validation(self) -> dict[str, ValidationBatches]:
         run = self._batches
-        passes = {
+        return {
             dataset.name: ValidationBatches(
                 run.data,
                 dataset.name,
@@ -471,7 +482,4 @@ class DataLoader(grain.DatasetIterator):
             )
             for dataset in run.data.settings.datasets
             if dataset.examples["validation"]
-        }
-        return {
-            name: grain.MapDataset.source(batches).to_iter_dataset(self._options) for name, batches in passes.items()
         }

@@ -40,5 +40,9 @@ class Loader(Protocol):
     def set_state(self, state: Any) -> None:
         """Goes to where a loader stood, of however many processes."""
 
+    @property
+    def validation_batches(self) -> int:
+        """Batches of a validation."""
+
     def validation(self) -> Mapping[str, Iterable[Item]]:
         """Batches of the held-back examples of every dataset."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import math
 import warnings
 from collections import deque
@@ -71,11 +70,13 @@ class Outcome(NamedTuple):
         step: updates made.
         total: updates planned; fewer were made if a SIGTERM came.
         checkpoint: the last one.
+        finished: all updates were made, and the last validation.
     """
 
     step: int
     total: int
     checkpoint: Path
+    finished: bool
 
 
 def train(
@@ -90,7 +91,7 @@ def train(
     """Trains a model.
 
     Losses are looked at two steps late, so that the device never waits for the host. SIGTERM saves a checkpoint and
-    stops.
+    stops, also within a validation, which a resumed run does anew.
 
     Args:
         config: the run.
@@ -147,31 +148,36 @@ def train(
 
             def write_validation() -> None:
                 under_way.settle()
-                validations.remove(step)
                 with meter.paused():
-                    scalars.write(step, validate(state.params, loader, evaluate, mesh))
+                    values = validate(
+                        state.params, loader, evaluate, mesh, stop=preemption.reached, show_progress=show_progress
+                    )
+                if values is not None:
+                    scalars.write(step, values)
+                    validations.remove(step)
 
-            if step in validations:  # an earlier start was stopped before it
+            if step in validations:  # an earlier start was stopped before or in it
                 write_validation()
-            for item in itertools.islice(loader, total - step):
+            items = iter(loader)
+            while step < total and not preemption.reached():
+                item = next(items)
                 batch = global_batch(item.batch, mesh)
                 state, metrics = update(state, batch, teacher and teacher.params, in_batch=item.task == "retrieval")
                 step += 1
                 under_way.add(Step(step, item.dataset, item.task, Work.of(item.batch), metrics))
-                if preemption.reached(step):
-                    break
                 validates = step in validations and step < total
                 if config.every.checkpoint and (step % config.every.checkpoint == 0 or validates):
-                    save()  # also before a validation, which may take longer than a SIGTERM leaves time for
+                    save()  # also before a validation, in which a kill would lose the steps
                 if validates:
                     write_validation()
             save()
             checkpoints.wait()
             if step == total and step in validations:
                 write_validation()
-        if step == total and export is not None:
+        finished = step == total and step not in validations
+        if finished and export is not None:
             export_run(state.params, config, release, export)
-        return Outcome(step, total, checkpoints.path(step))
+        return Outcome(step, total, checkpoints.path(step), finished)
 
 
 @contextlib.contextmanager

@@ -70,12 +70,34 @@ def make_evaluate(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> Callab
 
 
 def validate(
-    params: Params, loader: Loader, evaluate: Callable[..., dict[str, jax.Array]], mesh: Mesh
-) -> dict[str, float]:
-    """The means of ``validation_step`` over the examples of each dataset, and their averages over tasks, by name."""
+    params: Params,
+    loader: Loader,
+    evaluate: Callable[..., dict[str, jax.Array]],
+    mesh: Mesh,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    show_progress: bool = False,
+) -> dict[str, float] | None:
+    """The means of ``validation_step`` over the examples of each dataset, and their averages over tasks, by name.
+
+    Args:
+        params: the parameters.
+        loader: has the batches.
+        evaluate: from ``make_evaluate``.
+        mesh: of both.
+        stop: asked before each batch: whether to leave, with None instead of means.
+        show_progress: a progress bar on standard error.
+    """
+    from tqdm import tqdm
+
     results: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     examples: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for item in itertools.chain.from_iterable(loader.validation().values()):
+    items = itertools.chain.from_iterable(loader.validation().values())
+    for item in tqdm(
+        items, "validation", loader.validation_batches, leave=False, unit="batch", disable=not show_progress
+    ):
+        if stop():
+            return None
         key = item.task, item.dataset
         values = results[key]
         examples[key].append(item.examples)

@@ -7,8 +7,9 @@ OUT gets checkpoints/, tensorboard/ (tensorboard --logdir OUT) and scalars.jsonl
 starts a run or goes on with it: after a kill the next batch is the very next batch, also on another mesh. While a run
 goes on, others are kept out of OUT.
 
-Exit status: 0 when all steps are done; 143 after a SIGTERM, which saves a checkpoint first: start again with --resume
-auto; 2 after an error. A loss that is not finite is one: it names the step, the dataset and the last good checkpoint.
+Exit status: 0 when all steps are done; 143 after a SIGTERM, which saves a checkpoint and cuts a validation short: start
+again with --resume auto, which does the validation anew and exports; 2 after an error. A loss that is not finite is
+one: it names the step, the dataset and the last good checkpoint.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def _train(config: TrainConfig, args: argparse.Namespace) -> int:
             export=args.export,
             show_progress=show_progress(args),
         )
-    if outcome.step < outcome.total:
+    if not outcome.finished:
         print(f"stopped after step {outcome.step} of {outcome.total}; --resume auto goes on from {outcome.checkpoint}")
         return 128 + signal.SIGTERM
     print(args.export or outcome.checkpoint)
