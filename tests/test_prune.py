@@ -25,7 +25,7 @@ from f2llm_jax.embedding import Batch
 from f2llm_jax.errors import InputError
 from f2llm_jax.model import abstract_params, count_parameters
 from f2llm_jax.train.prepare import prepare
-from f2llm_jax.train.prune import cut, measure, prune
+from f2llm_jax.train.prune import measure, prune, smaller_params
 
 CALIBRATION = ["the quick brown fox", "jumps", "over the lazy dog and the meshes, in größter Eile", "東京", ""] * 4
 HELD_OUT = ["a passage about foxes", "dogs", "Instruct: retrieve\nQuery: lazy", "Größe 東"]
@@ -198,8 +198,8 @@ def test_pruned_0_6b_has_the_published_parameters(size, count):
 
     def both(params):
         nonlocal config
-        params, config = cut(params, config, {"layers": keep.pop("layers")}, None)
-        params, config = cut(params, config, keep, None)
+        params, config = smaller_params(params, config, {"layers": keep.pop("layers")}, None)
+        params, config = smaller_params(params, config, keep, None)
         return params
 
     shapes = jax.eval_shape(both, f2llm_jax.model.nn.unbox(abstract_params(large)))

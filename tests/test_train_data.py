@@ -204,11 +204,11 @@ def test_a_loader_ends_after_its_epochs(data):
     batches = TrainBatches(data, batch_size=BATCH, epochs=2)
     loader = DataLoader(batches)
     assert loader.steps == len(batches) == 2 * batches.steps_per_epoch
-    loader.set_state({"step": loader.steps - 2})
+    loader.set_state({**loader.get_state(), "step": loader.steps - 2})
     assert [item.epoch for item in loader] == [1, 1]
     assert loader.get_state()["step"] == loader.steps and list(loader) == []
     with pytest.raises(InputError, match="there is no step"):
-        loader.set_state({"step": loader.steps + 1})
+        loader.set_state({**loader.get_state(), "step": loader.steps + 1})
 
 
 def test_another_seed_is_another_run(data):
@@ -286,7 +286,7 @@ from f2llm_jax.train.data import DataLoader, TrainBatches, TrainingData
 if __name__ == "__main__":
     batches = TrainBatches(TrainingData(sys.argv[1]), batch_size=16)
     loader = DataLoader(batches, workers=1)
-    loader.set_state({"step": 3})
+    loader.set_state({**loader.get_state(), "step": 3})
     for step in range(3, 12):
         item, expected = next(loader), batches[step]
         for reader in multiprocessing.active_children():

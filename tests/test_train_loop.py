@@ -451,12 +451,6 @@ def test_data_for_another_tokenizer_is_refused(command, data, tiny_release, copi
     set_appended_token(copied_release, "<|endoftext|>")
     refused("was prepared for models whose EOS is token 1; that of", model=copied_release)
 
-    # Data of early versions says less.
-    shutil.copy(data / "prepared.json", tmp_path)
-    edit_json(tmp_path / "prepared.json", vocabulary=None, tokenizer="of files")
-    assert Settings.read(tmp_path) == dataclasses.replace(prepared, vocabulary=None)
-    check_tokenizer(tiny_release, Settings.read(tmp_path), tmp_path)
-
 
 # --- parts
 

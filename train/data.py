@@ -24,8 +24,8 @@ from f2llm_jax.embedding import Batch
 from f2llm_jax.errors import InputError
 from f2llm_jax.train.batch import AnyTrainBatch, PackedTrainBatch, TeacherStates, TrainBatch
 from f2llm_jax.train.packing import TrainPacking, pack
-from f2llm_jax.train.records import SPLITS, Dataset, Records, Settings, Split, data_digest, lengths_file
-from f2llm_jax.train.teacher import TeacherStore, cut
+from f2llm_jax.train.records import SPLITS, Dataset, Records, Settings, Split, data_digest, lengths_file, truncated
+from f2llm_jax.train.teacher import TeacherStore
 from f2llm_jax.train.units import exit_with_parent
 
 
@@ -134,7 +134,7 @@ class TrainingData:
         hard = np.array([record["negatives"][negatives] for record in records], np.int64).reshape(-1)
         documents = self._documents.read(np.concatenate([passages, hard]))
         texts = [*(record["query"] for record in records), *(document["tokens"] for document in documents)]
-        texts = [cut(tokens, self.max_length, self.settings.eos_id) for tokens in texts]
+        texts = [truncated(tokens, self.max_length, self.settings.eos_id) for tokens in texts]
         layout: Any = self._bucketed if self._packing is None else self._packed
         return layout(
             texts,
@@ -441,7 +441,7 @@ class DataLoader(grain.DatasetIterator):
         Raises:
             InputError: there is no such step, or it was one of other data.
         """
-        if state.get("data", self._digest) != self._digest:  # early checkpoints do not say
+        if state["data"] != self._digest:
             raise InputError(
                 f"{self._batches.data.folder} holds other data than the run began with: set data.path to that, or "
                 "begin a run in another --out"

@@ -55,7 +55,7 @@ from f2llm_jax.sharding import padded_config, param_shardings
 from f2llm_jax.texts import read_texts
 from f2llm_jax.tokens import Tokenizer
 from f2llm_jax.train.placement import on_mesh
-from f2llm_jax.train.records import Records, Settings
+from f2llm_jax.train.records import Records, Settings, truncated
 from f2llm_jax.train.teacher import check_tokenizer
 
 IMPORTANCES = ("l2", "mean", "weighted")
@@ -158,14 +158,14 @@ def prune(
     change = look(params, release.config).change if layers_by == "change" else None
     count = target.num_hidden_layers
     kept_layers = np.arange(count) if change is None else largest(change, count)
-    params, config = cut(params, release.config, {"layers": kept_layers}, mesh)
+    params, config = smaller_params(params, release.config, {"layers": kept_layers}, mesh)
 
     measured = look(params, config)
     weights = weight_norms(params, config, measured) if importance == "weighted" else None
     scores = {axis: channel_scores(measured, axis, importance, weights) for axis in ("embed", "mlp")}
     keep = {axis: largest(score, getattr(target, _SIZES[axis])) for axis, score in scores.items()}
     keep["embed"] = in_place(keep["embed"])
-    params, config = cut(params, config, keep, mesh)
+    params, config = smaller_params(params, config, keep, mesh)
 
     report = {
         "from": {"model": str(model), **_about(release.config)},
@@ -388,7 +388,7 @@ def energy_kept(measured: Measured, keep: Keep) -> dict[str, list[float]]:
 # --- cutting
 
 
-def cut(params: Params, config: ModelConfig, keep: Keep, mesh: Mesh | None) -> tuple[Params, ModelConfig]:
+def smaller_params(params: Params, config: ModelConfig, keep: Keep, mesh: Mesh | None) -> tuple[Params, ModelConfig]:
     """The parameters with what stays of some axes, and their config. See the top of this file for the scales.
 
     Args:
@@ -445,8 +445,9 @@ def _sequences(source: str | Path, release: Release, count: int, max_length: int
     """Token ids of ``count`` texts drawn at random, or of all if there are fewer."""
     rng = np.random.default_rng(0)
     if Path(source).is_dir():
-        check_tokenizer(release.path, Settings.read(Path(source)), source)
-        return _prepared_sequences(Path(source), count, max_length, rng)
+        prepared = Settings.read(Path(source))
+        check_tokenizer(release.path, prepared, source)
+        return _prepared_sequences(Path(source), count, max_length, prepared.eos_id, rng)
     texts = read_texts(source).texts
     if not texts:
         raise InputError(f"{source} holds no texts to calibrate with")
@@ -455,18 +456,15 @@ def _sequences(source: str | Path, release: Release, count: int, max_length: int
     return tokenizer.encode([texts[number] for number in chosen], min(max_length, release.max_length))[0]
 
 
-def _prepared_sequences(folder: Path, count: int, max_length: int, rng: np.random.Generator) -> list[np.ndarray]:
+def _prepared_sequences(
+    folder: Path, count: int, max_length: int, eos_id: int, rng: np.random.Generator
+) -> list[np.ndarray]:
     """As many queries, with their instructions, as passages."""
     examples = Records(folder, "examples", "train")
     chosen = examples.read(rng.permutation(len(examples))[: -(-count // 2)])
     passages = Records(folder, "documents", "train").read([example["passage"] for example in chosen])
     texts = [example["query"] for example in chosen] + [passage["tokens"] for passage in passages]
-    return [_shortened(text, max_length) for text in texts]
-
-
-def _shortened(tokens: np.ndarray, max_length: int) -> np.ndarray:
-    """The first tokens and the EOS."""
-    return tokens if len(tokens) <= max_length else np.append(tokens[: max_length - 1], tokens[-1])
+    return [truncated(text, max_length, eos_id) for text in texts]
 
 
 def _about(config: ModelConfig) -> dict[str, int]:

@@ -167,7 +167,7 @@ class Settings:
 
     Attributes:
         stage, seed, max_length: as prepared.
-        vocabulary, eos_id, pad_id: of the tokenizer; no vocabulary in data of early versions.
+        vocabulary, eos_id, pad_id: of the tokenizer.
         documents: how many distinct ones there are.
         datasets: in the order of their examples.
     """
@@ -175,7 +175,7 @@ class Settings:
     stage: int
     seed: int
     max_length: int
-    vocabulary: str | None
+    vocabulary: str
     eos_id: int
     pad_id: int
     documents: int
@@ -209,10 +209,14 @@ class Settings:
             if (found := values.pop("format")) != FORMAT:
                 raise InputError(f"{file} has format {found}, this version reads {FORMAT}; prepare the data again")
             datasets = [Dataset(**dataset) for dataset in values.pop("datasets")]
-            values.pop("tokenizer", None)  # of early data: a digest of files, which relatives do not share
-            return cls(**{"vocabulary": None, **values}, datasets=datasets)
+            return cls(**values, datasets=datasets)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{file} is damaged: {type(error).__name__}: {error}") from None
+
+
+def truncated(tokens: np.ndarray, max_length: int, eos_id: int) -> np.ndarray:
+    """A text as ``Tokenizer.encode`` truncates it: of a longer one the first ``max_length - 1`` tokens, and the EOS."""
+    return tokens if len(tokens) <= max_length else np.append(tokens[: max_length - 1], np.int32(eos_id))
 
 
 def lengths_file(folder: Path, split: Split) -> Path:

@@ -41,7 +41,7 @@ from f2llm_jax.release import find_release, read_release
 from f2llm_jax.sharding import padded_config
 from f2llm_jax.tokens import Tokenizer
 from f2llm_jax.train.placement import on_mesh
-from f2llm_jax.train.records import Records, Settings, data_digest
+from f2llm_jax.train.records import Records, Settings, data_digest, truncated
 from f2llm_jax.train.units import new_folder
 
 Kind = Literal["documents", "queries"]
@@ -279,12 +279,7 @@ def _write_files(home: Path, data: Path, compute: _Compute, prepared: Settings, 
 def _chunks(source: Records, numbers: range, field: str, max_length: int, eos_id: int) -> Iterator[list[np.ndarray]]:
     for first in range(0, len(numbers), _READ_TEXTS):
         records = source.read(numbers[first : first + _READ_TEXTS])
-        yield [cut(record[field], max_length, eos_id) for record in records]
-
-
-def cut(tokens: np.ndarray, max_length: int, eos_id: int) -> np.ndarray:
-    """As training cuts a text: the first tokens, and the EOS."""
-    return tokens if len(tokens) <= max_length else np.append(tokens[: max_length - 1], np.int32(eos_id))
+        yield [truncated(record[field], max_length, eos_id) for record in records]
 
 
 # --- whose, and of what
@@ -299,7 +294,7 @@ def check_tokenizer(release: Path, prepared: Settings, data: str | Path) -> None
             f"{data} was prepared for models whose EOS is token {prepared.eos_id}; that of {release} is "
             f"{tokenizer.eos_id}: {mend}"
         )
-    if prepared.vocabulary not in (None, tokenizer.vocabulary):
+    if prepared.vocabulary != tokenizer.vocabulary:
         raise InputError(f"{data} was prepared for models with other tokens than {release}, or other ids: {mend}")
 
 
