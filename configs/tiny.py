@@ -1,4 +1,8 @@
-"""A few minutes on a CPU, for the demo's tiny model: ``f2llm demo --folder tiny`` writes it."""
+"""Two minutes on a CPU, for the demo's tiny model: ``f2llm demo --folder tiny`` writes it, and text to prepare. ::
+
+f2llm prepare --raw tiny/raw --tokenizer tiny --task '*=retrieval' --out tiny-data
+f2llm train tiny --out tiny-run
+"""
 
 from f2llm_jax.train.config import DataConfig, IntervalConfig, TrainConfig
 from f2llm_jax.train.optimizer import OptimizerConfig

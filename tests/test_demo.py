@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shlex
 import unicodedata
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from f2llm_jax.demo.texts import (
     training_sentences,
 )
 from f2llm_jax.display import isolate, one_line, shorten, width
+from f2llm_jax.train.config import load_recipe, override
+from f2llm_jax.train.source import open_loader
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +249,11 @@ def test_demo_trains_and_prints_every_language_and_every_dim(capsys, tmp_path, m
     assert table[-1][2].split()[-2] == rates[2]
     assert table[-1][2].split()[-1] == f"{100 * (420 * 13 + 24) / (13 * HELD_OUT + 24) / 444:.2f}"
     assert "--model codefuse-ai/F2LLM-v2-80M" in captured.out
+    (prepare, train) = (shlex.split(line)[1:] for line in lines[-3:-1])
+    assert main([*prepare, "--workers", "1"]) == 0
+    _, recipe, _, its_model, _, its_data, _, out = train
+    with contextlib.closing(open_loader(override(load_recipe(recipe), [its_model, its_data]))) as loader:
+        assert loader.steps == 13 * 4 and next(loader).examples <= 32 and out == str(tmp_path / "tiny-run")
     trained = f2llm.load(tmp_path / "tiny")
     assert trained.config == model.config and trained.prompts == model.prompts
     assert np.abs(trained.params["embed_tokens"] - model.params["embed_tokens"]).max() > 1e-5

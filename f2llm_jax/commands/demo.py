@@ -3,11 +3,15 @@
 Without --model it needs no network and no weights: it writes a tiny release folder (tokenizer learnt from the bundled
 text, random weights), trains it on 130 sentences in fourteen languages, and searches 30 others and some code, before
 and after. Training needs the packages of f2llm-jax[train].
+
+--folder keeps the model, and in FOLDER/raw the sentences as f2llm prepare reads them: the recipe tiny of f2llm train
+goes on with both, by the commands that are printed last.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import tempfile
 import time
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from f2llm_jax.demo.search import Search
 
 REAL_MODEL = "codefuse-ai/F2LLM-v2-80M"
+RAW = "raw"
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +52,19 @@ def run(args: argparse.Namespace) -> None:
     print()
     print(f"Right at first rank: {_rate(before)} before training, {_rate(after)} after; by chance {_chance(after)}.")
     print(f"A real model: f2llm demo --model {REAL_MODEL}")
+    if args.folder is not None:
+        for line in _next_commands(args.folder):
+            print(line)
+
+
+def _next_commands(folder: Path) -> tuple[str, str, str]:
+    """How the recipe ``tiny`` trains the model that was kept."""
+    model, data = shlex.quote(str(folder)), shlex.quote(f"{folder}-data")
+    return (
+        "To train it further:",
+        f"f2llm prepare --raw {shlex.quote(str(folder / RAW))} --tokenizer {model} --task '*=retrieval' --out {data}",
+        f"f2llm train tiny --set model={model} --set data.path={data} --out {shlex.quote(f'{folder}-run')}",
+    )
 
 
 def _build(folder: Path) -> Search:
@@ -71,7 +89,7 @@ def _train(untrained: Path, out: Path, args: argparse.Namespace) -> None:
     from f2llm_jax.encoder import load
 
     with needs_extra("train"):
-        from f2llm_jax.demo.training import STEPS, train_tiny
+        from f2llm_jax.demo.training import STEPS, train_tiny, write_raw
 
     model, texts = load(untrained), training_sentences()
     meanings = len(texts) // len(LANGUAGES)
@@ -79,6 +97,8 @@ def _train(untrained: Path, out: Path, args: argparse.Namespace) -> None:
     start = time.perf_counter()
     params = train_tiny(model, texts, steps=args.steps or STEPS, show_progress=show_progress(args))
     export_release(params, model.config, out, like=untrained)
+    if args.folder is not None:
+        write_raw(texts, out / RAW, prompt=model.prompts["query"])
     print(f"trained ({time.perf_counter() - start:.1f} s)")
 
 

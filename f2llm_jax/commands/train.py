@@ -1,7 +1,8 @@
 """Train a model: contrastive losses, Matryoshka, distillation, on any mesh.
 
 RECIPE is a Python file with a function get_config() that returns a TrainConfig, or the name of a recipe that comes with
-f2llm (--list). --set changes single values: --set optim.learning_rate=1e-5 --set loss.mrl_dims=8,16,32
+f2llm (--list); tiny is for what f2llm demo --folder tiny writes. --set changes single values:
+--set optim.learning_rate=1e-5 --set loss.mrl_dims=8,16,32
 
 OUT gets checkpoints/, tensorboard/ (tensorboard --logdir OUT) and scalars.jsonl. With --resume auto, the same command
 starts a run or goes on with it: after a kill the next batch is the very next batch, also on another mesh. While a run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,19 @@ def train_tiny(model: Encoder, texts: Sequence[Text], *, steps: int = STEPS, sho
             state, metrics = step(state, batch)
             bar.set_postfix_str(f"loss {metrics['loss']:.2f}", refresh=False)
     return state.params
+
+
+def write_raw(texts: Sequence[Text], folder: Path, *, prompt: str) -> None:
+    """Writes texts as ``f2llm prepare`` reads them: for each language but English a file of translations into it."""
+    import pyarrow
+    from pyarrow import parquet
+
+    folder.mkdir()
+    of = {name: [text.text for text in texts if text.language == name] for name in LANGUAGES.values()}
+    for key, name in LANGUAGES.items():
+        if name != "English":
+            table = pyarrow.table({"query": [prompt + text for text in of[name]], "passage": of["English"]})
+            parquet.write_table(table, folder / f"{key}_en.parquet")
 
 
 def batches(model: Encoder, texts: Sequence[Text], steps: int) -> Iterator[TrainBatch]:
