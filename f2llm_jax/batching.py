@@ -195,9 +195,8 @@ def make_batch(
     if len(lengths) > rows:
         raise InputError(f"{rows} rows hold as many texts at most, not {len(lengths)}")
     if not all(1 <= tokens <= length for tokens in lengths):
-        raise InputError(
-            f"rows of {length} hold texts of 1 to {length} tokens, not of {min(lengths)} to {max(lengths)}"
-        )
+        found = f"{min(lengths)} to {max(lengths)}"
+        raise InputError(f"rows of {length} hold texts of 1 to {length} tokens, not of {found}")
     tokens_bt = np.full((rows, length), pad_id, np.int32)
     lengths_b = np.ones(rows, np.int32)
     lengths_b[: len(lengths)] = lengths

@@ -269,10 +269,8 @@ def test_ours_and_sentence_transformers_agree(saved: dict[str, str] | None, copi
     assert ours_prompts["bitext"] == (saved or {}).get("BitextMining", TRANSLATIONS)
     texts = list(DOCUMENTS.values())
     expected = SentenceTransformer(str(copied_release)).encode_document(texts, normalize_embeddings=True)
-    for got in (
-        *(model.encode(texts, "document") for model in models),
-        f2llm.load(copied_release).encode_document(texts),
-    ):
+    encoded = [model.encode(texts, "document") for model in models]
+    for got in (*encoded, f2llm.load(copied_release).encode_document(texts)):
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
 
 
