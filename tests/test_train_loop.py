@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import itertools
 import json
 import os
@@ -13,6 +15,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -410,6 +413,11 @@ def test_a_run_that_goes_on_is_left_alone(command, tmp_path, capsys, monkeypatch
         assert (tmp_path / "scalars.jsonl").read_text() == '{"step": 1, "lr": 0.0}\n'
     for _ in range(2):  # free again after a run
         with _claimed(tmp_path):
+            pass
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))))
+        warned = pytest.warns(UserWarning, match="cannot be locked: No locks.*: nothing keeps a second run out of")
+        with warned, _claimed(tmp_path):
             pass
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", np.logical_not)

@@ -23,7 +23,7 @@ from f2llm_jax.convert.export import export_release
 from f2llm_jax.convert.load import load_params, open_checkpoint
 from f2llm_jax.convert.table import tensor_table
 from f2llm_jax.encoder import use_compilation_cache
-from f2llm_jax.errors import F2LLMError, InputError, ReleaseError
+from f2llm_jax.errors import F2LLMError, InputError, ReleaseError, warn
 from f2llm_jax.files import local_path, take_lock
 from f2llm_jax.model import Params
 from f2llm_jax.release import Release, find_release, read_release
@@ -188,7 +188,10 @@ def _claimed(out: Path) -> Iterator[None]:
         if jax.process_index() == 0:
             try:
                 out.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(take_lock(out / ".lock", out))
+                try:
+                    stack.enter_context(take_lock(out / ".lock", out))
+                except OSError as caught:  # a file system without locks, as some of clusters are
+                    warn(f"{caught}: nothing keeps a second run out of {out}")
             except Exception as caught:
                 error = caught
         if multihost_utils.broadcast_one_to_all(np.array(error is not None)):
