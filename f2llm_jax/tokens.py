@@ -95,6 +95,11 @@ class Tokenizer:
         return sequences, truncated
 
 
+def truncated(tokens: np.ndarray, max_length: int, eos_id: int) -> np.ndarray:
+    """What ``Tokenizer.encode`` has made of a text, as it would with a lower ``max_length``."""
+    return tokens if len(tokens) <= max_length else np.append(tokens[: max_length - 1], np.int32(eos_id))
+
+
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     import tokenizers
 

@@ -8,6 +8,7 @@ without those before it: a loader resumes at once, and with another number of pr
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import signal
 import threading
@@ -19,12 +20,13 @@ import grain
 import numpy as np
 from absl import flags
 
+from f2llm_jax.batching import make_batch
 from f2llm_jax.configs.datasets import NEGATIVES, Task
-from f2llm_jax.embedding import Batch
 from f2llm_jax.errors import InputError
+from f2llm_jax.tokens import truncated
 from f2llm_jax.train.batch import AnyTrainBatch, PackedTrainBatch, TeacherStates, TrainBatch
 from f2llm_jax.train.packing import TrainPacking, pack
-from f2llm_jax.train.records import SPLITS, Dataset, Records, Settings, Split, data_digest, lengths_file, truncated
+from f2llm_jax.train.records import SPLITS, Dataset, Records, Settings, Split, data_digest, lengths_file
 from f2llm_jax.train.teacher import TeacherStore
 from f2llm_jax.train.units import exit_with_parent
 
@@ -148,10 +150,11 @@ class TrainingData:
         query_length = _round_up(lengths[:, 0].max(), self._query_lengths)
         document_length = _round_up(lengths[:, 1:].max(), self._document_lengths)
         query, passage, negatives = _by_kind(texts, len(lengths) // share.processes)
+        rows = functools.partial(make_batch, pad_id=self.settings.pad_id)
         return TrainBatch(
-            query=self._rows(query, query_length),
-            passage=self._rows(passage, document_length),
-            negatives=self._rows(negatives, document_length) if len(negatives) else None,
+            query=rows(query, query_length),
+            passage=rows(passage, document_length),
+            negatives=rows(negatives, document_length) if len(negatives) else None,
             **rest,
         )
 
@@ -172,12 +175,6 @@ class TrainingData:
             passage_bd=documents_md[:count],  # type: ignore[arg-type]
             negatives_md=documents_md[count:] if len(negatives) else None,  # type: ignore[arg-type]
         )
-
-    def _rows(self, sequences: list[np.ndarray], length: int) -> Batch:
-        tokens_bt = np.full((len(sequences), length), self.settings.pad_id, np.int32)
-        for row, tokens in zip(tokens_bt, sequences, strict=True):
-            row[: len(tokens)] = tokens
-        return Batch(tokens_bt, np.array([len(tokens) for tokens in sequences], np.int32))
 
 
 def _by_kind(texts: Any, examples: int) -> tuple[Any, Any, Any]:

@@ -53,9 +53,9 @@ from f2llm_jax.model import Backbone, Block, Params, Projection, abstract_params
 from f2llm_jax.release import Release, find_release, read_release
 from f2llm_jax.sharding import padded_config, param_shardings
 from f2llm_jax.texts import read_texts
-from f2llm_jax.tokens import Tokenizer
+from f2llm_jax.tokens import Tokenizer, truncated
 from f2llm_jax.train.placement import on_mesh
-from f2llm_jax.train.records import Records, Settings, truncated
+from f2llm_jax.train.records import Records, Settings
 from f2llm_jax.train.teacher import check_tokenizer
 
 IMPORTANCES = ("l2", "mean", "weighted")

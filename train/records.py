@@ -214,11 +214,6 @@ class Settings:
             raise InputError(f"{file} is damaged: {type(error).__name__}: {error}") from None
 
 
-def truncated(tokens: np.ndarray, max_length: int, eos_id: int) -> np.ndarray:
-    """A text as ``Tokenizer.encode`` truncates it: of a longer one the first ``max_length - 1`` tokens, and the EOS."""
-    return tokens if len(tokens) <= max_length else np.append(tokens[: max_length - 1], np.int32(eos_id))
-
-
 def lengths_file(folder: Path, split: Split) -> Path:
     return folder / "index" / f"{split}.lengths.npy"
 

@@ -39,9 +39,9 @@ from f2llm_jax.errors import InputError, ReleaseError
 from f2llm_jax.model import Params
 from f2llm_jax.release import find_release, read_release
 from f2llm_jax.sharding import padded_config
-from f2llm_jax.tokens import Tokenizer
+from f2llm_jax.tokens import Tokenizer, truncated
 from f2llm_jax.train.placement import on_mesh
-from f2llm_jax.train.records import Records, Settings, data_digest, truncated
+from f2llm_jax.train.records import Records, Settings, data_digest
 from f2llm_jax.train.units import new_folder
 
 Kind = Literal["documents", "queries"]
