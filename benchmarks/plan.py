@@ -21,8 +21,9 @@ import jax
 from tqdm import tqdm
 
 from f2llm_jax.configs.models import MODELS
-from f2llm_jax.plan import Job, make_plan
+from f2llm_jax.plan import make_plan
 from f2llm_jax.planning.chips import GIB, parse_topology
+from f2llm_jax.planning.jobs import EncodeJob, Job, TrainJob
 from f2llm_jax.planning.report import to_dict
 from f2llm_jax.train.config import load_recipe
 
@@ -77,12 +78,12 @@ def read(file: Path) -> dict[tuple[str, str, str], Any]:
     return plans
 
 
-def make_job(do: Any, size: str) -> Job:
+def make_job(do: str, size: str) -> Job:
     if do == "encode":
-        return Job("encode", MODELS[size])
+        return EncodeJob(config=MODELS[size])
     recipe = load_recipe(f"stage2_{size.replace('.', '_').lower()}")
     teacher = None if recipe.teacher is None else MODELS[recipe.teacher.rsplit("-", 1)[-1]]
-    return Job("train", MODELS[size], recipe=recipe, teacher=teacher)
+    return TrainJob(config=MODELS[size], recipe=recipe, teacher=teacher)
 
 
 def cell(plan: dict[str, Any] | None) -> str:

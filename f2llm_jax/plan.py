@@ -9,133 +9,27 @@ longer; which of the three binds, and what a mesh costs, carries over.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any
 
 import jax
 
-from f2llm_jax.batching import Buckets, Packing, row_slots
-from f2llm_jax.config import ModelConfig
-from f2llm_jax.encoder import BATCH_TOKENS
 from f2llm_jax.errors import InputError
 from f2llm_jax.planning.chips import Topology, topology_devices
-from f2llm_jax.planning.counts import ATTENTION_BACKWARD, Axes, Estimate, TrainWork, estimate_encode, estimate_train
+from f2llm_jax.planning.counts import Axes, Estimate
 from f2llm_jax.planning.hlo import Collective, Program, read_program
-from f2llm_jax.planning.programs import AbstractProgram, encode_program, train_program
+from f2llm_jax.planning.jobs import Job, divisors
+from f2llm_jax.planning.programs import AbstractProgram
 from f2llm_jax.sharding import make_mesh, padded_config, param_shardings
-
-if TYPE_CHECKING:
-    from f2llm_jax.train.config import TrainConfig
-    from f2llm_jax.train.packing import TrainPacking
-
-Do = Literal["encode", "train"]
 
 # Candidates that are compiled before giving up; a compilation takes some ten seconds to two minutes.
 TRIES = 4
 
 # A tensor axis beyond this only adds exchange: no model of the family needs more to fit.
 MOST_TENSOR = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What is to be done.
-
-    Attributes:
-        do: ``encode``: a batch of texts; ``train``: a step of a recipe.
-        config: the model's sizes.
-        length: tokens of every text.
-        batch_tokens: tokens computed at a time, on all devices together; None for what encoding does by itself, or
-            what fits in training.
-        dtype: of encoding.
-        recipe: of training.
-        teacher: the sizes of the recipe's teacher; None for none, and where its states are read from disk.
-        negatives: of each query in training.
-    """
-
-    do: Do
-    config: ModelConfig
-    length: int = 1024
-    batch_tokens: int | None = None
-    dtype: str = "bfloat16"
-    recipe: TrainConfig | None = None
-    teacher: ModelConfig | None = None
-    negatives: int = 7
-
-    def __post_init__(self) -> None:
-        if self.do not in get_args(Do):
-            raise InputError(f"do is one of {', '.join(get_args(Do))}, not {self.do!r}")
-        if (self.do == "train") != (self.recipe is not None):
-            raise InputError("training, and nothing else, needs a recipe")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise InputError(f"dtype must be float32 or bfloat16, not {self.dtype!r}")
-        if self.recipe is not None and self.recipe.compute.kernel not in ("auto", *ATTENTION_BACKWARD):
-            raise InputError(
-                f"the recipe's compute.kernel is {self.recipe.compute.kernel!r}, which TPUs do not have; take auto"
-            )
-        if not 1 <= self.length <= self.config.max_position_embeddings:
-            raise InputError(f"length must be within 1..{self.config.max_position_embeddings}, not {self.length}")
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of an operand of products."""
-        return jax.numpy.dtype(self.dtype if self.recipe is None else self.recipe.compute.dtype).itemsize
-
-    @property
-    def packed(self) -> bool:
-        """Whether texts share rows: as many as there is room for. In encoding, if no more is computed so."""
-        if self.recipe is not None:
-            return self.recipe.data.packed
-        row_length, bucket_length = self._encode_lengths
-        return row_length <= bucket_length * (row_length // self.length)
-
-    @property
-    def _encode_lengths(self) -> tuple[int, int]:
-        """Tokens of a packed row and of a text's own, as the ``Encoder`` has them by default."""
-        longest = self.config.max_position_embeddings
-        packed = next(length for length in Packing(1, longest).lengths if length >= self.length)
-        return packed, Buckets(1, longest).full(self.length).length
-
-    @property
-    def row_length(self) -> int:
-        """Tokens of a row."""
-        if self.recipe is None:
-            return self._encode_lengths[0 if self.packed else 1]
-        return self.train_packing(1).lengths(self.length)[-1] if self.packed else self.length
-
-    @property
-    def texts_per_row(self) -> int:
-        return self.row_length // self.length if self.packed else 1
-
-    @property
-    def padding(self) -> float:
-        """The share of a row's tokens that belong to no text."""
-        return 1 - self.texts_per_row * self.length / self.row_length
-
-    @property
-    def slots(self) -> int:
-        """For texts in a row."""
-        return row_slots(self.row_length, self.texts_per_row, short=False) if self.packed else 1
-
-    def train_packing(self, multiple: int) -> TrainPacking:
-        """The shapes of the recipe's batches, whose rows are a multiple of a number."""
-        from f2llm_jax.train.packing import TrainPacking
-
-        assert self.recipe is not None
-        return TrainPacking(multiple, self.recipe.compute.chunk_rows)
-
-    def runs(self, axes: Axes) -> tuple[int, ...]:
-        """Rows of a training batch: of all texts packed, or of the queries and of the documents."""
-        assert self.recipe is not None
-        queries = self.recipe.data.batch_size
-        if self.packed:
-            rows = math.ceil(queries * (2 + self.negatives) / self.texts_per_row)
-            return (self.train_packing(axes.batch_parts).rows(rows),)
-        return queries, queries * (1 + self.negatives)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,12 +222,12 @@ def _ranked(job: Job, topology: Topology, mesh: Axes | None, devices: list[Any])
     """Meshes and batches to try, the most promising first."""
     limit = topology.chip.hbm_bytes
     candidates = [
-        Candidate(axes, rows, _estimate(job, axes, rows))
+        Candidate(axes, rows, job.estimate(axes, rows))
         for axes in ([mesh] if mesh else _meshes(job, topology.size, devices))
-        for rows in _rows_at_once(job, axes)
+        for rows in job.rows_at_once(axes)
     ]
     if not candidates:
-        raise InputError(_nothing_divides(job, topology))
+        raise InputError(job.nothing_divides(topology))
 
     def cost(candidate: Candidate) -> tuple[bool, float]:
         memory = candidate.estimate.memory_bytes
@@ -345,10 +239,10 @@ def _ranked(job: Job, topology: Topology, mesh: Axes | None, devices: list[Any])
 
 def _meshes(job: Job, size: int, devices: list[Any]) -> Iterator[Axes]:
     """Every mesh that the sizes divide over."""
-    for tensor in _divisors(size):
+    for tensor in divisors(size):
         if tensor > MOST_TENSOR:
             continue
-        for fsdp in _divisors(size // tensor):
+        for fsdp in divisors(size // tensor):
             axes = Axes(size // tensor // fsdp, fsdp, tensor)
             try:
                 _check_divides(job, axes, make_mesh(*axes, devices=devices))
@@ -359,120 +253,22 @@ def _meshes(job: Job, size: int, devices: list[Any]) -> Iterator[Axes]:
 
 def _check_divides(job: Job, axes: Axes, mesh: jax.sharding.Mesh) -> None:
     """An InputError with the numbers if parameters or batch do not divide over the mesh."""
-    for config in (job.config, job.teacher):
-        if config is not None:
-            param_shardings(padded_config(config, mesh), mesh)
-    if not list(_rows_at_once(job, axes)):
-        raise InputError(_nothing_divides(job, f"data·fsdp={axes.batch_parts}"))
-
-
-def _nothing_divides(job: Job, over: object) -> str:
-    tokens = "" if job.batch_tokens is None else f" with --batch-tokens {job.batch_tokens}"
-    if job.recipe is not None:
-        return f"a batch of {job.recipe.data.batch_size} queries{tokens} does not divide over {over}"
-    return f"texts of {job.length} tokens{tokens} do not divide over {over}"
-
-
-def _rows_at_once(job: Job, axes: Axes) -> Iterator[int]:
-    """How many rows can be computed at a time: what is asked, or all that divide over the mesh, most first."""
-    parts = axes.batch_parts
-    if job.recipe is None:
-        yield Packing(job.batch_tokens or BATCH_TOKENS["tpu"] * axes.size, job.length, parts).rows(job.row_length)
-        return
-    if job.recipe.data.batch_size % parts:
-        return
-    runs = job.runs(axes)
-    if job.batch_tokens is not None:
-        wanted = job.batch_tokens // job.row_length
-        if wanted >= sum(runs):
-            yield sum(runs)
-        elif wanted >= parts and not wanted % parts and not any(rows % min(wanted, rows) for rows in runs):
-            yield wanted  # of other numbers training adds rows to a packed batch
-        return
-    if job.recipe.compute.chunk_rows:
-        yield job.recipe.compute.chunk_rows
-        return
-    yield sum(runs)
-    yield from (rows for rows in reversed(_divisors(min(runs))) if rows % parts == 0 and rows < sum(runs))
-
-
-def _divisors(n: int) -> list[int]:
-    return [divisor for divisor in range(1, n + 1) if n % divisor == 0]
-
-
-def _texts(job: Job) -> int:
-    """Of a training step."""
-    assert job.recipe is not None
-    return job.recipe.data.batch_size * (2 + job.negatives)
-
-
-def _train_work(job: Job, axes: Axes, rows_at_once: int) -> TrainWork:
-    recipe = job.recipe
-    assert recipe is not None
-    runs = job.runs(axes)
-    return TrainWork(
-        queries=recipe.data.batch_size,
-        negatives=job.negatives,
-        runs=runs,
-        length=job.row_length,
-        slots=job.slots,
-        chunk_rows=0 if rows_at_once == sum(runs) else rows_at_once,
-        remat=recipe.compute.remat,
-        kernel="splash" if recipe.compute.kernel == "auto" else recipe.compute.kernel,
-        mrl_dims=recipe.loss.mrl_dims,
-        itemsize=job.itemsize,
-        param_itemsize=jax.numpy.dtype(recipe.params_dtype).itemsize,
-    )
-
-
-def _estimate(job: Job, axes: Axes, rows_at_once: int) -> Estimate:
-    if job.do == "encode":
-        return estimate_encode(
-            job.config,
-            axes,
-            rows=rows_at_once,
-            length=job.row_length,
-            slots=job.slots,
-            itemsize=job.itemsize,
-        )
-    return estimate_train(job.config, axes, _train_work(job, axes, rows_at_once), job.teacher)
-
-
-def abstract_program(job: Job, mesh: jax.sharding.Mesh, rows_at_once: int) -> AbstractProgram:
-    """The program of a job on a mesh of compile-only devices."""
-    if job.recipe is None:
-        return encode_program(
-            job.config,
-            mesh,
-            rows=rows_at_once,
-            length=job.row_length,
-            slots=job.slots if job.packed else None,
-            dtype=job.dtype,
-        )
-    work = _train_work(job, Axes(**mesh.shape), rows_at_once)
-    compute = dataclasses.replace(job.recipe.compute, chunk_rows=work.chunk_rows)
-    recipe = dataclasses.replace(job.recipe, compute=compute)
-    return train_program(
-        recipe,
-        job.config,
-        mesh,
-        length=job.length,
-        negatives=job.negatives,
-        packed=(work.rows, job.row_length, work.slots) if job.packed else None,
-        teacher=job.teacher,
-    )
+    for config in job.models:
+        param_shardings(padded_config(config, mesh), mesh)
+    if not list(job.rows_at_once(axes)):
+        raise InputError(job.nothing_divides(f"data·fsdp={axes.batch_parts}"))
 
 
 def _compile(job: Job, topology: Topology, candidate: Candidate, devices: list[Any]) -> Plan:
     mesh = make_mesh(*candidate.mesh, devices=devices)
-    program = abstract_program(job, mesh, candidate.rows_at_once)
+    program = job.program(mesh, candidate.rows_at_once)
     limit = int(topology.chip.hbm_bytes)
     plan = Plan(
         job=job,
         topology=topology,
         mesh=candidate.mesh,
         batch_tokens=candidate.rows_at_once * job.row_length,
-        texts=candidate.rows_at_once * job.texts_per_row if job.recipe is None else _texts(job),
+        texts=job.texts(candidate.rows_at_once),
         memory=Memory(program.state_bytes(), 0, 0, 0, 0, limit),
         work=None,
         collectives=(),

@@ -16,7 +16,7 @@ from f2llm_jax.dtypes import DTYPES
 from f2llm_jax.evaluation.embedders import load_embedder
 from f2llm_jax.evaluation.mteb_adapter import mteb_model
 from f2llm_jax.layerwise import LONGEST_ROW
-from f2llm_jax.plan import Job
+from f2llm_jax.planning.jobs import EncodeJob
 from f2llm_jax.products import int8_product, int8_rows
 
 
@@ -145,7 +145,7 @@ def test_int8_is_of_weights_alone(tiny, tiny_release):
     with pytest.raises(InputError, match="float32, bfloat16, not 'int8'"):
         load_params(open_checkpoint(tiny_release), tiny.config, dtype="int8")
     with pytest.raises(InputError, match="float32 or bfloat16, not 'int8'"):
-        Job("encode", tiny.config, dtype="int8")
+        EncodeJob(config=tiny.config, dtype="int8")
 
 
 def test_no_other_dtype_is_taken(real_release):

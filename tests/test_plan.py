@@ -20,10 +20,11 @@ from f2llm_jax.configs.models import MODELS
 from f2llm_jax.embedding import Batch, eos_states
 from f2llm_jax.errors import F2LLMError, InputError
 from f2llm_jax.model import count_parameters, init_params
-from f2llm_jax.plan import Job, needed_bytes
+from f2llm_jax.plan import needed_bytes
 from f2llm_jax.planning import chips, counts
 from f2llm_jax.planning.chips import parse_topology
 from f2llm_jax.planning.hlo import read_program
+from f2llm_jax.planning.jobs import EncodeJob, TrainJob
 from f2llm_jax.planning.programs import encode_program
 from f2llm_jax.sharding import make_mesh
 
@@ -239,7 +240,7 @@ def test_float32_products_take_six_bfloat16_ones():
     estimate = counts.estimate_encode(TINY, counts.Axes(1, 1, 1), rows=8, length=64, slots=4, itemsize=4)
     seconds = {itemsize: estimate.seconds(parse_topology("v5e:4x4"), itemsize) for itemsize in (2, 4)}
     assert seconds[4] == pytest.approx((6 * seconds[2][0], *seconds[2][1:]))
-    assert Job("encode", TINY, dtype="float32").itemsize == 4
+    assert EncodeJob(config=TINY, dtype="float32").itemsize == 4
 
 
 @pytest.mark.parametrize("length", [8, 100, 341, 350, 512, 600, 1024, 1025, 1100, 2048, 2100, 3000, 4000, 40960])
@@ -248,7 +249,7 @@ def test_texts_are_laid_out_as_the_encoder_lays_them_out(length):
     buckets, packing = Buckets(32768, config.max_position_embeddings), Packing(32768, config.max_position_embeddings)
     chunk = [np.zeros(length, np.int32)] * (2048 if length < 4096 else 8)
     layout = batching.choose_layout("auto", "tpu", chunk, buckets, packing)
-    job = Job("encode", config, length=length)
+    job = EncodeJob(config=config, length=length)
     assert job.packed == (layout == "packed")
     first = next(batching.packed([chunk], packing, 0) if job.packed else batching.batched([chunk], buckets, 0))
     assert first.batch.tokens_bt.shape[1] == job.row_length
@@ -268,7 +269,7 @@ def test_a_kernel_that_tpus_do_not_have_is_named():
     recipe = load_recipe("tiny")
     recipe = dataclasses.replace(recipe, compute=dataclasses.replace(recipe.compute, kernel="cudnn"))
     with pytest.raises(InputError, match=r"compute\.kernel is 'cudnn', which TPUs do not have; take auto"):
-        Job("train", TINY, recipe=recipe)
+        TrainJob(config=TINY, recipe=recipe)
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,11 @@ from f2llm_jax.cli import main
 from f2llm_jax.configs.models import MODELS
 from f2llm_jax.errors import InputError
 from f2llm_jax.model import has_few_layers
-from f2llm_jax.plan import Job, Plan, compile_program, make_plan
+from f2llm_jax.plan import Plan, compile_program, make_plan
 from f2llm_jax.planning.chips import CHIPS, parse_topology, topology_devices
 from f2llm_jax.planning.counts import Axes
 from f2llm_jax.planning.hlo import read_program, total_by_kind
+from f2llm_jax.planning.jobs import EncodeJob, TrainJob
 from f2llm_jax.planning.programs import AbstractProgram
 from f2llm_jax.sharding import make_mesh
 from f2llm_jax.train.config import TrainConfig, load_recipe
@@ -57,12 +58,12 @@ def recipe(size: str, *, batch_size: int, chunk_rows: int = 0, layout: str = "au
 def plan(do: str, size: str) -> Plan:
     if do == "encode":
         topology, mesh = ENCODE[size]
-        return make_plan(Job("encode", MODELS[size]), parse_topology(topology), mesh)
+        return make_plan(EncodeJob(config=MODELS[size]), parse_topology(topology), mesh)
     topology, mesh = TRAIN[size]
     sizes = {"batch_size": 128, "chunk_rows": 128} if size == "0.6B" else {"batch_size": 32}
     config = recipe(size, **sizes, layout="bucketed" if size == "0.6B" else "auto")
     teacher = TEACHER if config.teacher else None
-    job = Job("train", MODELS[size], recipe=config, teacher=teacher, negatives=1)
+    job = TrainJob(config=MODELS[size], recipe=config, teacher=teacher, negatives=1)
     return make_plan(job, parse_topology(topology), mesh)
 
 
@@ -101,7 +102,7 @@ def test_neither_the_vocabulary_nor_the_batch_is_gathered(do, size):
     mesh = result.mesh
     rows = result.batch_tokens // 1024
     activations = rows * 1024 * config.hidden_size
-    widest = result.job.teacher or config
+    widest = result.job.models[-1]
     widest_output = max(widest.intermediate_size, widest.num_attention_heads * widest.head_dim)
     largest_weight = widest.hidden_size * widest_output // mesh.tensor
     assert largest_weight < activations  # so that the two can be told apart
@@ -116,7 +117,7 @@ def test_neither_the_vocabulary_nor_the_batch_is_gathered(do, size):
 def test_rows_of_many_short_texts_compute_all_positions():
     """Of 341 texts in a row of 1,024 the last layer computes all positions, by the kernel: their scores are nowhere."""
     config, length, text = MODELS["80M"], 1024, 3
-    result = make_plan(Job("encode", config, length=text), parse_topology("v5e:1x1"), Axes(1, 1, 1))
+    result = make_plan(EncodeJob(config=config, length=text), parse_topology("v5e:1x1"), Axes(1, 1, 1))
     assert result.work is not None and result.work.flops_ratio == pytest.approx(1, abs=0.005)
     assert result.work.kernels["tpu_custom_call"] == config.num_hidden_layers
     scores = result.batch_tokens * (length // text) * config.num_attention_heads
@@ -185,10 +186,10 @@ def test_a_slice_that_libtpu_does_not_know_is_an_error():
 
 def test_a_mesh_that_is_not_the_slice_is_an_error():
     with pytest.raises(InputError, match="takes 15 devices, not 16"):
-        make_plan(Job("encode", MODELS["80M"]), parse_topology("v5e:4x4"), Axes(3, 5, 1))
+        make_plan(EncodeJob(config=MODELS["80M"]), parse_topology("v5e:4x4"), Axes(3, 5, 1))
 
 
 def test_a_batch_that_does_not_divide_is_an_error():
-    job = Job("train", MODELS["80M"], recipe=recipe("0.6B", batch_size=24))
+    job = TrainJob(config=MODELS["80M"], recipe=recipe("0.6B", batch_size=24))
     with pytest.raises(InputError, match="a batch of 24 queries does not divide over data·fsdp=16"):
         make_plan(job, parse_topology("v5e:4x4"), Axes(16, 1, 1))

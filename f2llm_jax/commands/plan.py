@@ -18,7 +18,8 @@ from f2llm_jax.errors import InputError
 
 if TYPE_CHECKING:
     from f2llm_jax.config import ModelConfig
-    from f2llm_jax.plan import Candidate, Job
+    from f2llm_jax.plan import Candidate
+    from f2llm_jax.planning.jobs import Job
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -61,13 +62,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _job(args: argparse.Namespace) -> Job:
-    from f2llm_jax.plan import Job
+    from f2llm_jax.planning.jobs import EncodeJob, TrainJob
 
     config = read_config(args.model)
+    asked = {"config": config, "length": args.length, "batch_tokens": args.batch_tokens}
     if args.do == "encode":
         if args.recipe is not None:
             raise InputError("--recipe is for --do train, not for --do encode")
-        return Job("encode", config, args.length, args.batch_tokens, args.dtype or "bfloat16")
+        return EncodeJob(**asked, dtype=args.dtype or "bfloat16")
     if args.dtype is not None:
         raise InputError("--dtype is for --do encode; a recipe says what training computes in")
     with needs_extra("train"):
@@ -75,7 +77,7 @@ def _job(args: argparse.Namespace) -> Job:
     recipe = load_recipe(args.recipe or _recipe_of(config, args.model))
     # A teacher whose states are read from disk is never loaded.
     teacher = None if recipe.teacher is None or recipe.teacher_states is not None else read_config(recipe.teacher)
-    return Job("train", config, args.length, args.batch_tokens, recipe=recipe, teacher=teacher)
+    return TrainJob(**asked, recipe=recipe, teacher=teacher)
 
 
 def read_config(model: str) -> ModelConfig:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from f2llm_jax.configs.datasets import NEGATIVES
 from f2llm_jax.model import count_parameters
-from f2llm_jax.plan import Job, Plan
+from f2llm_jax.plan import Plan
 from f2llm_jax.planning.chips import GIB
 from f2llm_jax.planning.hlo import Collective, total_by_kind
+from f2llm_jax.planning.jobs import Job, TrainJob
 
 BOUNDS = {"compute": "arithmetic", "hbm": "HBM traffic", "ici": "exchange between chips (ICI)"}
 
@@ -19,15 +20,15 @@ def describe(plan: Plan) -> str:
     """The plan as lines of text."""
     job, chip, memory = plan.job, plan.topology.chip, plan.memory
     device = "chip" if chip.devices == 1 else f"device, {chip.devices} to a chip"
-    recipe = (
-        "" if job.recipe is None else f", batches of {job.recipe.data.batch_size} queries, each with a passage and "
-    )
-    recipe += "" if job.recipe is None else f"{job.negatives} negatives"
+    batch = ""
+    if isinstance(job, TrainJob):
+        queries = job.recipe.data.batch_size
+        batch = f", batches of {queries} queries, each with a passage and {job.negatives} negatives"
     rows = f", {job.texts_per_row} in a row of {job.row_length:,} ({job.padding:.1%} padding)"
     lines = [
         f"{job.do} {count_parameters(job.config):,} parameters on {plan.topology.name}: "
         f"{plan.topology.size} devices {chip.kind}, mesh {plan.mesh}",
-        f"texts of {job.length:,} tokens{recipe}{rows}, {plan.batch_tokens:,} tokens at a time",
+        f"texts of {job.length:,} tokens{batch}{rows}, {plan.batch_tokens:,} tokens at a time",
         *_other_batches(job),
         "",
         f"memory per {device}, GiB (as compiled)",
@@ -55,7 +56,7 @@ def describe(plan: Plan) -> str:
 
 def _other_batches(job: Job) -> list[str]:
     most = max(NEGATIVES, key=lambda task: NEGATIVES[task])
-    if job.recipe is None or job.negatives >= NEGATIVES[most]:
+    if not isinstance(job, TrainJob) or job.negatives >= NEGATIVES[most]:
         return []
     return [
         f"batches of {most} have {NEGATIVES[most]} negatives a query: they take longer, and all at once more memory"

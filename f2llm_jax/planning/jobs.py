@@ -1,0 +1,279 @@
+"""What is to be done on a slice: encoding a batch of texts, or a step of a training recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from f2llm_jax.batching import Buckets, Packing, row_slots
+from f2llm_jax.config import ModelConfig
+from f2llm_jax.encoder import BATCH_TOKENS
+from f2llm_jax.errors import InputError
+from f2llm_jax.planning.counts import ATTENTION_BACKWARD, Axes, Estimate, TrainWork, estimate_encode, estimate_train
+from f2llm_jax.planning.programs import AbstractProgram, encode_program, train_program
+
+if TYPE_CHECKING:
+    from f2llm_jax.train.config import TrainConfig
+    from f2llm_jax.train.packing import TrainPacking
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job(ABC):
+    """What encoding and training have in common: rows of texts that are all of one length.
+
+    Attributes:
+        config: the model's sizes.
+        length: tokens of every text.
+        batch_tokens: tokens computed at a time, on all devices together; None for what encoding does by itself, or
+            what fits in training.
+    """
+
+    do: ClassVar[str]
+    config: ModelConfig
+    length: int = 1024
+    batch_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.length <= self.config.max_position_embeddings:
+            raise InputError(f"length must be within 1..{self.config.max_position_embeddings}, not {self.length}")
+
+    @property
+    def models(self) -> tuple[ModelConfig, ...]:
+        """The sizes of all models that it runs."""
+        return (self.config,)
+
+    @property
+    @abstractmethod
+    def itemsize(self) -> int:
+        """Bytes of an operand of products."""
+
+    @property
+    @abstractmethod
+    def packed(self) -> bool:
+        """Whether texts share rows: as many as there is room for."""
+
+    @property
+    @abstractmethod
+    def row_length(self) -> int:
+        """Tokens of a row."""
+
+    @property
+    def texts_per_row(self) -> int:
+        return self.row_length // self.length if self.packed else 1
+
+    @property
+    def padding(self) -> float:
+        """The share of a row's tokens that belong to no text."""
+        return 1 - self.texts_per_row * self.length / self.row_length
+
+    @property
+    def slots(self) -> int:
+        """For texts in a row."""
+        return row_slots(self.row_length, self.texts_per_row, short=False) if self.packed else 1
+
+    @abstractmethod
+    def rows_at_once(self, axes: Axes) -> Iterator[int]:
+        """How many rows can be computed at a time: what is asked, or all that divide over the mesh, most first."""
+
+    @abstractmethod
+    def texts(self, rows_at_once: int) -> int:
+        """Of a step, on all devices together."""
+
+    @abstractmethod
+    def nothing_divides(self, over: object) -> str:
+        """Says that there are no ``rows_at_once``."""
+
+    @abstractmethod
+    def estimate(self, axes: Axes, rows_at_once: int) -> Estimate:
+        """What a step costs, from the sizes."""
+
+    @abstractmethod
+    def program(self, mesh: jax.sharding.Mesh, rows_at_once: int) -> AbstractProgram:
+        """The program, on a mesh of compile-only devices."""
+
+    @property
+    def _asked(self) -> str:
+        return "" if self.batch_tokens is None else f" with --batch-tokens {self.batch_tokens}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodeJob(Job):
+    """A batch of texts, in the rows that an ``Encoder`` chooses by default.
+
+    Attributes:
+        dtype: ``bfloat16`` or ``float32``.
+    """
+
+    do = "encode"
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dtype not in ("float32", "bfloat16"):
+            raise InputError(f"dtype must be float32 or bfloat16, not {self.dtype!r}")
+
+    @property
+    def itemsize(self) -> int:
+        return jnp.dtype(self.dtype).itemsize
+
+    @property
+    def packed(self) -> bool:
+        """If no more is computed so."""
+        row_length, bucket_length = self._lengths
+        return row_length <= bucket_length * (row_length // self.length)
+
+    @property
+    def row_length(self) -> int:
+        return self._lengths[0 if self.packed else 1]
+
+    @property
+    def _lengths(self) -> tuple[int, int]:
+        """Tokens of a packed row, and of a text's own."""
+        longest = self.config.max_position_embeddings
+        packed = next(length for length in Packing(1, longest).lengths if length >= self.length)
+        return packed, Buckets(1, longest).full(self.length).length
+
+    def rows_at_once(self, axes: Axes) -> Iterator[int]:
+        batch_tokens = self.batch_tokens or BATCH_TOKENS["tpu"] * axes.size
+        yield Packing(batch_tokens, self.length, axes.batch_parts).rows(self.row_length)
+
+    def texts(self, rows_at_once: int) -> int:
+        return rows_at_once * self.texts_per_row
+
+    def nothing_divides(self, over: object) -> str:
+        return f"texts of {self.length} tokens{self._asked} do not divide over {over}"
+
+    def estimate(self, axes: Axes, rows_at_once: int) -> Estimate:
+        return estimate_encode(
+            self.config, axes, rows=rows_at_once, length=self.row_length, slots=self.slots, itemsize=self.itemsize
+        )
+
+    def program(self, mesh: jax.sharding.Mesh, rows_at_once: int) -> AbstractProgram:
+        slots = self.slots if self.packed else None
+        return encode_program(
+            self.config, mesh, rows=rows_at_once, length=self.row_length, slots=slots, dtype=self.dtype
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainJob(Job):
+    """A step of a recipe on a batch of retrieval.
+
+    Attributes:
+        recipe: the run.
+        teacher: the sizes of the recipe's teacher; None for none, and where its states are read from disk.
+        negatives: of each query.
+    """
+
+    do = "train"
+    recipe: TrainConfig
+    teacher: ModelConfig | None = None
+    negatives: int = 7
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recipe.compute.kernel not in ("auto", *ATTENTION_BACKWARD):
+            raise InputError(
+                f"the recipe's compute.kernel is {self.recipe.compute.kernel!r}, which TPUs do not have; take auto"
+            )
+
+    @property
+    def models(self) -> tuple[ModelConfig, ...]:
+        return (self.config,) if self.teacher is None else (self.config, self.teacher)
+
+    @property
+    def itemsize(self) -> int:
+        return jnp.dtype(self.recipe.compute.dtype).itemsize
+
+    @property
+    def packed(self) -> bool:
+        return self.recipe.data.packed
+
+    @property
+    def row_length(self) -> int:
+        return self._packing(1).lengths(self.length)[-1] if self.packed else self.length
+
+    def _packing(self, multiple: int) -> TrainPacking:
+        """The shapes of the recipe's batches, whose rows are a multiple of a number."""
+        from f2llm_jax.train.packing import TrainPacking
+
+        return TrainPacking(multiple, self.recipe.compute.chunk_rows)
+
+    def _runs(self, axes: Axes) -> tuple[int, ...]:
+        """Rows of each run of the model: of all texts packed, or of the queries and of the documents."""
+        if self.packed:
+            rows = math.ceil(self._texts / self.texts_per_row)
+            return (self._packing(axes.batch_parts).rows(rows),)
+        queries = self.recipe.data.batch_size
+        return queries, queries * (1 + self.negatives)
+
+    def rows_at_once(self, axes: Axes) -> Iterator[int]:
+        parts = axes.batch_parts
+        if self.recipe.data.batch_size % parts:
+            return
+        runs = self._runs(axes)
+        if self.batch_tokens is not None:
+            wanted = self.batch_tokens // self.row_length
+            if wanted >= sum(runs):
+                yield sum(runs)
+            elif wanted >= parts and not wanted % parts and not any(rows % min(wanted, rows) for rows in runs):
+                yield wanted  # of other numbers training adds rows to a packed batch
+        elif self.recipe.compute.chunk_rows:
+            yield self.recipe.compute.chunk_rows
+        else:
+            yield sum(runs)
+            yield from (rows for rows in reversed(divisors(min(runs))) if rows % parts == 0 and rows < sum(runs))
+
+    def texts(self, rows_at_once: int) -> int:
+        return self._texts
+
+    @property
+    def _texts(self) -> int:
+        """Queries, passages and negatives, however many rows are computed at a time."""
+        return self.recipe.data.batch_size * (2 + self.negatives)
+
+    def nothing_divides(self, over: object) -> str:
+        return f"a batch of {self.recipe.data.batch_size} queries{self._asked} does not divide over {over}"
+
+    def _work(self, axes: Axes, rows_at_once: int) -> TrainWork:
+        compute, runs = self.recipe.compute, self._runs(axes)
+        return TrainWork(
+            queries=self.recipe.data.batch_size,
+            negatives=self.negatives,
+            runs=runs,
+            length=self.row_length,
+            slots=self.slots,
+            chunk_rows=0 if rows_at_once == sum(runs) else rows_at_once,
+            remat=compute.remat,
+            kernel="splash" if compute.kernel == "auto" else compute.kernel,
+            mrl_dims=self.recipe.loss.mrl_dims,
+            itemsize=self.itemsize,
+            param_itemsize=jnp.dtype(self.recipe.params_dtype).itemsize,
+        )
+
+    def estimate(self, axes: Axes, rows_at_once: int) -> Estimate:
+        return estimate_train(self.config, axes, self._work(axes, rows_at_once), self.teacher)
+
+    def program(self, mesh: jax.sharding.Mesh, rows_at_once: int) -> AbstractProgram:
+        work = self._work(Axes(**mesh.shape), rows_at_once)
+        compute = dataclasses.replace(self.recipe.compute, chunk_rows=work.chunk_rows)
+        return train_program(
+            dataclasses.replace(self.recipe, compute=compute),
+            self.config,
+            mesh,
+            length=self.length,
+            negatives=self.negatives,
+            packed=(work.rows, self.row_length, work.slots) if self.packed else None,
+            teacher=self.teacher,
+        )
+
+
+def divisors(n: int) -> list[int]:
+    """Of a positive number, ascending."""
+    return [divisor for divisor in range(1, n + 1) if n % divisor == 0]
