@@ -37,11 +37,11 @@ from encode import machine
 from inputs import write_release
 
 import f2llm_jax
-from f2llm_jax.batching import packed_length
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.configs.models import MODELS
 from f2llm_jax.embedding import Batch
 from f2llm_jax.losses import TEMPERATURE, matryoshka_weights
+from f2llm_jax.packing import packed_length
 from f2llm_jax.train.batch import AnyTrainBatch, TrainBatch
 from f2llm_jax.train.data import TrainBatches, TrainingData
 from f2llm_jax.train.meter import Work

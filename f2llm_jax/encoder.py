@@ -22,16 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from f2llm_jax.attention import longest_prefixed_row, resolve_kernel
 from f2llm_jax.axes import batch_parts
-from f2llm_jax.batching import (
-    PREFIXED_ROW,
-    Buckets,
-    Packing,
-    Rows,
-    batched,
-    choose_layout,
-    packed,
-    packed_length,
-)
+from f2llm_jax.batching import Buckets, Rows, batched
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert.load import load_params, open_checkpoint
 from f2llm_jax.dtypes import DTYPES
@@ -39,6 +30,7 @@ from f2llm_jax.embedding import Batch, PackedBatch, check_dim, embed
 from f2llm_jax.errors import InputError, warn, whole_number
 from f2llm_jax.layerwise import LONGEST_ROW, Layerwise, bit_views
 from f2llm_jax.model import Params, check_layers
+from f2llm_jax.packing import PREFIXED_ROW, Packing, choose_layout, packed, packed_length
 from f2llm_jax.quantization import check_ranges, output_spec, quantize
 from f2llm_jax.release import find_release, pick_prompt, read_release
 from f2llm_jax.sharding import make_mesh, padded_config, put_batch, put_everywhere

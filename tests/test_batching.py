@@ -10,18 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from f2llm_jax import make_batch
-from f2llm_jax.batching import (
-    PACKED_LENGTH,
-    SHORT_ROW,
-    Buckets,
-    Packing,
-    batched,
-    bucket_lengths,
-    choose_layout,
-    packed,
-    packed_length,
-)
+from f2llm_jax.batching import Buckets, batched, bucket_lengths
 from f2llm_jax.errors import InputError
+from f2llm_jax.packing import PACKED_LENGTH, SHORT_ROW, Packing, choose_layout, packed, packed_length
 from f2llm_jax.segments import PREFIX
 
 PAD = -7

@@ -30,8 +30,9 @@ from sentence_transformers.util import quantize_embeddings
 
 import f2llm_jax
 from f2llm_jax import Batch, Encoder, encoder
-from f2llm_jax.batching import Buckets, Packing
+from f2llm_jax.batching import Buckets
 from f2llm_jax.errors import InputError, ReleaseError, warn
+from f2llm_jax.packing import Packing
 
 SAME_COSINE = 0.999999
 

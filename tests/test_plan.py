@@ -13,8 +13,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from releases import TINY
 
-from f2llm_jax import batching
-from f2llm_jax.batching import Buckets, Packing
+from f2llm_jax import batching, packing
+from f2llm_jax.batching import Buckets
 from f2llm_jax.cli import main
 from f2llm_jax.configs.models import MODELS
 from f2llm_jax.embedding import Batch, eos_states
@@ -246,12 +246,13 @@ def test_float32_products_take_six_bfloat16_ones():
 @pytest.mark.parametrize("length", [8, 100, 341, 350, 512, 600, 1024, 1025, 1100, 2048, 2100, 3000, 4000, 40960])
 def test_texts_are_laid_out_as_the_encoder_lays_them_out(length):
     config = MODELS["80M"]
-    buckets, packing = Buckets(32768, config.max_position_embeddings), Packing(32768, config.max_position_embeddings)
+    sizes = (32768, config.max_position_embeddings)
+    buckets, packs = Buckets(*sizes), packing.Packing(*sizes)
     chunk = [np.zeros(length, np.int32)] * (2048 if length < 4096 else 8)
-    layout = batching.choose_layout("auto", "tpu", chunk, buckets, packing)
+    layout = packing.choose_layout("auto", "tpu", chunk, buckets, packs)
     job = EncodeJob(config=config, length=length)
     assert job.packed == (layout == "packed")
-    first = next(batching.packed([chunk], packing, 0) if job.packed else batching.batched([chunk], buckets, 0))
+    first = next(packing.packed([chunk], packs, 0) if job.packed else batching.batched([chunk], buckets, 0))
     assert first.batch.tokens_bt.shape[1] == job.row_length
     assert len(first.texts) == len(first.batch.tokens_bt) * job.texts_per_row
     assert job.padding == pytest.approx(1 - first.tokens / first.batch.tokens_bt.size)

@@ -17,9 +17,9 @@ from raw_data import rows, write_raw
 from releases import SHARED, TINY
 
 from f2llm_jax.attention import KERNELS
-from f2llm_jax.batching import packed_length, text_lengths
 from f2llm_jax.embedding import Batch, PackedBatch, eos_states
 from f2llm_jax.model import init_params
+from f2llm_jax.packing import packed_length, text_lengths
 from f2llm_jax.sharding import make_mesh, param_shardings
 from f2llm_jax.train import placement
 from f2llm_jax.train.batch import PackedTrainBatch, TeacherStates, TrainBatch

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from f2llm_jax.batching import text_lengths
 from f2llm_jax.config import ModelConfig
+from f2llm_jax.packing import text_lengths
 from f2llm_jax.planning.chips import CHIPS
 from f2llm_jax.planning.counts import ragged_flops
 from f2llm_jax.train.batch import AnyTrainBatch, PackedTrainBatch

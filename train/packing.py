@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from f2llm_jax.batching import PACKED_LENGTH, SHORT_ROW, Bucket, PackedRow, best_fit, fill_packed, round_rows, row_slots
+from f2llm_jax.batching import Bucket
 from f2llm_jax.embedding import PackedBatch
+from f2llm_jax.packing import PACKED_LENGTH, SHORT_ROW, PackedRow, best_fit, fill_packed, round_rows, row_slots
 from f2llm_jax.ragged import block_size, windows
 
 # Of the number of rows, per doubling: an eighth more than needed at most, a sixteenth on average, and none up to 16. Of

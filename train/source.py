@@ -8,8 +8,8 @@ import jax
 from jax.sharding import Mesh
 
 from f2llm_jax.axes import batch_parts
-from f2llm_jax.batching import packed_length
 from f2llm_jax.config import ModelConfig
+from f2llm_jax.packing import packed_length
 from f2llm_jax.release import find_release
 from f2llm_jax.train.config import TrainConfig
 from f2llm_jax.train.data import DataLoader, Share, TrainBatches, TrainingData
