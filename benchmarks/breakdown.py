@@ -50,7 +50,7 @@ def main() -> None:
     import jax
 
     import f2llm_jax
-    from f2llm_jax.encoder import BATCH_TOKENS
+    from f2llm_jax.batching import BATCH_TOKENS
 
     jax.config.update("jax_enable_compilation_cache", False)
     release = write_release(args.cache / args.size, args.size, args.data / "qwen3-tokenizer")

@@ -32,11 +32,11 @@ from pyarrow import parquet
 from tqdm import tqdm
 
 import f2llm_jax
+from f2llm_jax.compilation import use_compilation_cache
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert.export import export_release
 from f2llm_jax.demo.tiny import learn_tokenizer, write_settings
 from f2llm_jax.embedding import Batch
-from f2llm_jax.encoder import use_compilation_cache
 from f2llm_jax.evaluation.metrics import retrieval_scores
 from f2llm_jax.evaluation.ranking import cosines
 from f2llm_jax.model import Params, count_parameters, init_params

@@ -267,7 +267,7 @@ class Ceiling:
     SQUARE = 8192
 
     def __init__(self, release: Path, dtype: str, device: str):
-        from f2llm_jax.encoder import use_compilation_cache
+        from f2llm_jax.compilation import use_compilation_cache
 
         use_compilation_cache()
         if device == "gpu":

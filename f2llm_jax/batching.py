@@ -10,6 +10,9 @@ import numpy as np
 from f2llm_jax.embedding import Batch, PackedBatch
 from f2llm_jax.errors import InputError
 
+BATCH_TOKENS = {"cpu": 512, "gpu": 32768, "tpu": 32768}
+"""Tokens of a full batch and device. Few keep a CPU core's matrix units busy; more only spill its cache."""
+
 
 class Bucket(NamedTuple):
     """The static shape of a batch; a program is compiled for each one used."""

@@ -8,3 +8,8 @@ OUTPUTS = ("float32", "bfloat16", "float16", "int8", "binary", "ubinary")
 
 FILE_OUTPUTS = tuple(output for output in OUTPUTS if output != "bfloat16")
 """Those that .npy and Parquet files can hold: neither knows bfloat16."""
+
+
+def float_dtype(dtype: str) -> str:
+    """Of all but the projections, in a model loaded in ``dtype``."""
+    return "bfloat16" if dtype == "int8" else dtype

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import itertools
 import logging
-import os
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,10 +19,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from f2llm_jax.attention import longest_prefixed_row, resolve_kernel
 from f2llm_jax.axes import batch_parts
-from f2llm_jax.batching import Buckets, Rows, batched
+from f2llm_jax.batching import BATCH_TOKENS, Buckets, Rows, batched
+from f2llm_jax.compilation import give_back_memory, use_compilation_cache
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert.load import load_params, open_checkpoint
-from f2llm_jax.dtypes import DTYPES
+from f2llm_jax.dtypes import DTYPES, float_dtype
 from f2llm_jax.embedding import Batch, PackedBatch, check_dim, embed
 from f2llm_jax.errors import InputError, warn, whole_number
 from f2llm_jax.layerwise import LONGEST_ROW, Layerwise, bit_views
@@ -48,16 +46,6 @@ _IN_FLIGHT = 2
 # Batches that a CPU computes at the same time: where one has no work for a core, the other has. What was one thread's
 # calls XLA would compute one after the other.
 _CPU_THREADS = 2
-
-# Tokens of a full batch and device. A CPU core has its matrix units busy with few; more only spills its cache.
-BATCH_TOKENS = {"cpu": 512, "gpu": 32768, "tpu": 32768}
-
-# Of JAX's persistent cache: its own default, under which quick and small programs are not kept, and the value that
-# keeps all.
-_CACHE_LIMITS = {
-    "jax_persistent_cache_min_compile_time_secs": (1.0, 0.0),
-    "jax_persistent_cache_min_entry_size_bytes": (0, -1),
-}
 
 _embed = jax.jit(embed, static_argnames=("config", "dim", "dtype", "kernel"))
 
@@ -421,21 +409,6 @@ class Encoder:
             return embeddings_bd if embeddings_bd.is_fully_addressable else put_everywhere(embeddings_bd, self.mesh)
 
 
-def give_back_memory() -> None:
-    """Returns freed memory to the system, where the C library is glibc, which keeps it in an arena for each thread.
-
-    Compiling the 80M's programs for texts of all lengths leaves 600 MB so, loading them from disk 250 (bfloat16, by
-    hand). It takes 10 to 50 ms.
-    """
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(ctypes.c_size_t(0))
-
-
-def float_dtype(dtype: str) -> str:
-    """Of all but the projections, in a model loaded in ``dtype``."""
-    return "bfloat16" if dtype == "int8" else dtype
-
-
 def _check_text(name: str, text: Any) -> None:
     if not isinstance(text, str):
         raise InputError(f"{name} is a {type(text).__name__}, not a string")
@@ -501,26 +474,3 @@ def load(
         mesh=mesh,
         kernel=kernel,
     )
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs on disk, all of them, so that the second process starts warm.
-
-    They go to ``$XDG_CACHE_HOME/f2llm_jax`` (``~/.cache/f2llm_jax``). JAX's own settings win where there are any:
-    ``JAX_COMPILATION_CACHE_DIR``, ``JAX_ENABLE_COMPILATION_CACHE=false``, and for which programs are worth keeping
-    ``JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS`` and ``JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES``.
-    """
-    settings: Any = jax.config  # its attributes are made at run time
-    if not settings.jax_enable_compilation_cache:
-        return
-    for name, (default, keeps_all) in _CACHE_LIMITS.items():
-        if name.upper() not in os.environ and getattr(settings, name) == default:
-            jax.config.update(name, keeps_all)
-    if settings.jax_compilation_cache_dir is not None:
-        return
-    from jax.experimental.compilation_cache import compilation_cache
-
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    # JAX latches "no cache" at the first compilation of a process; a reset makes it look again.
-    compilation_cache.reset_cache()
-    jax.config.update("jax_compilation_cache_dir", str(root / "f2llm_jax"))

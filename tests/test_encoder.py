@@ -29,7 +29,7 @@ from releases import QUERY_PROMPT, TINY, edit_json, write_release
 from sentence_transformers.util import quantize_embeddings
 
 import f2llm_jax
-from f2llm_jax import Batch, Encoder, encoder
+from f2llm_jax import Batch, Encoder, compilation, encoder
 from f2llm_jax.batching import Buckets
 from f2llm_jax.errors import InputError, ReleaseError, warn
 from f2llm_jax.packing import Packing
@@ -559,7 +559,7 @@ def test_the_users_limits_of_what_is_cached_win(monkeypatch):
             jax.config.update(name, value)
             with monkeypatch.context() as patched:
                 patched.setenv(name.upper(), given) if given else patched.delenv(name.upper(), raising=False)
-                encoder.use_compilation_cache()
+                compilation.use_compilation_cache()
             assert getattr(jax.config, name) == expected
     finally:
         jax.config.update(name, before)
@@ -573,7 +573,7 @@ def test_freed_memory_goes_back_to_the_system():
     last = blocks.pop()
     blocks.clear()
     kept = resident().rss
-    encoder.give_back_memory()
+    compilation.give_back_memory()
     assert resident().rss < kept - 150e6
     assert len(last) == 1000
 

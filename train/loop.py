@@ -18,11 +18,11 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from f2llm_jax.compilation import use_compilation_cache
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert.export import export_release
 from f2llm_jax.convert.load import load_params, open_checkpoint
 from f2llm_jax.convert.table import tensor_table
-from f2llm_jax.encoder import use_compilation_cache
 from f2llm_jax.errors import F2LLMError, InputError, ReleaseError, warn
 from f2llm_jax.files import local_path, take_lock
 from f2llm_jax.model import Params

@@ -41,12 +41,12 @@ from jax.sharding import Mesh
 
 from f2llm_jax.axes import batch_parts
 from f2llm_jax.batching import Buckets, batched
+from f2llm_jax.compilation import use_compilation_cache
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert.export import export_release
 from f2llm_jax.convert.load import load_params, open_checkpoint
 from f2llm_jax.convert.staging import output_path, refuse_to_delete
 from f2llm_jax.embedding import Batch
-from f2llm_jax.encoder import use_compilation_cache
 from f2llm_jax.errors import InputError
 from f2llm_jax.evaluation import optional
 from f2llm_jax.model import Backbone, Block, Params, Projection, abstract_params, apply, count_parameters

@@ -28,13 +28,13 @@ from array_record.python import array_record_module
 from jax.sharding import Mesh
 
 from f2llm_jax.axes import batch_parts
-from f2llm_jax.batching import Buckets, batched
+from f2llm_jax.batching import BATCH_TOKENS, Buckets, batched
+from f2llm_jax.compilation import use_compilation_cache
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert.load import load_params, open_checkpoint
 from f2llm_jax.convert.staging import Workplace, output_path
 from f2llm_jax.convert.table import tensor_table
 from f2llm_jax.embedding import eos_states
-from f2llm_jax.encoder import BATCH_TOKENS, use_compilation_cache
 from f2llm_jax.errors import InputError, ReleaseError
 from f2llm_jax.model import Params
 from f2llm_jax.release import find_release, read_release

@@ -69,9 +69,10 @@ def _next_commands(folder: Path) -> tuple[str, str, str]:
 
 def _build(folder: Path) -> Search:
     """Writes the tiny release; what a search with its random weights finds."""
+    from f2llm_jax.compilation import use_compilation_cache
     from f2llm_jax.demo.search import search
     from f2llm_jax.demo.tiny import build_release
-    from f2llm_jax.encoder import load, use_compilation_cache
+    from f2llm_jax.encoder import load
 
     use_compilation_cache()
     start = time.perf_counter()

@@ -9,7 +9,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from jax.sharding import Mesh
 
-from f2llm_jax.encoder import Encoder, float_dtype, load
+from f2llm_jax.dtypes import float_dtype
+from f2llm_jax.encoder import Encoder, load
 from f2llm_jax.errors import ReleaseError
 from f2llm_jax.evaluation import optional
 from f2llm_jax.evaluation.registry import bitext_prompt, instructions, registered, states_instructions

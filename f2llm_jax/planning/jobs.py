@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, ClassVar
 import jax
 import jax.numpy as jnp
 
-from f2llm_jax.batching import Buckets
+from f2llm_jax.batching import BATCH_TOKENS, Buckets
 from f2llm_jax.config import ModelConfig
-from f2llm_jax.encoder import BATCH_TOKENS
 from f2llm_jax.errors import InputError
 from f2llm_jax.packing import Packing, row_slots
 from f2llm_jax.planning.counts import ATTENTION_BACKWARD, Axes, Estimate, TrainWork, estimate_encode, estimate_train
