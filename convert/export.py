@@ -10,10 +10,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert import orbax, safetensors
-from f2llm_jax.convert.orbax import get
 from f2llm_jax.convert.release_files import write_release_files
 from f2llm_jax.convert.safetensors import some
 from f2llm_jax.convert.staging import output_path, refuse_to_delete, staged, unfinished_folder
@@ -119,8 +119,9 @@ def export_release(
     if source.resolve() != place.resolve():  # weights may be replaced by others
         refuse_to_delete(source, place)
     table = tensor_table(config)
-    _check_params(params, table)
-    code = dtype_code(_common_dtype(params) if dtype is None else dtype)
+    flat = flatten_dict(params, sep=".")
+    _check_params(flat, table)
+    code = dtype_code(_common_dtype(flat) if dtype is None else dtype)
     layout = Layout(unfinished_folder(place), config, to=to, dtype=code, max_shard_size=max_shard_size)
     first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
@@ -132,7 +133,7 @@ def export_release(
 
         def write() -> None:
             for tensor in table:
-                _write_parameter(get(params, tensor.path), tensor, layout.infos)
+                _write_parameter(flat[tensor.path], tensor, layout.infos)
 
         def complete() -> None:
             if first:
@@ -143,8 +144,7 @@ def export_release(
     return place
 
 
-def _check_params(params: Params, table: list[Tensor]) -> None:
-    flat = {".".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+def _check_params(flat: Mapping[str, jax.Array], table: list[Tensor]) -> None:
     shapes = {tensor.path: tensor.shape for tensor in table}
     if missing := [path for path in shapes if path not in flat]:
         raise InputError(f"the parameters lack {some(missing)}")
@@ -157,8 +157,8 @@ def _check_params(params: Params, table: list[Tensor]) -> None:
             raise InputError(f"{tensor.path} has shape {shape}, the config asks for {tensor.shape}")
 
 
-def _common_dtype(params: Params) -> str:
-    dtypes = sorted({leaf.dtype.name for leaf in jax.tree.leaves(params)})
+def _common_dtype(flat: Mapping[str, jax.Array]) -> str:
+    dtypes = sorted({leaf.dtype.name for leaf in flat.values()})
     if len(dtypes) > 1:
         raise InputError(f"the parameters have dtypes {', '.join(dtypes)}: give dtype= to say which to write")
     return dtypes[0]

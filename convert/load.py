@@ -9,13 +9,15 @@ from pathlib import Path
 import jax
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert.factors import open_release
-from f2llm_jax.convert.orbax import MARKER, PARAMS, FlaxCheckpoint, OrbaxCheckpoint, get, put
+from f2llm_jax.convert.orbax import MARKER, PARAMS, FlaxCheckpoint, OrbaxCheckpoint
 from f2llm_jax.convert.safetensors import Checkpoint
 from f2llm_jax.convert.table import Tensor, tensor_table
+from f2llm_jax.dtypes import float_dtype
 from f2llm_jax.errors import InputError
 from f2llm_jax.model import Params
 from f2llm_jax.products import int8_rows
@@ -33,7 +35,7 @@ def params_bytes(config: ModelConfig, dtype: str) -> int:
     def of(tensor: Tensor) -> int:
         if dtype == "int8" and tensor.inputs:
             return tensor.size + 4 * math.prod(tensor.shape[: len(tensor.shape) - tensor.inputs])
-        return tensor.size * PARAM_DTYPES["bfloat16" if dtype == "int8" else dtype].itemsize
+        return tensor.size * PARAM_DTYPES[float_dtype(dtype)].itemsize
 
     return sum(map(of, tensor_table(config)))
 
@@ -81,26 +83,25 @@ def load_params(
         raise InputError(f"dtype must be one of {', '.join(PARAM_DTYPES)}, not {dtype!r}")
     table = tensor_table(config)
     checkpoint.check(table)
-    shardings = param_shardings(padded_config(config, mesh), mesh)
+    shardings = flatten_dict(param_shardings(padded_config(config, mesh), mesh), sep=".")
     vocab_size = padded_config(config, mesh).vocab_size
     read = checkpoint.restore if isinstance(checkpoint, OrbaxCheckpoint) else partial(_read_sharded, checkpoint)
-    params: Params = {}
+    flat: dict[str, jax.Array] = {}
     with jax.set_mesh(mesh):  # the caller may have set another
         for tensor in table:
-            sharding = get(shardings, tensor.path)
             shape = tuple(
                 vocab_size if axis == "vocab" else size for size, axis in zip(tensor.shape, tensor.axes, strict=True)
             )
-            value = read(tensor, shape, PARAM_DTYPES[dtype], sharding)
+            value = read(tensor, shape, PARAM_DTYPES[dtype], shardings[tensor.path])
             if int8 and tensor.inputs:
                 if isinstance(checkpoint, OrbaxCheckpoint):
                     checkpoint.check_finite({tensor.path: value})
                 value, scale = _to_int8(value, tensor.inputs)
-                put(params, tensor.path.removesuffix("weight") + "scale", scale)
-            put(params, tensor.path, value)
+                flat[tensor.path.removesuffix("weight") + "scale"] = scale
+            flat[tensor.path] = value
         if isinstance(checkpoint, OrbaxCheckpoint):
-            checkpoint.check_finite(params)
-    return params
+            checkpoint.check_finite(flat)
+    return unflatten_dict(flat, sep=".")
 
 
 def _to_int8(weight: jax.Array, inputs: int) -> tuple[jax.Array, jax.Array]:

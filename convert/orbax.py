@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from f2llm_jax.config import read_json
 from f2llm_jax.convert.safetensors import Checkpoint, some
@@ -143,11 +144,10 @@ class OrbaxCheckpoint(Checkpoint):
             value = jax.jit(lambda x: jnp.where(rows < tensor.shape[0], x, 0), out_shardings=sharding)(value)
         return value
 
-    def check_finite(self, params: Mapping[str, Any]) -> None:
-        """Raises a ReleaseError that names the parameters with a NaN or an infinity; for what ``restore`` read."""
-        finite = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree))(params)
-        leaves = jax.tree_util.tree_leaves_with_path(finite)
-        if damaged := [".".join(key.key for key in path) for path, ok in leaves if not ok]:
+    def check_finite(self, arrays: Mapping[str, jax.Array]) -> None:
+        """Raises a ReleaseError naming the arrays, of {path: array}, that hold NaNs or infinities."""
+        finite = jax.jit(lambda arrays: jax.tree.map(lambda x: jnp.isfinite(x).all(), arrays))(dict(arrays))
+        if damaged := [path for path, ok in finite.items() if not ok]:
             raise ReleaseError(f"{self.folder / PARAMS}: {some(damaged)} hold NaNs or infinities: they are damaged")
 
     def blocks(
@@ -169,17 +169,14 @@ class OrbaxCheckpoint(Checkpoint):
     def _restore(self, path: str, args: Any) -> Any:
         import orbax.checkpoint as ocp
 
-        item: dict[str, Any] = {}
-        restore_args: dict[str, Any] = {}
-        put(item, path, 0)
-        put(restore_args, path, args)
+        item, restore_args = (unflatten_dict({path: value}, sep=".") for value in (0, args))
         home = self.folder / PARAMS
         with _reading(home) as checkpointer:
             tree = checkpointer.restore(
                 home.absolute(),
                 args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True),
             )
-        return get(tree, path)
+        return flatten_dict(tree, sep=".")[path]
 
 
 @contextlib.contextmanager
@@ -221,9 +218,7 @@ def create_chunks(folder: Path, table: list[Tensor], dtype: str) -> None:
     """
     import orbax.checkpoint as ocp
 
-    tree: dict[str, Any] = {}
-    for tensor in table:
-        put(tree, tensor.path, np.zeros(1, DTYPES[dtype]))
+    tree = unflatten_dict({tensor.path: np.zeros(1, DTYPES[dtype]) for tensor in table}, sep=".")
     # Of several processes only one comes here: Orbax is not to wait for the others.
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
@@ -260,19 +255,3 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def put(tree: dict[str, Any], path: str, value: Any) -> None:
-    """Sets a leaf of a nested dict under keys joined with dots."""
-    *parents, name = path.split(".")
-    for key in parents:
-        tree = tree.setdefault(key, {})
-    tree[name] = value
-
-
-def get(tree: Mapping[str, Any], path: str) -> Any:
-    """The leaf of a nested dict under keys joined with dots."""
-    value: Any = tree
-    for key in path.split("."):
-        value = value[key]
-    return value

@@ -18,9 +18,10 @@ if __name__ == "__main__":
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(number))
 
+    from flax.traverse_util import flatten_dict
+
     from f2llm_jax.convert.export import export_release
     from f2llm_jax.convert.load import load_params, open_checkpoint
-    from f2llm_jax.convert.orbax import get
     from f2llm_jax.convert.table import tensor_table
     from f2llm_jax.release import read_release
     from f2llm_jax.sharding import make_mesh
@@ -29,9 +30,10 @@ if __name__ == "__main__":
     config = read_release(Path(folder)).config
     checkpoint = open_checkpoint(Path(folder))
     params = load_params(checkpoint, config, mesh=make_mesh(fsdp=4, tensor=2))
+    arrays = flatten_dict(params, sep=".")
     needed = 0
     for tensor in tensor_table(config):
-        array = get(params, tensor.path)
+        array = arrays[tensor.path]
         indices = {str(shard.index): shard.index for shard in array.addressable_shards}.values()
         for index in indices:
             bounds = [part.indices(size)[:2] for part, size in zip(index, tensor.shape, strict=True)]
