@@ -144,6 +144,26 @@ def check_text(value: Any, where: str, field: str) -> str:
     return check_unicode(value, where)
 
 
+def json_objects(lines: Lines) -> Iterator[dict[Any, Any]]:
+    """The objects of a JSON Lines file; ``lines.where`` says where the last one is. Blank lines are left out.
+
+    Raises:
+        InputError: a line is no JSON object; the message names it.
+    """
+    for line in lines:
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{lines.where}: not valid JSON: {error.msg} at column {error.colno}") from None
+        except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+            raise InputError(f"{lines.where}: not valid JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise InputError(f"{lines.where}: should be a JSON object, not of type {type(record).__name__}")
+        yield record
+
+
 def _read(stream: BinaryIO, name: str, field: str, file_format: str) -> Texts:
     if file_format == "parquet":
         return _read_parquet(stream, name, field)
@@ -168,17 +188,7 @@ def _txt_records(lines: Lines, field: str, id_field: str | None, start: Position
 def _jsonl_records(lines: Lines, field: str, id_field: str | None, start: Position) -> Records:
     if start.offset:
         lines.seek(start)
-    for line in lines:
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{lines.where}: not valid JSON: {error.msg} at column {error.colno}") from None
-        except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
-            raise InputError(f"{lines.where}: not valid JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise InputError(f"{lines.where}: should be a JSON object, not of type {type(record).__name__}")
+    for record in json_objects(lines):
         if field not in record:
             raise InputError(f"{lines.where}: no field {field!r}; there are {', '.join(map(repr, record)) or 'none'}")
         yield check_text(record[field], lines.where, field), record.get(id_field)

@@ -502,9 +502,10 @@ def judged(score: str) -> dict:
         ({"queries.csv": "_id,text\n1,x\n"}, "there is queries.jsonl and queries.csv"),
         (corpus({"text": "x"}), "corpus.jsonl, line 1: no '_id'"),
         (corpus({"_id": "a", "title": ""}, *({"_id": i, "text": ""} for i in "bcde")), "line 1: no column 'text'"),
-        (corpus(*({"_id": i, "text": None} for i in "abcde")), "line 1: 'text' is null, not a string"),
+        (corpus(*({"_id": i, "text": None} for i in "abcde")), "line 1: field 'text' is null, not a string"),
         ({"corpus.jsonl": "{"}, "corpus.jsonl, line 1: not valid JSON"),
-        ({"corpus.jsonl": "[]"}, "corpus.jsonl, line 1: should be a JSON object, not a list"),
+        ({"corpus.jsonl": "[" * 100_000}, "corpus.jsonl, line 1: not valid JSON"),
+        ({"corpus.jsonl": "[]"}, "corpus.jsonl, line 1: should be a JSON object, not of type list"),
     ],
 )
 def test_bad_data_is_named(change: dict, message: str, tmp_path: Path):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from f2llm_jax.errors import InputError
-from f2llm_jax.texts import check_unicode
+from f2llm_jax.texts import Lines, check_text, json_objects
 
 if TYPE_CHECKING:
     import pyarrow
@@ -69,7 +68,7 @@ def read_retrieval(folder: str | Path, *, split: str = "test", judged_only: bool
     query_ids = []
     for where, row in read_rows(queries_file, ("text",), ("_id", "id")):
         query_ids.append(_id(row, where))
-        queries[query_ids[-1]] = _text(row["text"], where, "text")
+        queries[query_ids[-1]] = check_text(row["text"], where, "text")
     _check_ids(query_ids, queries_file, "queries")
     qrels = _read_qrels(_find(folder / "qrels" / split), queries, set(document_ids))
     unjudged = [query for query in query_ids if query not in qrels]
@@ -95,9 +94,8 @@ def read_bitext(file: str | Path, *, columns: tuple[str, str] | None = None) -> 
     file = Path(file)
     if columns is None:
         columns = _two_columns(file)
-    pairs = [
-        tuple(_text(row[column], where, column) for column in columns) for where, row in read_rows(file, columns, ())
-    ]
+    rows = read_rows(file, columns, ())
+    pairs = [tuple(check_text(row[column], where, column) for column in columns) for where, row in rows]
     if not pairs:
         raise InputError(f"{file} holds no pairs")
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
@@ -134,17 +132,9 @@ def _rows(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[str, dict
 
 def _read_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            where = f"{file}, line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{where}: not valid JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise InputError(f"{where}: should be a JSON object, not a {type(row).__name__}")
-            yield where, row
+        lines = Lines(stream, str(file))
+        for row in json_objects(lines):
+            yield lines.where, row
 
 
 def _read_table(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -195,8 +185,8 @@ def _records(batch: pyarrow.RecordBatch) -> Iterable[dict[str, Any]]:
 def _documents(file: Path) -> Iterator[tuple[str, str]]:
     """Ids, and texts with the title in front."""
     for where, row in read_rows(file, ("text",), ("_id", "id", "title")):
-        text, title = _text(row["text"], where, "text"), row["title"]
-        yield _id(row, where), (_text(title, where, "title") + " " + text if title else text).strip()
+        text, title = check_text(row["text"], where, "text"), row["title"]
+        yield _id(row, where), (check_text(title, where, "title") + " " + text if title else text).strip()
 
 
 def _find(stem: Path) -> Path:
@@ -258,10 +248,3 @@ def _check_ids(ids: list[str], file: Path, what: str) -> None:
         if name in seen:
             raise InputError(f"{file}: the id {name!r} appears twice")
         seen.add(name)
-
-
-def _text(value: Any, where: str, column: str) -> str:
-    if not isinstance(value, str):
-        kind = "null" if value is None else f"of type {type(value).__name__}"
-        raise InputError(f"{where}: {column!r} is {kind}, not a string")
-    return check_unicode(value, where)
