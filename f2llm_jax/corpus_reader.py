@@ -94,7 +94,7 @@ def find_files(patterns: Sequence[str], out: Path) -> list[str]:
         out: the folder of the output, whose own files are left out.
 
     Raises:
-        InputError: nothing matches a pattern.
+        InputError: there are no patterns, or nothing matches one.
     """
     files: dict[Path, str] = {}  # by where they really are: a file may have several names
     out = out.resolve()
@@ -107,6 +107,8 @@ def find_files(patterns: Sequence[str], out: Path) -> list[str]:
             raise InputError(f"no file matches {pattern}" + (f" but those of {out} itself" if paths else ""))
         for file, path in found:
             files.setdefault(file, path)
+    if not files:
+        raise InputError("no input files: the list of patterns is empty")
     return list(files.values())
 
 
@@ -242,7 +244,7 @@ def _index_parquet(path: str, kind: str, field: str, id_field: str | None, unit_
         with parquet.ParquetFile(path) as opened:
             schema, metadata = opened.schema_arrow, opened.metadata
             text_type = _column_type(schema, field, path)
-            if text_type not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+            if text_type != pyarrow.string():
                 raise InputError(f"{path}: field {field!r} is of type {text_type}, not a string")
             id_type = ROW_NUMBER if id_field is None else str(_column_type(schema, id_field, path))
             for name in filter(None, (field, id_field)):
@@ -261,7 +263,7 @@ def _index_parquet(path: str, kind: str, field: str, id_field: str | None, unit_
 
 
 def _column_type(schema: pyarrow.Schema, name: str, path: str) -> pyarrow.DataType:
-    """A column's type; of a dictionary that of its values."""
+    """A column's type; of a dictionary that of its values. All kinds of strings are one: pandas 3 writes large ones."""
     import pyarrow
 
     if schema.names.count(name) != 1:
@@ -270,7 +272,8 @@ def _column_type(schema: pyarrow.Schema, name: str, path: str) -> pyarrow.DataTy
     kind = schema.field(name).type
     if pyarrow.types.is_nested(kind):
         raise InputError(f"{path}: column {name!r} is of type {kind}, and not one value a row")
-    return kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    return pyarrow.string() if kind in (pyarrow.large_string(), pyarrow.string_view()) else kind
 
 
 def _leaf(metadata: parquet.FileMetaData, name: str) -> int:

@@ -321,7 +321,7 @@ class Output:
     @staticmethod
     def _write_json(file: Path, value: dict[str, Any], indent: int | None = None) -> None:
         with new_file(file, sync=True) as stream:
-            stream.write(json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8"))
+            stream.write(json.dumps(value, indent=indent).encode())  # in ASCII: a file's name may be no Unicode
 
 
 def _shard_file(number: int) -> str:

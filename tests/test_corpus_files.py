@@ -89,6 +89,8 @@ def test_files_are_taken_by_pattern_then_by_name_and_once(tmp_path, monkeypatch)
     assert [Path(file).relative_to(tmp_path).as_posix() for file in found] == ["a.jsonl", "a.txt", "b.txt", "sub/c.txt"]
     assert find_files(["p[1].md"], out) == ["p[1].md"]  # its name, and a pattern of p1.md's
     assert find_files(["p[1-9].md", *sorted(map(str, Path().glob("*.md")))], out) == ["p1.md", "p[1].md"]
+    with pytest.raises(InputError, match="the list of patterns is empty"):
+        find_files([], tmp_path)
     with pytest.raises(InputError, match=r"no file matches .*/\*\.csv"):
         find_files([f"{tmp_path}/*.txt", f"{tmp_path}/*.csv"], out)
     with pytest.raises(InputError, match=r"no file matches out/\*\*/\*\.txt but those of .*/out itself"):
@@ -214,8 +216,11 @@ def test_ids_of_all_files_are_of_one_type(tmp_path):
     two.write_text('{"text": "b", "id": "b"}')
     with pytest.raises(InputError, match=r"the ids in .id. are int32 in .*one\.parquet and string in .*two\.jsonl"):
         index([str(one), str(two)], id_field="id", unit_rows=8)
-    dictionary = pyarrow.array(["x", "y", "x"]).dictionary_encode()
-    parquet.write_table(pyarrow.table({"text": dictionary, "id": dictionary}), one)
+    strings = pyarrow.array(["x", "y", "x"])
+    dictionary, large = strings.dictionary_encode(), strings.cast(pyarrow.large_string())  # as pandas 3 writes them
+    parquet.write_table(pyarrow.table({"text": dictionary, "id": large}), one)
+    assert read_all(index([str(one), str(two)], id_field="id", unit_rows=2))[1] == ["x", "y", "x", "b"]
+    parquet.write_table(pyarrow.table({"text": large, "id": dictionary}), one)
     corpus = index([str(one), str(two)], id_field="id", unit_rows=2)
     assert read_all(corpus) == (["x", "y", "x", "b"], ["x", "y", "x", "b"])
 
