@@ -18,7 +18,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import FrameType
@@ -43,6 +43,9 @@ from f2llm_jax.sharding import make_mesh
 
 SHARD_ROWS = 16384
 """Rows of a shard: at the 0.6B's 1,024 values in float32 that is 64 MB."""
+
+# Of the settings, what ``Encoder.encode`` takes.
+_ENCODE_OPTIONS = ("prompt", "dim", "max_length", "batch_tokens", "output")
 
 _ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
 
@@ -149,7 +152,8 @@ def encode_corpus(
         with Progress(todo, corpus, work, show_progress) as progress:
             if todo:
                 encoders = team.load(release.path, dtype, len(todo))
-                job = _Job(Reader(corpus), encoders, _make_encode(settings, calibration), work, team, progress)
+                options = {name: settings[name] for name in _ENCODE_OPTIONS} | {"ranges": calibration}
+                job = _Job(Reader(corpus), encoders, options, work, team, progress)
                 termination.came = job.run(todo)
             if not termination.came:
                 team.wait_for_others(work, progress)
@@ -206,10 +210,7 @@ def _settings(
     """All that the bytes of the shards depend on besides the inputs, as JSON values."""
     if output not in FILE_OUTPUTS:
         raise InputError(f"output must be one of {', '.join(FILE_OUTPUTS)}, not {output!r}")
-    if output == "int8":
-        ranges = check_ranges(ranges, dim)
-    elif ranges is not None:
-        raise InputError(f"ranges are for output='int8', not for {output!r}")
+    ranges = check_ranges(output, ranges, dim)
     device = jax.local_devices()[0]
     return {
         "model_sha256": model_digest(release.path),
@@ -339,36 +340,21 @@ class Team:
 # --- the work
 
 
-Encode = Callable[[Encoder, list[str], Callable[[Done], None]], np.ndarray]
-
-
-def _make_encode(settings: dict[str, Any], ranges: np.ndarray | None) -> Encode:
-    """A function that embeds the texts of a unit."""
-
-    def encode(encoder: Encoder, texts: list[str], on_batch: Callable[[Done], None]) -> np.ndarray:
-        return encoder.encode(
-            texts,
-            prompt=settings["prompt"],
-            dim=settings["dim"],
-            max_length=settings["max_length"],
-            batch_tokens=settings["batch_tokens"],
-            output=settings["output"],
-            ranges=ranges,
-            on_batch=on_batch,
-        )
-
-    return encode
-
-
 class _Job:
     """Encodes and writes units, as many at a time as there are encoders; each is in the hands of a thread."""
 
     def __init__(
-        self, reader: Reader, encoders: list[Encoder], encode: Encode, work: Output, team: Team, progress: Progress
+        self,
+        reader: Reader,
+        encoders: list[Encoder],
+        options: dict[str, Any],
+        work: Output,
+        team: Team,
+        progress: Progress,
     ):
         self._reader = reader
         self._encoders = encoders
-        self._encode = encode
+        self._options = options
         self._work = work
         self._team = team
         self._progress = progress
@@ -410,7 +396,7 @@ class _Job:
             self._progress.advance(now.texts - so_far.texts)
             so_far = now
 
-        embeddings = self._encode(encoder, item.texts, on_batch)
+        embeddings = encoder.encode(item.texts, on_batch=on_batch, **self._options)
         if self._team.writes(item.unit):
             self._work.write(item.unit, item.ids, embeddings, so_far.truncated)
         return encoder

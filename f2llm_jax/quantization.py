@@ -45,16 +45,16 @@ def quantize(embeddings: np.ndarray, output: str, ranges: np.ndarray | None = No
     as int8. Follows sentence_transformers/util/quantization.py.
 
     Args:
-        embeddings: float32 [n, dim].
+        embeddings: float32 [n, dim], or [dim].
         output: one of ``dtypes.OUTPUTS``.
         ranges: float [2, dim] from ``int8_ranges``; needed for int8, and for int8 only.
 
     Raises:
         InputError: no such output, or ranges missing or of another shape.
     """
-    _, dtype = output_spec(output, embeddings.shape[1])
-    if output == "int8":
-        low, high = check_ranges(ranges, embeddings.shape[1])
+    _, dtype = output_spec(output, embeddings.shape[-1])
+    if (ranges := check_ranges(output, ranges, embeddings.shape[-1])) is not None:
+        low, high = ranges
         step = (high - low) / 255
         levels = np.floor((embeddings - low) / np.where(step == 0, 1, step))
         return (np.clip(levels, 0, 255) - 128).astype(np.int8)
@@ -64,8 +64,16 @@ def quantize(embeddings: np.ndarray, output: str, ranges: np.ndarray | None = No
     return embeddings.astype(dtype)
 
 
-def check_ranges(ranges: np.ndarray | None, dim: int) -> np.ndarray:
-    """The ranges as float32 [2, dim], or an InputError that says how to get them."""
+def check_ranges(output: str, ranges: np.ndarray | None, dim: int) -> np.ndarray | None:
+    """The ranges that an output needs, float32 [2, dim] for int8, else None.
+
+    Raises:
+        InputError: ranges are missing, of another shape or not finite, or given for another output.
+    """
+    if output != "int8":
+        if ranges is not None:
+            raise InputError(f"ranges are for output='int8', not for {output!r}")
+        return None
     if ranges is None:
         raise InputError(
             "output='int8' needs ranges=, the least and largest value of each dimension: "

@@ -13,6 +13,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -24,7 +26,7 @@ from pyarrow import parquet
 from releases import TINY, edit_json
 
 import f2llm_jax as f2llm
-from f2llm_jax import distributed
+from f2llm_jax import corpus, distributed
 from f2llm_jax.cli import main
 from f2llm_jax.corpus import encode_corpus
 from f2llm_jax.corpus_reader import index
@@ -308,6 +310,35 @@ def test_signals_stop_cleanly(number, status, whole, tiny_release, docs, tmp_pat
     monkeypatch.undo()
     assert main(arguments) == 0
     assert contents(out) == contents(whole)
+
+
+def test_a_unit_stops_at_its_next_batch(tiny_release, tmp_path, monkeypatch):
+    (tmp_path / "one.txt").write_text("".join(f"a text, the {n}th\n" for n in range(200)))
+    advance, calls = corpus.Progress.advance, []
+
+    def stop_in_the_third_batch(self, rows):
+        calls.append(rows)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)  # until the main thread has noticed
+        advance(self, rows)
+
+    monkeypatch.setattr(corpus.Progress, "advance", stop_in_the_third_batch)
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    options = {"batch_tokens": 64, "max_length": 32}
+    outcome = corpus.encode_corpus(tiny_release, str(tmp_path / "one.txt"), tmp_path / "out", **options)
+    assert outcome.terminated and outcome.finished == 0
+    assert sum(calls) < 100 and len(calls) <= 4
+    with ThreadPoolExecutor(1) as pool:  # where no signals come, and none are asked for
+        arguments = (tiny_release, str(tmp_path / "one.txt"), tmp_path / "out")
+        assert pool.submit(corpus.encode_corpus, *arguments, **options).result().finished == 1
+
+
+def test_an_input_whose_name_is_no_unicode(tiny_release, tmp_path):
+    file = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")
+    Path(file).write_text("a\n")
+    assert main(["encode", "--model", str(tiny_release), "--corpus", file, "--out", str(tmp_path / "out")]) == 0
+    assert [Path(entry["path"]).name for entry in manifest_of(tmp_path / "out")["inputs"]] == [Path(file).name]
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_part_of_a_shard(tiny_release, docs, tmp_path, capsys, monkeypatch):

@@ -65,6 +65,15 @@ def test_the_first_dimension_is_the_highest_bit():
     np.testing.assert_array_equal(f2llm_jax.quantize(embeddings, "binary"), [[0, 0]])
 
 
+def test_a_vector_is_one_embedding():
+    embeddings = np.random.default_rng(0).uniform(-1, 1, (5, 20)).astype(np.float32)
+    ranges = f2llm_jax.int8_ranges(embeddings)
+    for output in ("float16", "int8", "binary", "ubinary"):
+        given = ranges if output == "int8" else None
+        got, expected = (f2llm_jax.quantize(values, output, given) for values in (embeddings[3], embeddings))
+        np.testing.assert_array_equal(got, expected[3])
+
+
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_no_embeddings(output):
     ranges = np.zeros((2, 12), np.float32) if output == "int8" else None
