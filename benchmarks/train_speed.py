@@ -41,7 +41,6 @@ from f2llm_jax.config import ModelConfig
 from f2llm_jax.configs.models import MODELS
 from f2llm_jax.embedding import Batch
 from f2llm_jax.losses import TEMPERATURE, matryoshka_weights
-from f2llm_jax.packing import packed_length
 from f2llm_jax.train.batch import AnyTrainBatch, TrainBatch
 from f2llm_jax.train.data import TrainBatches, TrainingData
 from f2llm_jax.train.meter import Work
@@ -98,8 +97,7 @@ def main() -> None:
 
 def first_batch(prepared: Path, size: int, layout: str) -> tuple[AnyTrainBatch, TrainBatch]:
     """A batch as we lay it out, and as PyTorch's side does."""
-    platform = jax.default_backend()
-    packing = TrainPacking(row_length=packed_length(platform), fitted=platform == "cpu")
+    packing = TrainPacking.on(jax.default_backend())
     packed, padded = (
         TrainBatches(TrainingData(prepared, packing=option), batch_size=size)[0].batch for option in (packing, None)
     )
@@ -167,7 +165,7 @@ def shape_of(batch: AnyTrainBatch) -> str:
     """Its runs of rows, and what of them is padding."""
     work = Work.of(batch)
     runs = " + ".join("{} x {}".format(*rows.tokens_bt.shape) for rows in batch_rows(batch))
-    return f"{runs}, {1 - work.tokens / work.slots:.0%} padding"
+    return f"{runs}, {1 - work.tokens / work.computed_tokens:.0%} padding"
 
 
 def our_step(release: Path, dtype: str, remat: str) -> Step:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from f2llm_jax.embedding import Batch, PackedBatch
+from f2llm_jax.embedding import AnyBatch, Batch, PackedBatch
 from f2llm_jax.errors import InputError
 
 BATCH_TOKENS = {"cpu": 512, "gpu": 32768, "tpu": 32768}
@@ -85,7 +85,7 @@ class Rows(NamedTuple):
         tokens: of these texts, each by itself.
     """
 
-    batch: Batch | PackedBatch
+    batch: AnyBatch
     texts: list[int]
     slots: np.ndarray
     tokens: int

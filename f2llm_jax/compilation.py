@@ -33,11 +33,7 @@ def use_compilation_cache() -> None:
             jax.config.update(name, keeps_all)
     if settings.jax_compilation_cache_dir is not None:
         return
-    from jax.experimental.compilation_cache import compilation_cache
-
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    # JAX latches "no cache" at the first compilation of a process; a reset makes it look again.
-    compilation_cache.reset_cache()
     jax.config.update("jax_compilation_cache_dir", str(root / "f2llm_jax"))
 
 

@@ -14,10 +14,10 @@ from f2llm_jax.errors import InputError, whole_number
 from f2llm_jax.model import Backbone, Params, apply, at_positions
 
 MANY_TOKENS = 256
-"""Of a batch, padding included: see ``are_few``."""
+"""Of a batch, padding included: see ``ends_are_few``."""
 
 FEW_ENDS = 1 / 4
-"""Of the positions of a row: see ``are_few``."""
+"""Of the positions of a row: see ``ends_are_few``."""
 
 
 class Batch(NamedTuple):
@@ -30,6 +30,15 @@ class Batch(NamedTuple):
 
     tokens_bt: jax.Array | np.ndarray
     lengths_b: jax.Array | np.ndarray
+
+    @property
+    def segment_ids_bt(self) -> None:
+        """None: a row is one text."""
+
+    @property
+    def ends_be(self) -> jax.Array | np.ndarray:
+        """int32 [batch, 1], where in its row each text's EOS is."""
+        return self.lengths_b[:, None] - 1
 
 
 class PackedBatch(NamedTuple):
@@ -51,9 +60,12 @@ class PackedBatch(NamedTuple):
     ends_be: jax.Array | np.ndarray
 
 
+AnyBatch = Batch | PackedBatch
+
+
 def eos_states(
     params: Params,
-    batch: Batch | PackedBatch,
+    batch: AnyBatch,
     *,
     config: ModelConfig,
     dtype: jax.typing.DTypeLike = jnp.float32,
@@ -62,8 +74,8 @@ def eos_states(
 ) -> jax.Array:
     """The final-norm hidden state of every text's EOS, unnormalised: what distillation compares.
 
-    Where the ends ``are_few``, the last layer computes keys and values for all tokens and the rest for the EOS alone,
-    attention as the formula says whatever the kernel is; for a gradient only if the model ``has_few_layers``.
+    Where ``ends_are_few``, the last layer computes keys and values for all tokens and everything else for the EOS only,
+    with plain attention whatever the kernel is; for a gradient only if the model ``has_few_layers``.
 
     Args:
         params: the parameters, as ``init_params`` or ``load`` give them.
@@ -83,39 +95,32 @@ def eos_states(
     if not jnp.issubdtype(dtype, jnp.floating):
         raise InputError(f"dtype must be float32 or bfloat16, not {jnp.dtype(dtype)}; with int8 projections, bfloat16")
     backbone = Backbone(config, dtype=jnp.dtype(dtype), kernel=kernel, remat=remat)
-    inputs = (batch.tokens_bt, batch.segment_ids_bt if isinstance(batch, PackedBatch) else None)
-    ends_be = ends(batch)
-    if ends_alone(batch):
+    inputs, ends_be = (batch.tokens_bt, batch.segment_ids_bt), jnp.asarray(batch.ends_be)
+    if trims_last_layer(batch):
         states_bed = apply(backbone, params, *inputs, ends_be)
     else:
         states_bed = at_positions(apply(backbone, params, *inputs), ends_be)
     return states_bed if isinstance(batch, PackedBatch) else states_bed[:, 0]
 
 
-def ends(batch: Batch | PackedBatch) -> jax.Array:
-    """Where the EOS of each text of each row is: int32 [batch, texts]."""
-    return jnp.asarray(batch.ends_be if isinstance(batch, PackedBatch) else batch.lengths_b[:, None] - 1)
+def trims_last_layer(batch: AnyBatch) -> bool:
+    """Whether the last layer computes the texts' ends only: if they ``ends_are_few``."""
+    return ends_are_few(batch.ends_be.shape[1], *batch.tokens_bt.shape)
 
 
-def ends_alone(batch: Batch | PackedBatch) -> bool:
-    """Whether the last layer is asked for the texts' ends alone: if they ``are_few``."""
-    per_row = batch.ends_be.shape[1] if isinstance(batch, PackedBatch) else 1
-    return are_few(per_row, *batch.tokens_bt.shape)
+def ends_are_few(ends: int, rows: int, length: int) -> bool:
+    """Whether it pays to compute the last layer at the texts' ends only, so many in each row.
 
-
-def are_few(ends: int, rows: int, length: int) -> bool:
-    """Whether so many ends of each row are few of what a last layer would compute.
-
-    Of few tokens, it is reading the weights that takes the time, and a second kind of layer has to be compiled. Many
-    ends have more scores, which are all there at once, than are spared: by the TPU compiler 32 rows of 1,024 tokens of
-    the 80M move 23.2 GB of HBM, and 21.6, 22.4 and 29.4 with the last layer for 64, 256 and 1,024 ends of each.
+    With few tokens, reading the weights dominates, and a second kind of layer has to be compiled. With many ends their
+    scores, all in memory at once, outweigh what is spared: by the TPU compiler 32 rows of 1,024 tokens of the 80M move
+    23.2 GB of HBM, and 21.6, 22.4 and 29.4 GB with the last layer for 64, 256 and 1,024 ends of each row.
     """
     return rows * length >= MANY_TOKENS and ends <= FEW_ENDS * length
 
 
 def embed(
     params: Params,
-    batch: Batch | PackedBatch,
+    batch: AnyBatch,
     *,
     config: ModelConfig,
     dim: int | None = None,

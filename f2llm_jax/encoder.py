@@ -6,8 +6,7 @@ import functools
 import itertools
 import logging
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,14 +23,15 @@ from f2llm_jax.compilation import give_back_memory, use_compilation_cache
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.convert.load import load_params, open_checkpoint
 from f2llm_jax.dtypes import DTYPES, float_dtype
-from f2llm_jax.embedding import Batch, PackedBatch, check_dim, embed
+from f2llm_jax.embedding import AnyBatch, check_dim, embed
 from f2llm_jax.errors import InputError, warn, whole_number
 from f2llm_jax.layerwise import LONGEST_ROW, Layerwise, bit_views
 from f2llm_jax.model import Params, check_layers
-from f2llm_jax.packing import PREFIXED_ROW, Packing, choose_layout, packed, packed_length
+from f2llm_jax.packing import Packing, choose_layout, packed
+from f2llm_jax.pipeline import lagging
 from f2llm_jax.quantization import check_ranges, output_spec, quantize
 from f2llm_jax.release import find_release, pick_prompt, read_release
-from f2llm_jax.sharding import make_mesh, padded_config, put_batch, put_everywhere
+from f2llm_jax.sharding import make_mesh, padded_config, put_batch, replicated
 from f2llm_jax.tokens import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -43,8 +43,8 @@ _CHUNK_TEXTS = 2048
 # queued behind it, on CPUs both compute.
 _IN_FLIGHT = 2
 
-# Batches that a CPU computes at the same time: where one has no work for a core, the other has. What was one thread's
-# calls XLA would compute one after the other.
+# Batches that a CPU computes at the same time, so that one fills the cores that the other leaves idle. XLA runs the
+# calls of a single thread one after the other.
 _CPU_THREADS = 2
 
 _embed = jax.jit(embed, static_argnames=("config", "dim", "dtype", "kernel"))
@@ -55,7 +55,7 @@ class Done(NamedTuple):
 
     Attributes:
         texts: embedded.
-        tokens: of all texts given to the device so far.
+        tokens: of these.
         truncated: of the texts tokenised so far, those that were too long.
     """
 
@@ -104,6 +104,7 @@ class Encoder:
         self.dtype = dtype
         self._compute_dtype = jnp.dtype(float_dtype(dtype))
         self.mesh = mesh
+        self._kernel_asked = kernel
         self.kernel = resolve_kernel(kernel, self._platform, self._compute_dtype)
         on_cpu = self._platform == "cpu" and mesh is None
         self._weights = bit_views(params) if on_cpu else params
@@ -113,7 +114,7 @@ class Encoder:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For ``pickle`` and ``copy``: what has been compiled, locks and views of the weights are made anew."""
-        return functools.partial(self._made_with, mesh=self.mesh), (self._params,)
+        return _unpickle, (functools.partial(self._made_with, mesh=self.mesh), self._params)
 
     @property
     def params(self) -> Params:
@@ -142,7 +143,7 @@ class Encoder:
             default_prompt_name=self.default_prompt_name,
             max_length=self.max_length,
             dtype=self.dtype,
-            kernel=self.kernel,
+            kernel=self._kernel_asked,
         )
 
     def __repr__(self) -> str:
@@ -192,18 +193,13 @@ class Encoder:
         Raises:
             InputError: a text is not a string, or an argument is out of range; the message names it.
         """
-        if not isinstance(texts, Iterable):
-            raise InputError(f"texts must be a list of strings or one string, not a {type(texts).__name__}")
         single = isinstance(texts, str)
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = [texts] if isinstance(texts, str) else _as_list(texts)
         for index, text in enumerate(texts):
             _check_text(f"text {index}", text)
         dim = check_dim(dim, self.config)
         columns, dtype = output_spec(output, dim)
-        if output == "int8":
-            ranges = check_ranges(ranges, dim)
-        elif ranges is not None:
-            raise InputError(f"ranges are for output='int8', not for {output!r}")
+        ranges = check_ranges(output, ranges, dim)
         if max_length is not None:
             max_length = whole_number("max_length", max_length, self.config.max_position_embeddings)
         batch_tokens = self._batch_tokens() if batch_tokens is None else whole_number("batch_tokens", batch_tokens)
@@ -277,37 +273,28 @@ class Encoder:
                 yield chunk
 
         layout, batches = self._batches(sequences(), layout, batch_tokens, max_length)
-        pending: deque[tuple[Rows, Callable[[], np.ndarray]]] = deque()
         with (
             ThreadPoolExecutor(1 if self._layerwise is None else _CPU_THREADS, thread_name_prefix="compute") as pool,
             tqdm(total=len(texts), unit="text", disable=not show_progress, smoothing=0) as bar,
         ):
 
-            def fetch() -> tuple[list[int], np.ndarray]:
-                nonlocal done
-                rows, embeddings = pending.popleft()
-                values = embeddings().reshape(-1, dim)[rows.slots]
+            def say_compiling(shape: int) -> None:
+                bar.set_postfix_str(f"compiling shape {shape}")
+
+            started = ((rows, self._start(rows.batch, dim, pool, say_compiling)) for rows in batches)
+            for rows, embeddings in lagging(started, _IN_FLIGHT):
+                values_nd = embeddings().reshape(-1, dim)[rows.slots]
                 done += len(rows.texts)
+                tokens += rows.tokens
+                computed += rows.batch.tokens_bt.size
+                padding += rows.padding
                 if on_batch is not None:
                     on_batch(Done(done, tokens, truncated))
                 bar.update(len(rows.texts))
                 if elapsed := bar.format_dict["elapsed"]:
                     speed = f"{tokens / elapsed:,.0f} tokens/s"
                     bar.set_postfix_str(f"{speed}, {padding / computed:.1%} padding", refresh=False)
-                return rows.texts, values
-
-            def say_compiling(shape: int) -> None:
-                bar.set_postfix_str(f"compiling shape {shape}")
-
-            for rows in batches:
-                pending.append((rows, self._start(rows.batch, dim, pool, say_compiling)))
-                tokens += rows.tokens
-                computed += rows.batch.tokens_bt.size
-                padding += rows.padding
-                while len(pending) > _IN_FLIGHT:
-                    yield fetch()
-            while pending:
-                yield fetch()
+                yield rows.texts, values_nd
         if computed:
             share = 100 * padding / computed
             logger.info("%d texts, %d tokens, rows %s, %.1f%% padding", len(texts), tokens, layout, share)
@@ -321,16 +308,8 @@ class Encoder:
         """The layout, chosen by the first chunk, and the batches."""
         multiple = 1 if self.mesh is None else batch_parts(self.mesh)
         buckets = Buckets(batch_tokens, max_length, multiple)
-        short_rows, row_length = self._platform == "cpu", packed_length(self._platform)
-        prefixed_length = PREFIXED_ROW if short_rows else row_length
-        packing = Packing(
-            batch_tokens,
-            max_length,
-            multiple,
-            row_length=row_length,
-            short_rows=short_rows,
-            prefixed_length=prefixed_length if prefixed_length <= longest_prefixed_row(self.kernel) else 0,
-        )
+        longest_prefixed = longest_prefixed_row(self.kernel)
+        packing = Packing.on(self._platform, batch_tokens, max_length, multiple, longest_prefixed=longest_prefixed)
         first = next(sequences, [])
         sequences = itertools.chain([first], sequences)
         layout = choose_layout(layout, self._platform, first, buckets, packing)
@@ -346,16 +325,12 @@ class Encoder:
             return self.tokenizer.encode([prefix + text for text in chunk] if prefix else chunk, max_length)
 
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise") as pool:
-            ahead = None
-            for start in range(0, len(texts), _CHUNK_TEXTS):
-                current, ahead = ahead, pool.submit(tokenise, start)
-                if current is not None:
-                    yield current.result()
-            if ahead is not None:
-                yield ahead.result()
+            started = (pool.submit(tokenise, start) for start in range(0, len(texts), _CHUNK_TEXTS))
+            for chunk in lagging(started, 1):
+                yield chunk.result()
 
     def _start(
-        self, batch: Batch | PackedBatch, dim: int, pool: ThreadPoolExecutor, say_compiling: Callable[[int], None]
+        self, batch: AnyBatch, dim: int, pool: ThreadPoolExecutor, say_compiling: Callable[[int], None]
     ) -> Callable[[], np.ndarray]:
         """Starts the computation of a batch; the result waits for it.
 
@@ -372,8 +347,8 @@ class Encoder:
 
     def _compiled(
         self,
-        compute: Callable[[Batch | PackedBatch, int], jax.Array],
-        batch: Batch | PackedBatch,
+        compute: Callable[[AnyBatch, int], jax.Array],
+        batch: AnyBatch,
         dim: int,
         say_compiling: Callable[[int], None],
     ) -> jax.Array:
@@ -393,8 +368,8 @@ class Encoder:
                     return embeddings
         return compute(batch, dim)
 
-    def _dispatch(self, batch: Batch | PackedBatch, dim: int) -> jax.Array:
-        """The embeddings of a batch by one program, as a promise."""
+    def _dispatch(self, batch: AnyBatch, dim: int) -> jax.Array:
+        """Dispatches one program for the batch; does not wait for its result."""
         options = {
             "config": padded_config(self.config, self.mesh),
             "dim": dim,
@@ -405,8 +380,23 @@ class Encoder:
             return _embed(self._weights, batch, **options)
         with jax.set_mesh(self.mesh):
             embeddings_bd = _embed(self._weights, put_batch(batch, self.mesh), **options)
-            # Of a mesh over several processes each holds its own rows: everybody gets them all.
-            return embeddings_bd if embeddings_bd.is_fully_addressable else put_everywhere(embeddings_bd, self.mesh)
+            if embeddings_bd.is_fully_addressable:
+                return embeddings_bd
+            return jax.device_put(embeddings_bd, replicated(self.mesh))  # each process holds its own rows: all need all
+
+
+def _unpickle(make: Callable[[Params], Encoder], params: Params) -> Encoder:
+    """In what may be a process that has loaded no model."""
+    use_compilation_cache()
+    return make(params)
+
+
+def _as_list(texts: Any) -> list[str]:
+    """The texts of a list or of a column; what would give keys or rows instead of texts is an InputError."""
+    if not isinstance(texts, Iterable) or isinstance(texts, Mapping) or getattr(texts, "ndim", 1) != 1:
+        kind = type(texts).__name__
+        raise InputError(f"texts must be a list of strings or one string, not a {kind}; of a table give one column")
+    return list(texts)
 
 
 def _check_text(name: str, text: Any) -> None:

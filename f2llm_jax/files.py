@@ -48,7 +48,7 @@ def new_file(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
 
 
 def unfinished(folder: Path, name: str = "*") -> Iterator[Path]:
-    """The temporary files of ``new_file`` in a folder, also those it was killed over: of a name, by default of all."""
+    """The temporary files of ``new_file`` in a folder, including those of killed processes; for one name, or all."""
     return folder.glob(f".{name}.*.tmp")
 
 

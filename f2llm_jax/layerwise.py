@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from f2llm_jax.config import ModelConfig
-from f2llm_jax.embedding import Batch, PackedBatch, ends, ends_alone, matryoshka
+from f2llm_jax.embedding import AnyBatch, PackedBatch, matryoshka, trims_last_layer
 from f2llm_jax.model import Block, Params, RMSNorm, apply, at_positions, rotary_angles
 from f2llm_jax.segments import positions
 from f2llm_jax.vocabulary import lookup
 
 LONGEST_ROW = 256
-"""Where both are as fast."""
+"""Of rows computed layer by layer: at this length both ways are equally fast."""
 
 
 class Layerwise:
@@ -43,15 +43,15 @@ class Layerwise:
             jax.tree.map(functools.partial(_view, layer), params["layers"]) for layer in range(config.num_hidden_layers)
         ]
 
-    def __call__(self, batch: Batch | PackedBatch, dim: int) -> jax.Array:
-        """Float32 unit embeddings [batch, dim], of a ``PackedBatch`` [batch, texts, dim], as a promise."""
-        segment_ids_bt = batch.segment_ids_bt if isinstance(batch, PackedBatch) else None
+    def __call__(self, batch: AnyBatch, dim: int) -> jax.Array:
+        """Dispatches the programs of a batch: float32 unit embeddings [batch, dim], if packed [batch, texts, dim]."""
+        segment_ids_bt = batch.segment_ids_bt
         x_btd, rotary = _first(self._table_vd, batch.tokens_bt, segment_ids_bt, config=self.config)
-        last = len(self._layers) - 1 if ends_alone(batch) else len(self._layers)
+        last = len(self._layers) - 1 if trims_last_layer(batch) else len(self._layers)
         for weights in self._layers[:last]:
             x_btd = _layer(weights, x_btd, rotary, segment_ids_bt, **self._block)
         for weights in self._layers[last:]:
-            x_btd = _layer_of_ends(weights, x_btd, rotary, segment_ids_bt, ends(batch), **self._block)
+            x_btd = _layer_of_ends(weights, x_btd, rotary, segment_ids_bt, batch.ends_be, **self._block)
         return _last(self._norm, x_btd, batch, config=self.config, dim=dim)
 
     @property
@@ -59,13 +59,13 @@ class Layerwise:
         """The fields of ``Block``."""
         return {"config": self.config, "dtype": self.dtype, "kernel": self.kernel}
 
-    def programs(self, batch: Batch | PackedBatch) -> list[str]:
+    def programs(self, batch: AnyBatch) -> list[str]:
         """The compiled programs of a layer and of one for the ends alone: what a profile's names stand for."""
-        segment_ids_bt = batch.segment_ids_bt if isinstance(batch, PackedBatch) else None
+        segment_ids_bt = batch.segment_ids_bt
         inputs = _first(self._table_vd, batch.tokens_bt, segment_ids_bt, config=self.config)
         weights = self._layers[-1]
         layer = _layer.lower(weights, *inputs, segment_ids_bt, **self._block)
-        of_ends = _layer_of_ends.lower(weights, *inputs, segment_ids_bt, ends(batch), **self._block)
+        of_ends = _layer_of_ends.lower(weights, *inputs, segment_ids_bt, batch.ends_be, **self._block)
         return [lowered.compile().as_text() or "" for lowered in (layer, of_ends)]
 
 
@@ -113,8 +113,8 @@ def _layer_of_ends(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dim"))
-def _last(norm: Params, x_btd: jax.Array, batch: Batch | PackedBatch, *, config: ModelConfig, dim: int) -> jax.Array:
+def _last(norm: Params, x_btd: jax.Array, batch: AnyBatch, *, config: ModelConfig, dim: int) -> jax.Array:
     states_bed = apply(RMSNorm(config.hidden_size, "embed", config.rms_norm_eps), norm, x_btd)
-    if not ends_alone(batch):
-        states_bed = at_positions(states_bed, ends(batch))
+    if not trims_last_layer(batch):
+        states_bed = at_positions(states_bed, jnp.asarray(batch.ends_be))
     return matryoshka(states_bed if isinstance(batch, PackedBatch) else states_bed[:, 0], (dim,))[dim]

@@ -25,7 +25,7 @@ def hard_negative_loss(
     *,
     temperature: float = TEMPERATURE,
     mrl_dims: Sequence[int] | None = None,
-    counted_b: jax.Array | None = None,
+    example_mask_b: jax.Array | None = None,
 ) -> jax.Array:
     """Cross-entropy of each query's own passage against its own hard negatives, mean over the batch.
 
@@ -34,7 +34,7 @@ def hard_negative_loss(
         negatives_bnd: [batch, negatives, hidden]; None gives 0, as the reference does.
         temperature: divides the cosines.
         mrl_dims: Matryoshka sizes besides the full one; None for the full size alone. See ``matryoshka_weights``.
-        counted_b: bool [batch]; the mean is over these examples. None for all.
+        example_mask_b: bool [batch]; the mean is over these examples. None for all.
 
     Returns:
         A float32 scalar.
@@ -44,7 +44,7 @@ def hard_negative_loss(
 
     def loss(query_bd: jax.Array, documents_bnd: jax.Array) -> jax.Array:
         logit_bn = jnp.einsum("bd,bnd->bn", query_bd, documents_bnd, precision="highest") / temperature
-        return -jnp.mean(jax.nn.log_softmax(logit_bn)[:, 0], where=counted_b)
+        return -jnp.mean(jax.nn.log_softmax(logit_bn)[:, 0], where=example_mask_b)
 
     documents_bnd = jnp.concatenate([passage_bd[:, None], negatives_bnd], axis=1)
     return _over_dims(loss, query_bd, documents_bnd, mrl_dims)
@@ -58,7 +58,7 @@ def in_batch_loss(
     mrl_dims: Sequence[int] | None = None,
     passage_ids_c: jax.Array | None = None,
     stop_passage_gradient: bool = False,
-    counted_b: jax.Array | None = None,
+    example_mask_b: jax.Array | None = None,
 ) -> jax.Array:
     """Cross-entropy of each query's own passage against all passages of the global batch, mean over the batch.
 
@@ -70,7 +70,7 @@ def in_batch_loss(
             denominator. None compares with all, as the reference does.
         stop_passage_gradient: trains the queries alone by this term, which is what the reference does on several GPUs
             (its gather carries no gradient). The default is the full gradient, what the reference does on one.
-        counted_b: bool [batch]; the loss is that of a batch of these examples. None for all.
+        example_mask_b: bool [batch]; the loss is that of a batch of these examples. None for all.
 
     Returns:
         A float32 scalar.
@@ -83,9 +83,9 @@ def in_batch_loss(
         if passage_ids_c is not None:
             same_bc = passage_ids_c[:, None] == passage_ids_c[None, :]
             logit_bc = jnp.where(same_bc & ~jnp.eye(len(passage_ids_c), dtype=bool), -jnp.inf, logit_bc)
-        if counted_b is not None:
-            logit_bc = jnp.where(counted_b[None, :], logit_bc, -jnp.inf)
-        return -jnp.mean(jnp.diagonal(jax.nn.log_softmax(logit_bc)), where=counted_b)
+        if example_mask_b is not None:
+            logit_bc = jnp.where(example_mask_b[None, :], logit_bc, -jnp.inf)
+        return -jnp.mean(jnp.diagonal(jax.nn.log_softmax(logit_bc)), where=example_mask_b)
 
     return _over_dims(loss, query_bd, passage_cd, mrl_dims)
 

@@ -239,7 +239,7 @@ class Backbone(nn.Module):
         rotary = rotary_angles(positions(tokens_bt.shape[1], segment_ids_bt), c.head_dim, c.rope_theta)
         norm = RMSNorm(c.hidden_size, "embed", c.rms_norm_eps, name="norm")
         if ends_be is not None:
-            plain = functools.partial(_layer, Block(c, self.dtype, self.kernel, parent=None))
+            plain = functools.partial(apply, Block(c, self.dtype, self.kernel, parent=None))
             # The last layer may be merged with its forward pass: but for keys and values it is of few positions.
             layer = jax.checkpoint(plain, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
             weights = self.variables["params"]["layers"]
@@ -265,12 +265,6 @@ def check_layers(params: Params, config: ModelConfig) -> None:
         raise InputError(f"the parameters are of {found} layers, the config of {config.num_hidden_layers}")
 
 
-def _layer(
-    block: Block, weights: Params, x_btd: jax.Array, rotary: Any, segment_ids_bt: Any, ends_be: Any = None
-) -> jax.Array:
-    return apply(block, weights, x_btd, rotary, segment_ids_bt, ends_be)
-
-
 def _through_layers(
     layer: Callable[..., jax.Array],
     weights: Params,
@@ -279,11 +273,11 @@ def _through_layers(
     segment_ids_bt: jax.Array | None,
     ends_be: jax.Array,
 ) -> jax.Array:
-    """The residual stream after all layers at some positions, [batch, ends, hidden], for which alone the last computes.
+    """The residual stream at ``ends_be``, [batch, ends, hidden]; the last layer computes only those positions.
 
-    Without a gradient each layer's weights are read where they are. The gradient of a layer read so would be added to a
-    whole stack at every turn. So for a gradient the loop runs over a copy without the last layer or, unless the model
-    ``has_few_layers``, over the stack as it is, the last layer like the others.
+    Without a gradient each layer's weights are read in place. With one, reading them in place would add the gradient of
+    a layer to a whole stack at every turn of the loop, so the loop runs over a copy without the last layer or, unless
+    the model ``has_few_layers``, over the whole stack, the last layer computing all positions like the others.
     """
     count = jax.tree.leaves(weights)[0].shape[0] - 1
     few = has_few_layers(count + 1)
@@ -319,14 +313,15 @@ def _through_layers(
         return *d_weights, d_x_btd, None, None, None
 
     run.defvjp(forward, backward)
-    # For who calls this outside of ``jax.jit``: operation by operation, a layer is some hundred programs to compile.
+    # Jitted for callers outside of ``jax.jit``: operation by operation, a layer is some hundred programs to compile.
     return jax.jit(run)(weights, x_btd, rotary, segment_ids_bt, ends_be)
 
 
 def has_few_layers(layers: int) -> bool:
-    """Whether training computes the last of so many layers for the ends alone: if that is worth a copy of the others.
+    """Whether training computes the last layer at the texts' ends only, for which it copies the weights of the others.
 
-    Of 8 layers (the 80M) a tenth is spared for 110 MB in float32, of 28 (the 0.6B) a thirtieth for 1.7 GB.
+    With 8 layers (the 80M) that spares a tenth of the work for 110 MB in float32, with 28 (the 0.6B) a thirtieth for
+    1.7 GB.
     """
     return layers <= FEW_LAYERS
 

@@ -87,6 +87,28 @@ class Packing:
         self.prefixed_length = prefixed_length
         self.prefix_t = _NO_TOKENS
 
+    @classmethod
+    def on(
+        cls, platform: str, batch_tokens: int, max_length: int, multiple: int = 1, *, longest_prefixed: int = 0
+    ) -> Packing:
+        """The shapes that suit ``cpu``, ``gpu`` or ``tpu``.
+
+        Args:
+            platform: where they are computed.
+            batch_tokens, max_length, multiple: as above.
+            longest_prefixed: the longest row whose texts may share a prefix, see ``attention.longest_prefixed_row``.
+        """
+        short_rows, row_length = platform == "cpu", packed_length(platform)
+        prefixed_length = PREFIXED_ROW if short_rows else row_length
+        return cls(
+            batch_tokens,
+            max_length,
+            multiple,
+            row_length=row_length,
+            short_rows=short_rows,
+            prefixed_length=prefixed_length if prefixed_length <= longest_prefixed else 0,
+        )
+
     def prefixed(self, prefix_t: np.ndarray) -> Packing:
         """Of rows that begin with a prefix."""
         packing = copy.copy(self)
@@ -236,7 +258,7 @@ def packed(sequences: Iterable[list[np.ndarray]], packing: Packing, pad_id: int)
 
 
 def common_prefix(texts: Sequence[np.ndarray], most: int) -> np.ndarray:
-    """What all of several texts begin with, up to so many tokens, without any one's last; none if that is little."""
+    """The longest common prefix, of at most ``most`` tokens and no text as a whole; empty below ``_LEAST_PREFIX``."""
     if len(texts) < 2:
         return _NO_TOKENS
     length = min(most, *(len(ids) - 1 for ids in texts))
@@ -299,7 +321,7 @@ def _cheapest_batches(
 ) -> Iterator[tuple[list[PackedRow], Bucket]]:
     """The rows that are left, cut where their texts end, in the batches that together cost least.
 
-    Of those, that is, that take rows from the fullest down, each as many as it has room for.
+    The cheapest partition, that is, of the rows in order, the fullest first.
     """
     rows = sorted(itertools.chain(*waiting.values()), key=lambda row: -row.tokens)
     lengths = [packing.last_length(row.tokens) for row in rows]

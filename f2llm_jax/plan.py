@@ -203,7 +203,6 @@ def make_plan(
     """
     devices = topology_devices(topology)
     if mesh is not None:
-        make_mesh(*mesh, devices=devices)  # says so if there are not as many devices
         _check_divides(job, mesh, make_mesh(*mesh, devices=devices))
     plans: list[Plan] = []
     for candidate in _ranked(job, topology, mesh, devices)[:TRIES]:

@@ -36,9 +36,9 @@ def product(spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike, 
             operand has a letter of its own, and at least one is summed over.
         a, b: of any float dtype, which their gradients have too.
         dtype: that of the operands, here and in the gradient.
-        may_round: the result is on its way to an operand: it may be in ``dtype`` already. On accelerators it is: they
-            have summed in float32 and write half the bytes, and what is done before the next product reads half. On
-            CPUs XLA turns the operands of a product with such a result to float32.
+        may_round: the result only feeds another product, so it may be rounded to ``dtype``. On accelerators it is: they
+            still sum in float32, but write half the bytes, and what comes before the next product reads half. On CPUs
+            it is not: there XLA would convert the operands of a product with such a result to float32.
     """
     return einsum(spec, a, b, dtype, may_round)
 

@@ -198,8 +198,8 @@ def _backward(residuals: Any, cotangent_btnh: jax.Array) -> tuple[jax.Array, jax
     q_pn2h, k_pk2h, v_pk2h, d_out_pn2h = (
         _joined(_halves(x), blocks) for x in (q_btnh, k_bskh, v_bskh, cotangent_btnh.astype(dtype))
     )
-    # What a query's weights have to do with each other by their sum being one.
-    mean_pn = _joined(jnp.sum(cotangent_btnh * out_btnh.astype(jnp.float32), axis=-1), blocks)
+    # The softmax term of the gradient, rowsum(dO ∘ O).
+    delta_pn = _joined(jnp.sum(cotangent_btnh * out_btnh.astype(jnp.float32), axis=-1), blocks)
     multiply = functools.partial(einsum, dtype=dtype)
 
     def visit(block: jax.Array, window: int, carry: Gradients) -> Gradients:
@@ -209,8 +209,8 @@ def _backward(residuals: Any, cotangent_btnh: jax.Array) -> tuple[jax.Array, jax
         score_ksq = multiply("ksh,kqh->ksq", k_ksh, q_kqh)
         log_sum_k1q = jax.lax.dynamic_index_in_dim(log_sum_ckq, block, 0, keepdims=False)[:, None]
         weight_ksq = jnp.exp(jnp.where(blocks.seen(block, window, g).T, score_ksq - log_sum_k1q, -jnp.inf))
-        mean_k1q = blocks.cut(mean_pn, block).reshape(-1, k, g).swapaxes(0, 1).reshape(k, 1, -1)
-        d_score_ksq = weight_ksq * (multiply("ksh,kqh->ksq", v_ksh, d_out_kqh) - mean_k1q)
+        delta_k1q = blocks.cut(delta_pn, block).reshape(-1, k, g).swapaxes(0, 1).reshape(k, 1, -1)
+        d_score_ksq = weight_ksq * (multiply("ksh,kqh->ksq", v_ksh, d_out_kqh) - delta_k1q)
         d_q_qn2h = _halves(heads_last(multiply("ksq,ksh->kqh", d_score_ksq, k_ksh).astype(dtype), g))
         start = blocks.window_start(block, window)
         return (

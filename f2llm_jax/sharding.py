@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 
 from f2llm_jax.axes import COMPUTE_RULES, MESH_AXES, STORAGE_RULES, check_axes, partition_spec
 from f2llm_jax.config import ModelConfig
-from f2llm_jax.embedding import Batch, PackedBatch
+from f2llm_jax.embedding import AnyBatch
 from f2llm_jax.errors import InputError
 from f2llm_jax.model import Params, abstract_params
 
@@ -39,8 +39,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Sequenc
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def put_batch(batch: Batch | PackedBatch, mesh: Mesh) -> Batch | PackedBatch:
-    """A batch over a mesh, of rows that every process of the mesh has: each puts its own on its devices.
+def put_batch(batch: AnyBatch, mesh: Mesh) -> AnyBatch:
+    """Shards a batch that every process holds whole: each places its own rows.
 
     Args:
         batch: the whole batch, as NumPy arrays, the same in every process.
@@ -52,9 +52,9 @@ def put_batch(batch: Batch | PackedBatch, mesh: Mesh) -> Batch | PackedBatch:
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch)
 
 
-def put_everywhere(x: jax.Array, mesh: Mesh) -> jax.Array:
-    """The array, whole on every device of its mesh."""
-    return jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what is whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def padded_config(config: ModelConfig, mesh: Mesh | None) -> ModelConfig:

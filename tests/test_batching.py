@@ -159,8 +159,8 @@ def test_every_text_once_in_short_rows(chunks, batch_tokens, multiple):
         rows, length = tokens_bt.shape
         assert length in packing.last_lengths and rows % multiple == 0 and rows <= packing.rows(length)
         fullest = np.bincount(slots // ends_be.shape[1]).max()
-        least = 32 if length >= 128 else 16
-        assert ends_be.shape[1] == min(length, next(n for n in (least, 4 * least, 16 * least) if n >= fullest))
+        assert fullest <= ends_be.shape[1] <= length
+        assert ends_be.shape[1] in {16, 32, 64, 128, 256, length}  # few, since a program is compiled for each
         assert tokens == np.count_nonzero(segment_ids_bt) == sum(len(flat[text]) for text in texts)
         ends = ends_be.ravel()
         for text, slot in zip(texts, slots, strict=True):

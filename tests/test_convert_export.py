@@ -93,10 +93,10 @@ def test_a_default_prompt_that_is_not_written_is_none(release: Path, tmp_path: P
         assert read_release(out).default_prompt_name == expected
 
 
-def test_a_step_that_fails_at_the_very_end_fails_in_all(
+def test_the_folder_appears_in_a_step_that_all_processes_hear_of(
     release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever this process does to the folder, it does in a step that the others hear of."""
+    """So that its failure fails all of them."""
     committed = []
     original = export._together
 

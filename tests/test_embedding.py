@@ -21,7 +21,7 @@ from releases import TINY, params_of, torch_model
 import f2llm_jax
 from f2llm_jax import model
 from f2llm_jax.batching import bucket_lengths
-from f2llm_jax.embedding import ends_alone
+from f2llm_jax.embedding import trims_last_layer
 from f2llm_jax.errors import InputError
 from f2llm_jax.segments import PREFIX
 
@@ -101,7 +101,7 @@ def test_the_last_layer_for_ends_alone_is_that_for_all(params, batch, dtype, rem
     weight_bed = np.random.default_rng(1).normal(size=(*ends_be.shape, TINY.hidden_size)).astype(np.float32)
 
     def of_ends(params):
-        assert ends_alone(batch)
+        assert trims_last_layer(batch)
         states = f2llm_jax.eos_states(params, batch, config=TINY, dtype=dtype, remat=remat)
         return states if packed else states[:, None]
 
@@ -147,7 +147,7 @@ def test_of_many_layers_no_weights_are_copied_for_a_gradient(few_layers, copied,
 @pytest.mark.parametrize(("ends", "expected"), [(64, True), (65, False)])
 def test_many_ends_are_computed_like_all_positions(ends, expected):
     rows = np.zeros((1, 256), np.int32)
-    assert ends_alone(f2llm_jax.PackedBatch(rows, rows, np.zeros((1, ends), np.int32))) == expected
+    assert trims_last_layer(f2llm_jax.PackedBatch(rows, rows, np.zeros((1, ends), np.int32))) == expected
 
 
 def test_another_number_of_layers_is_refused(params):

@@ -147,7 +147,13 @@ def test_what_is_no_unicode_is_named_by_index(tiny, texts):
         tiny.encode(texts)
 
 
-@pytest.mark.parametrize("wrong", [None, 3])
+class Frame(list):
+    """As pandas' DataFrame: to iterate over it gives the names of its columns."""
+
+    ndim = 2
+
+
+@pytest.mark.parametrize("wrong", [None, 3, {"a": "b"}, np.array("a"), Frame(["text"])])
 def test_what_is_no_list_is_refused(tiny, wrong):
     with pytest.raises(InputError, match=f"not a {type(wrong).__name__}"):
         tiny.encode(wrong)
@@ -363,8 +369,14 @@ def test_a_copy_on_another_device_keeps_the_kernel(tiny, tiny_release):
     same(copy.encode(TEXTS[:8]), model.encode(TEXTS[:8]))
 
 
-def test_a_pickled_copy_gives_the_same(tiny, expected):
-    copied = pickle.loads(pickle.dumps(tiny))
+def test_a_pickled_copy_gives_the_same(tiny, expected, monkeypatch):
+    pickled, cached = pickle.dumps(tiny), []
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(encoder, "resolve_kernel", lambda asked, *where: asked)
+        elsewhere.setattr(encoder, "use_compilation_cache", lambda: cached.append(True))
+        copied = pickle.loads(pickled)
+    assert copied.kernel == "auto" and cached == [True]
+    copied = pickle.loads(pickled)
     assert not copied._shapes_met  # nothing is compiled where it may be now
     np.testing.assert_array_equal(copied.encode(TEXTS), expected)
 
@@ -390,6 +402,7 @@ def test_a_kernel_by_name(tiny, tiny_release, expected):
     assert tiny.kernel == "ragged"
     model = f2llm_jax.load(tiny_release, kernel="splash")
     same(model.encode(TEXTS[:3]), expected[:3])
+    same(model.encode_query(TEXTS[:3]), tiny.encode_query(TEXTS[:3]))  # this kernel knows no common prefixes
     with pytest.raises(InputError, match="no attention kernel 'fast'; there are auto, blocked"):
         f2llm_jax.load(tiny_release, kernel="fast")
     with pytest.raises(InputError, match="cudnn kernel computes in bfloat16"):

@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from releases import TINY, write_release
 
 import f2llm_jax
-from f2llm_jax import Batch, InputError, embed, encoder, init_params, make_mesh, packing
+from f2llm_jax import Batch, InputError, embed, init_params, make_mesh, packing
 from f2llm_jax.axes import COMPUTE_RULES, partition_spec
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.sharding import BATCH_SPEC, param_shardings
@@ -159,7 +159,7 @@ def test_encode_is_that_of_one_device(tmp_path_factory, monkeypatch, name):
         assert np.abs(got - expected).max() <= 2e-6, layout
     # The rows of accelerators.
     monkeypatch.setattr(
-        encoder, "Packing", lambda *sizes, **_: packing.Packing(*sizes, row_length=256, prefixed_length=128)
+        packing.Packing, "on", lambda _, *sizes, **options: packing.Packing(*sizes, row_length=256, prefixed_length=128)
     )
     got = model.encode(texts, prompt_name="query", batch_tokens=1024)
     assert np.abs(got - expected).max() <= 2e-6

@@ -261,8 +261,8 @@ def test_validation_batches_are_shared_and_few_shapes(data):
 
 
 def test_validation_is_over_the_examples_on_any_mesh(data):
-    def evaluate(params, batch, counted_b, *, in_batch):
-        return {"length": np.mean(np.asarray(batch.query.lengths_b)[np.asarray(counted_b)])}
+    def evaluate(params, batch, example_mask_b, *, in_batch):
+        return {"length": np.mean(np.asarray(batch.query.lengths_b)[np.asarray(example_mask_b)])}
 
     scores = []
     for devices, batch_size in ((1, 3), (8, 8)):

@@ -19,7 +19,7 @@ from releases import SHARED, TINY
 from f2llm_jax.attention import KERNELS
 from f2llm_jax.embedding import Batch, PackedBatch, eos_states
 from f2llm_jax.model import init_params
-from f2llm_jax.packing import packed_length, text_lengths
+from f2llm_jax.packing import text_lengths
 from f2llm_jax.sharding import make_mesh, param_shardings
 from f2llm_jax.train import placement
 from f2llm_jax.train.batch import PackedTrainBatch, TeacherStates, TrainBatch
@@ -31,9 +31,9 @@ from f2llm_jax.train.prepare import prepare
 from f2llm_jax.train.step import (
     ComputeConfig,
     LossConfig,
+    loss_and_grads,
     loss_terms,
     teacher_states,
-    value_and_grad,
 )
 from f2llm_jax.train.validation import validation_step
 
@@ -75,7 +75,7 @@ def step(params, batch, teacher_params=None, *, compute: ComputeConfig):
         terms = loss_terms(states, batch, LOSS, in_batch=True, teacher=teacher)
         return terms["hard"] + terms["in_batch"] + terms["distill"], terms
 
-    return value_and_grad(loss, params, batch, TINY, compute)
+    return loss_and_grads(loss, params, batch, TINY, compute)
 
 
 run_step = jax.jit(step, static_argnames="compute")
@@ -163,13 +163,13 @@ def test_validation_is_that_of_a_text_a_row():
         assert float(found[name]) == pytest.approx(float(value), rel=1e-5), name
 
     # Whatever fills a batch counts for nothing.
-    counted_b = np.arange(QUERIES) < 5
-    first, last = run(params(), batch, counted_b), run(params(), batch, ~counted_b)
+    example_mask_b = np.arange(QUERIES) < 5
+    first, last = run(params(), batch, example_mask_b), run(params(), batch, ~example_mask_b)
     for name in ("loss_hard", "accuracy"):
         mean = (5 * float(first[name]) + 3 * float(last[name])) / QUERIES
         assert mean == pytest.approx(float(expected[name]), rel=1e-5), name
-    tokens_bt = np.where(counted_b[:, None], batch.passage.tokens_bt, 7)
-    filled = run(params(), batch._replace(passage=batch.passage._replace(tokens_bt=tokens_bt)), counted_b)
+    tokens_bt = np.where(example_mask_b[:, None], batch.passage.tokens_bt, 7)
+    filled = run(params(), batch._replace(passage=batch.passage._replace(tokens_bt=tokens_bt)), example_mask_b)
     assert jax.device_get(filled) == jax.device_get(first)
 
 
@@ -178,7 +178,7 @@ def test_work_is_counted_by_the_texts():
     packed = as_packed(batch, multiple=4)
     expected, found = Work.of(batch), Work.of(packed)
     assert found._replace(slots=0) == expected._replace(slots=0)
-    assert found.slots == packed.rows.tokens_bt.size < expected.slots
+    assert found.computed_tokens == packed.rows.tokens_bt.size < expected.computed_tokens
 
 
 # --- the shapes
@@ -224,7 +224,7 @@ def test_slots_count_through_the_rows_of_all_processes(monkeypatch):
 
 def test_rows_are_as_long_as_pays():
     """On CPUs of a length that the texts of a batch fill, and short ones where the texts are."""
-    cpu = TrainPacking(row_length=packed_length("cpu"), fitted=True)
+    cpu = TrainPacking.on("cpu")
     assert cpu.lengths(200) == list(range(256, 513, 32))
     assert cpu.lengths(900) == [960, 1024] and cpu.lengths(1100) == list(range(1152, 2049, 128))
     assert cpu.lengths(20) == [64, 128, 192, *range(256, 513, 32)]
@@ -317,8 +317,7 @@ PADDING = 0.12
 def test_real_batches_are_of_few_shapes_with_little_padding(real_data, fitted, programs):
     """Texts of 5 to 1,000 tokens of three tasks and 30 datasets, in batches of 32 and of 512."""
     for batch_size in (32, 512):
-        row_length = packed_length("cpu" if fitted else "tpu")
-        data = LengthsOnly(real_data, packing=TrainPacking(row_length=row_length, fitted=fitted))
+        data = LengthsOnly(real_data, packing=TrainPacking.on("cpu" if fitted else "tpu"))
         batches = TrainBatches(data, batch_size=batch_size)
         plans = [batches[number].batch for number in range(0, len(batches), 4 if batch_size == 32 else 1)]
         tokens = sum(row.tokens for plan in plans for row in plan.shares[0])
@@ -331,9 +330,7 @@ class LengthsOnly(TrainingData):
     """Gives the plan of a batch."""
 
     def batch(self, dataset, split, examples, negatives, share):
-        columns = np.array([0, 1, *(2 + negatives)])
-        lengths = self._lengths[split][(dataset.first[split] + examples)[:, None], columns]
-        return self._packing.plan([np.minimum(lengths, self.max_length).T.reshape(-1)])
+        return self.pack_plan(self.text_lengths(dataset, split, examples, negatives), share.processes)
 
 
 @pytest.fixture(scope="module")

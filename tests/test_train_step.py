@@ -30,9 +30,9 @@ from f2llm_jax.train.step import (
     LossConfig,
     States,
     TrainState,
+    loss_and_grads,
     loss_terms,
     train_step,
-    value_and_grad,
 )
 
 ORACLE = SHARED / "reference_training"
@@ -182,7 +182,7 @@ def test_gradients_on_a_mesh_are_those_of_one_device():
             terms = loss_terms(states, batch, LossConfig(mrl_dims=(8, 32)), in_batch=True)
             return terms["hard"] + terms["in_batch"], terms
 
-        return value_and_grad(loss, params, batch, TINY, ComputeConfig(dtype="float32", chunk_rows=chunk_rows))
+        return loss_and_grads(loss, params, batch, TINY, ComputeConfig(dtype="float32", chunk_rows=chunk_rows))
 
     (expected_loss, _, expected) = jax.jit(grads, static_argnums=2)(params, batch, 0)
     mesh = make_mesh(data=8)
@@ -230,7 +230,7 @@ def test_distillation_weighs_as_the_config_says(monkeypatch):
     """In the loss of a step, whose states are given here."""
     student, teacher = random_states(), random_states(1)
     batch = empty_batch(teacher=TeacherStates(teacher.query_bd, teacher.documents_md[:4], teacher.documents_md[4:]))
-    monkeypatch.setattr(step_module, "value_and_grad", lambda loss, params, *rest: (*loss(student), params))
+    monkeypatch.setattr(step_module, "loss_and_grads", lambda loss, params, *rest: (*loss(student), params))
     optimizer = optax.sgd(0.0)
     params = {"w": jnp.ones(1)}
     state = TrainState(jnp.int32(0), params, optimizer.init(params))

@@ -25,7 +25,7 @@ from f2llm_jax.configs.datasets import NEGATIVES, Task
 from f2llm_jax.errors import InputError
 from f2llm_jax.tokens import truncated
 from f2llm_jax.train.batch import AnyTrainBatch, PackedTrainBatch, TeacherStates, TrainBatch
-from f2llm_jax.train.packing import TrainPacking, pack
+from f2llm_jax.train.packing import PackPlan, TrainPacking, pack
 from f2llm_jax.train.records import SPLITS, Dataset, Records, Settings, Split, data_digest, lengths_file
 from f2llm_jax.train.teacher import TeacherStore
 from f2llm_jax.train.units import exit_with_parent
@@ -127,10 +127,8 @@ class TrainingData:
         Returns:
             NumPy arrays, of [batch / processes] examples; slots of packed rows count through the rows of this share.
         """
-        numbers = dataset.first[split] + examples
-        columns = np.array([0, 1, *(2 + negatives)])
-        lengths = np.minimum(self._lengths[split][numbers[:, None], columns], self.max_length)
-        own = numbers[share.rows(len(numbers))]
+        lengths = self.text_lengths(dataset, split, examples, negatives)
+        own = dataset.first[split] + examples[share.rows(len(examples))]
         records = self._examples[split].read(own)
         passages = np.array([record["passage"] for record in records], np.int64)
         hard = np.array([record["negatives"][negatives] for record in records], np.int64).reshape(-1)
@@ -146,6 +144,16 @@ class TrainingData:
             teacher=self._teacher_states(own, passages, hard) if split == "train" else None,
         )
 
+    def text_lengths(self, dataset: Dataset, split: Split, examples: np.ndarray, negatives: np.ndarray) -> np.ndarray:
+        """Tokens of the texts of a batch, [batch, 2 + count]: of each example's query, passage and negatives."""
+        columns = np.array([0, 1, *(2 + negatives)])
+        return np.minimum(self._lengths[split][(dataset.first[split] + examples)[:, None], columns], self.max_length)
+
+    def pack_plan(self, lengths: np.ndarray, processes: int) -> PackPlan:
+        """The packed rows of a global batch whose texts have these lengths."""
+        assert self._packing is not None
+        return self._packing.plan([_in_order(part) for part in np.split(lengths, processes)])
+
     def _bucketed(self, texts: list[np.ndarray], lengths: np.ndarray, share: Share, **rest: Any) -> TrainBatch:
         query_length = _round_up(lengths[:, 0].max(), self._query_lengths)
         document_length = _round_up(lengths[:, 1:].max(), self._document_lengths)
@@ -159,8 +167,7 @@ class TrainingData:
         )
 
     def _packed(self, texts: list[np.ndarray], lengths: np.ndarray, share: Share, **rest: Any) -> PackedTrainBatch:
-        assert self._packing is not None
-        plan = self._packing.plan([_in_order(part) for part in np.split(lengths, share.processes)])
+        plan = self.pack_plan(lengths, share.processes)
         rows, slots = pack(plan, share.process, texts, self.settings.pad_id)
         query, passage, negatives = _by_kind(slots, len(lengths) // share.processes)
         return PackedTrainBatch(rows, query, passage, negatives if len(negatives) else None, **rest)

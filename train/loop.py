@@ -27,7 +27,7 @@ from f2llm_jax.errors import F2LLMError, InputError, ReleaseError, warn
 from f2llm_jax.files import local_path, take_lock
 from f2llm_jax.model import Params
 from f2llm_jax.release import Release, find_release, read_release
-from f2llm_jax.sharding import padded_config
+from f2llm_jax.sharding import padded_config, replicated
 from f2llm_jax.tokens import Tokenizer
 from f2llm_jax.train.checkpoint import Checkpoints
 from f2llm_jax.train.config import TrainConfig, check_values, differences
@@ -37,7 +37,6 @@ from f2llm_jax.train.optimizer import make_optimizer, make_schedule
 from f2llm_jax.train.placement import (
     abstract_state,
     check_batch,
-    everywhere,
     global_batch,
     make_train_mesh,
     shardings_of,
@@ -286,7 +285,7 @@ def make_update(
         teacher_config=teacher and teacher.config,
     )
     shardings = shardings_of(like)
-    out_shardings = (shardings, everywhere(shardings.step.mesh))
+    out_shardings = (shardings, replicated(shardings.step.mesh))
     on_tpu = shardings.step.mesh.devices.flat[0].platform == "tpu"
     return jax.jit(
         step,

@@ -14,7 +14,7 @@ import numpy as np
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.packing import text_lengths
 from f2llm_jax.planning.chips import CHIPS
-from f2llm_jax.planning.counts import ragged_flops
+from f2llm_jax.planning.counts import flops_of_lengths
 from f2llm_jax.train.batch import AnyTrainBatch, PackedTrainBatch
 
 # JAX names a chip as libtpu does or by its short name.
@@ -31,26 +31,26 @@ class Work(NamedTuple):
     Attributes:
         examples: queries.
         tokens: of queries, passages and negatives.
-        slots: tokens with padding.
+        computed_tokens: tokens with padding.
         squares: sum of the squared lengths of the texts.
     """
 
     examples: int
     tokens: int
-    slots: int
+    computed_tokens: int
     squares: int
 
     @classmethod
     def of(cls, batch: AnyTrainBatch) -> Work:
         """That of a batch whose share is held by this process, taken to be like those of the others."""
         if isinstance(batch, PackedTrainBatch):
-            slots = batch.rows.tokens_bt.size
+            computed_tokens = batch.rows.tokens_bt.size
             lengths = text_lengths(batch.rows)
         else:
             texts = [rows for rows in (batch.query, batch.passage, batch.negatives) if rows is not None]
-            slots = sum(rows.tokens_bt.size for rows in texts)
+            computed_tokens = sum(rows.tokens_bt.size for rows in texts)
             lengths = np.concatenate([np.asarray(rows.lengths_b, np.int64) for rows in texts])
-        counts = (len(batch.passage_ids_b), lengths.sum(), slots, np.square(lengths).sum())
+        counts = (len(batch.passage_ids_b), lengths.sum(), computed_tokens, np.square(lengths).sum())
         return cls(*(jax.process_count() * int(count) for count in counts))
 
     def forward_flops(self, config: ModelConfig) -> float:
@@ -58,7 +58,7 @@ class Work(NamedTuple):
 
         Those of all positions in every layer, as MFU is counted, though of the last not all may be computed.
         """
-        return ragged_flops(config, self.tokens, self.squares).total
+        return flops_of_lengths(config, self.tokens, self.squares).total
 
 
 class Step(NamedTuple):
@@ -118,14 +118,14 @@ class Meter:
 
     def scalars(self) -> dict[str, float]:
         """The means since the last call: losses by dataset and task as the reference names them, and throughput."""
-        examples, tokens, slots, squares = (sum(counts) for counts in zip(*self._work, strict=True))
-        total = Work(examples, tokens, slots, squares)
+        examples, tokens, computed_tokens, squares = (sum(counts) for counts in zip(*self._work, strict=True))
+        total = Work(examples, tokens, computed_tokens, squares)
         seconds = time.perf_counter() - self._start
         values = by_dataset("training", self._losses)
         values["grad_norm"] = float(np.mean(self._grad_norms))
         values["throughput/examples_per_second"] = total.examples / seconds
         values["throughput/tokens_per_second"] = total.tokens / seconds
-        values["throughput/padding_share"] = 1 - total.tokens / total.slots
+        values["throughput/padding_share"] = 1 - total.tokens / total.computed_tokens
         if peak := PEAK_FLOPS.get(jax.devices()[0].device_kind):
             flops = 3 * total.forward_flops(self._config)
             flops += total.forward_flops(self._teacher) if self._teacher is not None else 0.0

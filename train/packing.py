@@ -16,7 +16,16 @@ import numpy as np
 
 from f2llm_jax.batching import Bucket
 from f2llm_jax.embedding import PackedBatch
-from f2llm_jax.packing import PACKED_LENGTH, SHORT_ROW, PackedRow, best_fit, fill_packed, round_rows, row_slots
+from f2llm_jax.packing import (
+    PACKED_LENGTH,
+    SHORT_ROW,
+    PackedRow,
+    best_fit,
+    fill_packed,
+    packed_length,
+    round_rows,
+    row_slots,
+)
 from f2llm_jax.ragged import block_size, windows
 
 # Of the number of rows, per doubling: an eighth more than needed at most, a sixteenth on average, and none up to 16. Of
@@ -62,6 +71,11 @@ class TrainPacking:
     chunk_rows: int = 0
     row_length: int = PACKED_LENGTH
     fitted: bool = False
+
+    @classmethod
+    def on(cls, platform: str, multiple: int = 1, chunk_rows: int = 0) -> TrainPacking:
+        """The shapes that suit ``cpu``, ``gpu`` or ``tpu``."""
+        return cls(multiple, chunk_rows, packed_length(platform), fitted=platform == "cpu")
 
     def lengths(self, longest: int) -> list[int]:
         """The row lengths to choose from, ascending, for a batch whose longest text has so many tokens."""

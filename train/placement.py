@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from f2llm_jax.axes import batch_parts
 from f2llm_jax.config import ModelConfig
-from f2llm_jax.embedding import Batch, PackedBatch
+from f2llm_jax.embedding import AnyBatch
 from f2llm_jax.errors import InputError
 from f2llm_jax.model import Params, abstract_params
-from f2llm_jax.sharding import BATCH_SPEC, make_mesh, param_shardings
+from f2llm_jax.sharding import BATCH_SPEC, make_mesh, param_shardings, put_batch, replicated
 from f2llm_jax.train.batch import AnyTrainBatch, PackedTrainBatch
 from f2llm_jax.train.config import MeshConfig, TrainConfig
 from f2llm_jax.train.step import TrainState
@@ -53,13 +53,8 @@ def check_batch(config: TrainConfig, mesh: Mesh) -> None:
         )
 
 
-def everywhere(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
 def abstract_state(model: ModelConfig, optimizer: optax.GradientTransformation, dtype: str, mesh: Mesh) -> TrainState:
-    """The state's shapes and where it rests: moments with their parameters, counters everywhere."""
+    """The state's shapes and where it rests: moments with their parameters, counters on every device."""
 
     def put(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -71,18 +66,18 @@ def abstract_state(model: ModelConfig, optimizer: optax.GradientTransformation, 
         put,
         jax.eval_shape(optimizer.init, shapes),
         shardings,
-        transform_non_params=lambda x: put(x, everywhere(mesh)),
+        transform_non_params=lambda x: put(x, replicated(mesh)),
     )
-    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere(mesh))
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     return TrainState(step, jax.tree.map(put, shapes, shardings), opt_state)
 
 
-def on_mesh(step: Callable[..., Any], params: Params, batch: Batch | PackedBatch, mesh: Mesh | None) -> Any:
+def on_mesh(step: Callable[..., Any], params: Params, batch: AnyBatch, mesh: Mesh | None) -> Any:
     """Calls a compiled function of parameters, which lie on the mesh, and rows; without a mesh, on one device."""
     if mesh is None:
         return step(params, batch)
     with jax.set_mesh(mesh):
-        return step(params, jax.device_put(batch, NamedSharding(mesh, BATCH_SPEC)))
+        return step(params, put_batch(batch, mesh))
 
 
 def shardings_of(tree: Any) -> Any:

@@ -336,10 +336,10 @@ def _boxes(config: ModelConfig) -> dict[str, Any]:
 
 def weight_norms(params: Params, config: ModelConfig, measured: Measured) -> dict[str, np.ndarray]:
     """{site: L2 norm of the weights that read each channel there}, float64 [layers, channels]; the output has none."""
-    flat = flax.traverse_util.flatten_dict(params, sep=".")
+    flat, boxes = flax.traverse_util.flatten_dict(params, sep="."), _boxes(config)
 
     def norms(path: str) -> np.ndarray:
-        outputs = tuple(range(1, len(_boxes(config)[path].names) - 1))
+        outputs = tuple(range(1, len(boxes[path].names) - 1))
         return np.asarray(jnp.sqrt(jnp.sum(jnp.square(flat[path]), axis=outputs)), np.float64)
 
     return {path: norms(f"{path}.weight") for path in measured.sites if path}

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
 
 from f2llm_jax.axes import batch_parts
 from f2llm_jax.config import ModelConfig
-from f2llm_jax.packing import packed_length
 from f2llm_jax.release import find_release
 from f2llm_jax.train.config import TrainConfig
 from f2llm_jax.train.data import DataLoader, Share, TrainBatches, TrainingData
@@ -41,7 +39,9 @@ def open_loader(config: TrainConfig) -> DataLoader:
             width=ModelConfig.from_release(release).hidden_size,
             teacher=config.teacher,
         )
-    packing = make_packing(config, mesh) if config.data.packed else None
+    packing = None
+    if config.data.packed:
+        packing = TrainPacking.on(mesh.devices.flat[0].platform, batch_parts(mesh), config.compute.chunk_rows)
     data = TrainingData(config.data.path, max_length=max_length, teacher=store, packing=packing)
     batches = TrainBatches(
         data,
@@ -51,14 +51,3 @@ def open_loader(config: TrainConfig) -> DataLoader:
         share=Share(jax.process_index(), jax.process_count()),
     )
     return DataLoader(batches, multiple=batch_parts(mesh), workers=config.data.workers)
-
-
-def make_packing(config: TrainConfig, mesh: Mesh) -> TrainPacking:
-    """The shapes of a run's packed batches."""
-    platform = mesh.devices.flat[0].platform
-    return TrainPacking(
-        multiple=batch_parts(mesh),
-        chunk_rows=config.compute.chunk_rows,
-        row_length=packed_length(platform),
-        fitted=platform == "cpu",
-    )

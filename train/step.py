@@ -17,11 +17,9 @@ import optax
 from f2llm_jax import losses
 from f2llm_jax.axes import batch_parts
 from f2llm_jax.config import ModelConfig
-from f2llm_jax.embedding import Batch, PackedBatch, eos_states
+from f2llm_jax.embedding import AnyBatch, Batch, eos_states
 from f2llm_jax.model import Params
 from f2llm_jax.train.batch import AnyTrainBatch, PackedTrainBatch
-
-Rows = Batch | PackedBatch
 
 
 class TrainState(NamedTuple):
@@ -67,8 +65,8 @@ class ComputeConfig:
         dtype: of the operands of matrix products.
         remat: which activations are kept for the backward pass, see ``model.REMAT_POLICIES``.
         kernel: which attention, see ``attention.KERNELS``; "auto" for the platform's.
-        chunk_rows: most rows computed at a time, but for what their number is rounded up to on a mesh; of one text each
-            or packed as ``data.layout`` says; 0 for all at once.
+        chunk_rows: rows of a GradCache chunk, of one text each or packed as ``data.layout`` says, rounded up to what
+            divides over the mesh; 0 computes all rows at once.
     """
 
     dtype: str = "bfloat16"
@@ -124,7 +122,7 @@ def train_step(
         terms = loss_terms(states, batch, loss, in_batch=in_batch, teacher=teacher)
         return terms["hard"] + terms["in_batch"] + loss.kd_weight * terms["distill"], terms
 
-    total, terms, grads = value_and_grad(batch_loss, state.params, batch, config, compute)
+    total, terms, grads = loss_and_grads(batch_loss, state.params, batch, config, compute)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {"loss": total, **terms, "grad_norm": optax.tree.norm(grads)}
@@ -151,14 +149,18 @@ def loss_terms(
     *,
     in_batch: bool,
     teacher: States | None = None,
-    counted_b: jax.Array | None = None,
+    example_mask_b: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """The terms ``hard``, ``in_batch`` and ``distill`` (unweighted) of a batch, float32 scalars; 0 where one is off.
 
-    The first two are of the examples in ``counted_b`` alone, a bool [batch], if it is there.
+    The first two are of the examples in ``example_mask_b`` alone, a bool [batch], if it is there.
     """
     query_bd, passage_bd, negatives_bnd = split_states(states)
-    options: dict[str, Any] = {"temperature": loss.temperature, "mrl_dims": loss.mrl_dims, "counted_b": counted_b}
+    options: dict[str, Any] = {
+        "temperature": loss.temperature,
+        "mrl_dims": loss.mrl_dims,
+        "example_mask_b": example_mask_b,
+    }
     terms = {
         "hard": losses.hard_negative_loss(query_bd, passage_bd, negatives_bnd, **options),
         "in_batch": jnp.float32(0),
@@ -192,7 +194,7 @@ def split_states(states: States) -> tuple[jax.Array, jax.Array, jax.Array | None
     return states.query_bd, passage_bd, negatives_md.reshape(b, -1, d) if len(negatives_md) else None
 
 
-def value_and_grad(
+def loss_and_grads(
     batch_loss: Any, params: Params, batch: AnyTrainBatch, config: ModelConfig, compute: ComputeConfig
 ) -> tuple[jax.Array, dict[str, jax.Array], Params]:
     """The loss of a batch, its terms, and its gradient, directly or by cached gradients."""
@@ -222,7 +224,7 @@ def batch_states(params: Params, batch: AnyTrainBatch, config: ModelConfig, comp
     return text_states(batch, row_states(params, batch_rows(batch), config, compute))
 
 
-def batch_rows(batch: AnyTrainBatch) -> tuple[Rows, ...]:
+def batch_rows(batch: AnyTrainBatch) -> tuple[AnyBatch, ...]:
     """The runs of rows that the model computes: one if they are packed, else the queries, and all documents."""
     if isinstance(batch, PackedTrainBatch):
         return (batch.rows,)
@@ -232,11 +234,11 @@ def batch_rows(batch: AnyTrainBatch) -> tuple[Rows, ...]:
 
 
 def row_states(
-    params: Params, runs: tuple[Rows, ...], config: ModelConfig, compute: ComputeConfig
+    params: Params, runs: tuple[AnyBatch, ...], config: ModelConfig, compute: ComputeConfig
 ) -> tuple[jax.Array, ...]:
     """``eos_states`` of each run of rows (``batch_rows``), all at once or in chunks."""
 
-    def encode(rows: Rows) -> jax.Array:
+    def encode(rows: AnyBatch) -> jax.Array:
         return _eos_states(params, rows, config, compute)
 
     if not compute.chunk_rows:
@@ -256,14 +258,14 @@ def text_states(batch: AnyTrainBatch, states: tuple[jax.Array, ...]) -> States:
     )
 
 
-def _eos_states(params: Params, rows: Rows, config: ModelConfig, compute: ComputeConfig) -> jax.Array:
+def _eos_states(params: Params, rows: AnyBatch, config: ModelConfig, compute: ComputeConfig) -> jax.Array:
     return eos_states(params, rows, config=config, dtype=compute.dtype, kernel=compute.kernel, remat=compute.remat)
 
 
 def _add_chunk_grads(
-    grads: Params, params: Params, rows: Rows, cotangent: jax.Array, config: ModelConfig, compute: ComputeConfig
+    grads: Params, params: Params, rows: AnyBatch, cotangent: jax.Array, config: ModelConfig, compute: ComputeConfig
 ) -> Params:
-    def add(grads: Params, chunk: tuple[Rows, jax.Array]) -> tuple[Params, None]:
+    def add(grads: Params, chunk: tuple[AnyBatch, jax.Array]) -> tuple[Params, None]:
         rows, cotangent = chunk
         _, pull = jax.vjp(lambda params: _eos_states(params, rows, config, compute), params)
         (chunk_grads,) = pull(cotangent)

@@ -37,6 +37,7 @@ from f2llm_jax.convert.table import tensor_table
 from f2llm_jax.embedding import eos_states
 from f2llm_jax.errors import InputError, ReleaseError
 from f2llm_jax.model import Params
+from f2llm_jax.pipeline import lagging
 from f2llm_jax.release import find_release, read_release
 from f2llm_jax.sharding import padded_config
 from f2llm_jax.tokens import Tokenizer, truncated
@@ -56,6 +57,9 @@ AS_THEY_ARE = "takes the states as they are"
 # Texts of a file: what a kill loses at most. Their states are in memory until it is written.
 _FILE_TEXTS = 1 << 14
 _READ_TEXTS = 2048
+
+# Batches dispatched before the states of the one before them are fetched.
+_IN_FLIGHT = 2
 
 # A random access finds its record without reading others; states do not compress.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -235,20 +239,12 @@ class _Compute:
         parts = 1 if self.mesh is None else batch_parts(self.mesh)
         buckets = Buckets(self.batch_tokens, self.settings.max_length, parts)
         result = np.empty((count, self.settings.dim), DTYPES[self.settings.dtype])
-        pending: list[tuple[list[int], jax.Array]] = []
-        for rows in batched(chunks, buckets, pad_id):
-            pending.append((rows.texts, on_mesh(self._step, self.params, rows.batch, self.mesh)))
-            while len(pending) > 2:  # the device has its next batch while a result is fetched
-                advance(_fetch(pending, result))
-        while pending:
-            advance(_fetch(pending, result))
+        batches = batched(chunks, buckets, pad_id)
+        started = ((rows, on_mesh(self._step, self.params, rows.batch, self.mesh)) for rows in batches)
+        for rows, states_bd in lagging(started, _IN_FLIGHT):
+            result[rows.texts] = np.asarray(states_bd)[: len(rows.texts)]
+            advance(len(rows.texts))
         return result
-
-
-def _fetch(pending: list[tuple[list[int], jax.Array]], result: np.ndarray) -> int:
-    rows, states_bd = pending.pop(0)
-    result[rows] = np.asarray(states_bd)[: len(rows)]
-    return len(rows)
 
 
 def _write_files(home: Path, data: Path, compute: _Compute, prepared: Settings, *, show_progress: bool) -> None:

@@ -17,21 +17,23 @@ from jax.sharding import Mesh
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.embedding import unit
 from f2llm_jax.model import Params
+from f2llm_jax.pipeline import lagging
+from f2llm_jax.sharding import replicated
 from f2llm_jax.train.batch import AnyTrainBatch
 from f2llm_jax.train.config import TrainConfig
-from f2llm_jax.train.loader import Loader
+from f2llm_jax.train.loader import Item, Loader
 from f2llm_jax.train.meter import LOSSES, by_dataset
-from f2llm_jax.train.placement import everywhere, global_batch, global_rows
+from f2llm_jax.train.placement import global_batch, global_rows
 from f2llm_jax.train.step import ComputeConfig, LossConfig, batch_states, loss_terms, split_states
 
-# Batches dispatched before the results of an older one are fetched.
+# Batches dispatched before the results of the one before them are fetched.
 _IN_FLIGHT = 2
 
 
 def validation_step(
     params: Params,
     batch: AnyTrainBatch,
-    counted_b: jax.Array,
+    example_mask_b: jax.Array,
     *,
     config: ModelConfig,
     loss: LossConfig,
@@ -43,7 +45,7 @@ def validation_step(
     Args:
         params: the parameters.
         batch: the global batch.
-        counted_b: bool [batch]; the others are there to fill it, and nothing depends on them.
+        example_mask_b: bool [batch]; the others are there to fill it, and nothing depends on them.
         config, loss, compute, in_batch: as for ``train_step``.
 
     Returns:
@@ -52,21 +54,21 @@ def validation_step(
     """
     states = batch_states(params, batch, config, compute)
     loss = dataclasses.replace(loss, mrl_dims=())
-    terms = loss_terms(states, batch, loss, in_batch=in_batch, counted_b=counted_b)
+    terms = loss_terms(states, batch, loss, in_batch=in_batch, example_mask_b=example_mask_b)
     values = {LOSSES["in_batch"]: terms["in_batch"]} if in_batch else {}
     query_bd, passage_bd, negatives_bnd = split_states(states)
     if negatives_bnd is None:
         return values
     score_b = jnp.einsum("bd,bd->b", unit(query_bd), unit(passage_bd), precision="highest")
     score_bn = jnp.einsum("bd,bnd->bn", unit(query_bd), unit(negatives_bnd), precision="highest")
-    accuracy = jnp.mean(score_b > jnp.max(score_bn, axis=1), dtype=jnp.float32, where=counted_b)
+    accuracy = jnp.mean(score_b > jnp.max(score_bn, axis=1), dtype=jnp.float32, where=example_mask_b)
     return {LOSSES["hard"]: terms["hard"], "accuracy": accuracy, **values}
 
 
 def make_evaluate(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> Callable[..., dict[str, jax.Array]]:
     """``validation_step``, compiled, its results on every device."""
     step = functools.partial(validation_step, config=model, loss=config.loss, compute=config.compute)
-    return jax.jit(step, static_argnames="in_batch", out_shardings=everywhere(mesh))
+    return jax.jit(step, static_argnames="in_batch", out_shardings=replicated(mesh))
 
 
 def validate(
@@ -90,25 +92,26 @@ def validate(
     """
     from tqdm import tqdm
 
-    results: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    examples: dict[tuple[str, str], list[int]] = defaultdict(list)
-    items = itertools.chain.from_iterable(loader.validation().values())
-    for item in tqdm(
-        items, "validation", loader.validation_batches, leave=False, unit="batch", disable=not show_progress
-    ):
-        if stop():
-            return None
-        key = item.task, item.dataset
-        values = results[key]
-        examples[key].append(item.examples)
+    def start(item: Item) -> tuple[Item, dict[str, jax.Array]]:
         rows = len(item.batch.passage_ids_b)
-        counted_b = global_rows(jax.process_index() * rows + np.arange(rows) < item.examples, mesh)
+        example_mask_b = global_rows(jax.process_index() * rows + np.arange(rows) < item.examples, mesh)
         batch = global_batch(item.batch, mesh)
-        values.append(evaluate(params, batch, counted_b, in_batch=item.task == "retrieval"))
-        if len(values) > _IN_FLIGHT:
-            values[-1 - _IN_FLIGHT] = jax.device_get(values[-1 - _IN_FLIGHT])
-    means = {key: [_mean(values, examples[key])] for key, values in jax.device_get(dict(results)).items()}
-    return by_dataset("valid", means)
+        return item, evaluate(params, batch, example_mask_b, in_batch=item.task == "retrieval")
+
+    items = itertools.chain.from_iterable(loader.validation().values())
+    started = map(start, itertools.takewhile(lambda item: not stop(), items))
+    values: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
+    examples: dict[tuple[str, str], list[int]] = defaultdict(list)
+    with tqdm(
+        desc="validation", total=loader.validation_batches, leave=False, unit="batch", disable=not show_progress
+    ) as bar:
+        for item, means in lagging(started, _IN_FLIGHT):
+            values[item.task, item.dataset].append(jax.device_get(means))
+            examples[item.task, item.dataset].append(item.examples)
+            bar.update()
+    if sum(map(len, values.values())) < loader.validation_batches:
+        return None
+    return by_dataset("valid", {key: [_mean(values[key], examples[key])] for key in values})
 
 
 def _mean(batches: list[dict[str, Any]], examples: list[int]) -> dict[str, Any]:

@@ -9,15 +9,14 @@ import argparse
 from pathlib import Path
 
 from f2llm_jax.commands import needs_extra, positive
+from f2llm_jax.dtypes import STORED_DTYPES
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a training run")
     parser.add_argument("out", metavar="OUT", help="the release folder to write")
     parser.add_argument("--last", type=positive, default=3, metavar="K", help="checkpoints; default: %(default)s")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the model training began with"
-    )
+    parser.add_argument("--dtype", choices=STORED_DTYPES, help="default: that of the model training began with")
     parser.add_argument("--force", action="store_true", help="replace OUT if it is a model folder")
 
 

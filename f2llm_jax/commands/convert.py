@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 
 from f2llm_jax.commands import add_progress, show_progress
+from f2llm_jax.dtypes import STORED_DTYPES
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +20,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="the folder to write")
     parser.add_argument("--to", required=True, choices=("flax", "hf"), help="what to write")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="cast to it; default: as it is")
+    parser.add_argument("--dtype", choices=STORED_DTYPES, help="cast to it; default: as it is")
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of a safetensors file; default: %(default)s"
     )

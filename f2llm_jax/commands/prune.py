@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 
 from f2llm_jax.commands import add_mesh, add_progress, mesh_of, needs_extra, positive, show_progress
+from f2llm_jax.dtypes import STORED_DTYPES
 from f2llm_jax.errors import InputError
 
 
@@ -40,7 +41,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-length", type=positive, default=512, metavar="N", help="cut texts to N tokens; default: %(default)s"
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="to write; default: RELEASE's")
+    parser.add_argument("--dtype", choices=STORED_DTYPES, help="to write; default: RELEASE's")
     parser.add_argument("--force", action="store_true", help="replace OUT if it is a model folder")
     add_mesh(parser)
     add_progress(parser)

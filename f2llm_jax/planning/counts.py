@@ -12,7 +12,7 @@ import math
 from typing import NamedTuple
 
 from f2llm_jax.config import ModelConfig
-from f2llm_jax.embedding import are_few
+from f2llm_jax.embedding import ends_are_few
 from f2llm_jax.losses import matryoshka_weights
 from f2llm_jax.model import has_few_layers
 from f2llm_jax.planning.chips import Topology
@@ -107,7 +107,7 @@ def parameters(config: ModelConfig) -> int:
 
 def forward_flops(config: ModelConfig, texts: int, length: int) -> Flops:
     """Of the forward pass of ``texts`` texts of ``length`` tokens, on all devices together."""
-    return ragged_flops(config, texts * length, texts * length**2)
+    return flops_of_lengths(config, texts * length, texts * length**2)
 
 
 def forward_flops_of_ends(config: ModelConfig, rows: int, length: int, slots: int) -> Flops:
@@ -116,7 +116,7 @@ def forward_flops_of_ends(config: ModelConfig, rows: int, length: int, slots: in
     Then the last layer computes nothing else, but for keys and values.
     """
     whole, layers = forward_flops(config, rows, length), config.num_hidden_layers
-    if not are_few(slots, rows, length):
+    if not ends_are_few(slots, rows, length):
         return whole
     spared = 2.0 * (layer_weights(config) - key_value_weights(config)) * rows * (length - slots)
     return Flops(
@@ -126,7 +126,7 @@ def forward_flops_of_ends(config: ModelConfig, rows: int, length: int, slots: in
     )
 
 
-def ragged_flops(config: ModelConfig, tokens: int, squares: int) -> Flops:
+def flops_of_lengths(config: ModelConfig, tokens: int, squares: int) -> Flops:
     """Of the forward pass of texts that have so many tokens in all, and this sum of squared lengths."""
     heads = config.num_attention_heads * config.head_dim
     layers = config.num_hidden_layers

@@ -136,12 +136,12 @@ class EncodeJob(Job):
     def _lengths(self) -> tuple[int, int]:
         """Tokens of a packed row, and of a text's own."""
         longest = self.config.max_position_embeddings
-        packed = next(length for length in Packing(1, longest).lengths if length >= self.length)
+        packed = next(length for length in Packing.on("tpu", 1, longest).lengths if length >= self.length)
         return packed, Buckets(1, longest).full(self.length).length
 
     def rows_at_once(self, axes: Axes) -> Iterator[int]:
         batch_tokens = self.batch_tokens or BATCH_TOKENS["tpu"] * axes.size
-        yield Packing(batch_tokens, self.length, axes.batch_parts).rows(self.row_length)
+        yield Packing.on("tpu", batch_tokens, self.length, axes.batch_parts).rows(self.row_length)
 
     def texts(self, rows_at_once: int) -> int:
         return rows_at_once * self.texts_per_row
@@ -203,7 +203,7 @@ class TrainJob(Job):
         """The shapes of the recipe's batches, whose rows are a multiple of a number."""
         from f2llm_jax.train.packing import TrainPacking
 
-        return TrainPacking(multiple, self.recipe.compute.chunk_rows)
+        return TrainPacking.on("tpu", multiple, self.recipe.compute.chunk_rows)
 
     def _runs(self, axes: Axes) -> tuple[int, ...]:
         """Rows of each run of the model: of all texts packed, or of the queries and of the documents."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from f2llm_jax.config import ModelConfig
-from f2llm_jax.embedding import Batch, PackedBatch, embed
+from f2llm_jax.embedding import AnyBatch, Batch, PackedBatch, embed
 from f2llm_jax.model import Params, abstract_params
 from f2llm_jax.sharding import BATCH_SPEC, padded_config, param_shardings
 
@@ -54,7 +54,7 @@ def encode_program(
     params = _params(config, mesh, dtype)
     sharding = NamedSharding(mesh, BATCH_SPEC)
     rows_bt = _array((rows, length), jnp.int32, sharding)
-    batch: Batch | PackedBatch
+    batch: AnyBatch
     if slots is None:
         batch = Batch(rows_bt, _array((rows,), jnp.int32, sharding))
     else:
