@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from f2llm_jax.evaluation.mteb_adapter import mteb_model
     from f2llm_jax.model import Backbone, count_parameters, init_params
     from f2llm_jax.quantization import int8_ranges, quantize
+    from f2llm_jax.search import nearest
     from f2llm_jax.sharding import make_mesh
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ _HOMES = {
     "make_mesh": "sharding",
     "matryoshka": "embedding",
     "mteb_model": "evaluation.mteb_adapter",
+    "nearest": "search",
     "quantize": "quantization",
 }
 

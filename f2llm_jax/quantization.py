@@ -64,6 +64,33 @@ def quantize(embeddings: np.ndarray, output: str, ranges: np.ndarray | None = No
     return embeddings.astype(dtype)
 
 
+def dequantize(embeddings: np.ndarray, output: str, dim: int, ranges: np.ndarray | None = None) -> np.ndarray:
+    """What the results of ``quantize`` stand for.
+
+    A code of int8 stands for the middle of its step, a bit of binary and ubinary for 1 where it is set, else for -1.
+
+    Args:
+        embeddings: [n, dim], or [n, ceil(dim / 8)] of packed bits.
+        output: one of ``dtypes.OUTPUTS``.
+        dim: values of an embedding.
+        ranges: float [2, dim], those that int8 was made with.
+
+    Returns:
+        float32 [n, dim]; of int8, binary and ubinary not of length 1.
+
+    Raises:
+        InputError: no such output, or ranges missing or of another shape.
+    """
+    output_spec(output, dim)
+    if (ranges := check_ranges(output, ranges, dim)) is not None:
+        low, high = ranges
+        return low + (embeddings.astype(np.float32) + np.float32(128.5)) * ((high - low) / 255)
+    if output in ("binary", "ubinary"):
+        bits = embeddings if output == "ubinary" else (embeddings.astype(np.int16) + 128).astype(np.uint8)
+        return np.where(np.unpackbits(bits, axis=-1, count=dim), np.float32(1), np.float32(-1))
+    return embeddings.astype(np.float32)
+
+
 def check_ranges(output: str, ranges: np.ndarray | None, dim: int) -> np.ndarray | None:
     """The ranges that an output needs, float32 [2, dim] for int8, else None.
 

@@ -8,6 +8,9 @@ import numpy as np
 
 from f2llm_jax.errors import InputError
 
+# Scores held at a time, of as many queries as that is against a block; with what sorts them 0.3 GB.
+SCORES = 1 << 23
+
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Scores float [n, m] of n queries and m documents."""
 
@@ -22,7 +25,7 @@ def nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The documents most similar to each query.
 
-    Memory is one block and its scores, however many blocks there are.
+    Memory is one block, some million scores and the result, however many blocks and queries there are.
 
     Args:
         query_qd: float32 [queries, dim].
@@ -42,12 +45,15 @@ def nearest(
     # A score and a document number are carried as one integer, which sorts by score, then by position.
     keys_qk = np.empty((len(query_qd), 0), np.uint64)
     count = 0
-    for block_nd in blocks:
-        keys_qn = _keys(score(query_qd, block_nd), count)
-        count += len(block_nd)
-        keys_qk = np.concatenate([keys_qk, keys_qn], axis=1)
-        if keys_qk.shape[1] > top:
-            keys_qk = np.partition(keys_qk, -top, axis=1)[:, -top:]
+    for block_nd in filter(len, blocks):
+        best_qk = np.empty((len(query_qd), min(top, count + len(block_nd))), np.uint64)
+        step = max(1, SCORES // len(block_nd))
+        for start in range(0, len(query_qd), step):
+            part = slice(start, start + step)
+            keys_pn = np.concatenate([keys_qk[part], _keys(score(query_qd[part], block_nd), count)], axis=1)
+            kept = best_qk.shape[1]
+            best_qk[part] = np.partition(keys_pn, -kept, axis=1)[:, -kept:]
+        keys_qk, count = best_qk, count + len(block_nd)
     return _from_keys(np.sort(keys_qk, axis=1)[:, ::-1])
 
 

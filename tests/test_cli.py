@@ -22,7 +22,6 @@ import f2llm_jax as f2llm
 from f2llm_jax.cli import COMMANDS, main
 from f2llm_jax.dtypes import FILE_OUTPUTS
 from f2llm_jax.files import new_file
-from f2llm_jax.search import nearest
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog",
@@ -541,25 +540,27 @@ def test_search_refuses_a_query_that_is_no_text(tiny_release, corpus, capsys):
     assert "--query: character 1 is half of a surrogate pair" in message
 
 
-def test_nearest_breaks_ties_by_order():
+@pytest.mark.parametrize("scores", [1 << 23, 3, 50])  # the most held at a time: of all queries, of one, of some
+def test_nearest_breaks_ties_by_order(scores, monkeypatch):
+    monkeypatch.setattr("f2llm_jax.search.SCORES", scores)
     rng = np.random.default_rng(0)
     query_qd = rng.integers(-1, 2, (4, 3)).astype(np.float32)
     document_nd = rng.integers(-1, 2, (50, 3)).astype(np.float32)  # 27 different ones: ties abound
     order_qn = np.argsort(-(query_qd @ document_nd.T), axis=1, kind="stable")
     for size in (1, 7, 50, 60):
-        blocks = (document_nd[start : start + size] for start in range(0, 50, size))
-        scores_qk, numbers_qk = nearest(query_qd, blocks, 10)
+        blocks = (document_nd[start : start + size] for start in range(0, 51, size))  # the last may be empty
+        scores_qk, numbers_qk = f2llm.nearest(query_qd, blocks, 10)
         np.testing.assert_array_equal(numbers_qk, order_qn[:, :10])
         np.testing.assert_array_equal(scores_qk, np.take_along_axis(query_qd @ document_nd.T, order_qn[:, :10], 1))
 
 
 def test_nearest_puts_what_is_no_number_last():
     document_nd = np.float32([[math.nan], [-math.inf], [2], [math.nan]])
-    scores_qk, numbers_qk = nearest(np.float32([[1]]), iter([document_nd[:3], document_nd[3:]]), 4)
+    scores_qk, numbers_qk = f2llm.nearest(np.float32([[1]]), iter([document_nd[:3], document_nd[3:]]), 4)
     np.testing.assert_array_equal(numbers_qk, [[2, 1, 0, 3]])
     np.testing.assert_array_equal(scores_qk, [[2, -math.inf, math.nan, math.nan]])
     with pytest.raises(f2llm.InputError, match="top must be at least 1, not 0"):
-        nearest(np.float32([[1]]), [document_nd], 0)
+        f2llm.nearest(np.float32([[1]]), [document_nd], 0)
 
 
 # --- info

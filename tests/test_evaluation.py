@@ -18,6 +18,7 @@ from pyarrow import parquet
 from sentence_transformers import SentenceTransformer
 
 import f2llm_jax as f2llm
+from f2llm_jax import search
 from f2llm_jax.cli import main
 from f2llm_jax.commands import evaluate
 from f2llm_jax.evaluation import embedders, own_data, ranking
@@ -170,7 +171,7 @@ def test_rankings_are_exact_in_any_blocks(output: str, dim: int, vectors, monkey
     if output != "rescored":
         np.testing.assert_allclose(whole[0], np.take_along_axis(score, expected, axis=1), atol=1e-6)
     monkeypatch.setattr(ranking, "DOCUMENT_BLOCK", 7)
-    monkeypatch.setattr(ranking, "QUERY_BLOCK", 4)
+    monkeypatch.setattr(search, "SCORES", 4 * 7)  # and four queries at a time
     for part, again in zip(whole, rank(queries, documents, 5, dim=dim, output=output), strict=True):
         np.testing.assert_array_equal(part, again)
 

@@ -13,6 +13,7 @@ from sentence_transformers.util import quantize_embeddings
 import f2llm_jax
 from f2llm_jax.dtypes import OUTPUTS
 from f2llm_jax.errors import InputError
+from f2llm_jax.quantization import dequantize
 
 values = st.floats(-1, 1, width=32) | st.sampled_from([0.0, -0.0, 1e-38, -1e-38])
 tables = arrays.arrays(np.float32, st.tuples(st.integers(2, 9), st.integers(1, 40)), elements=values, fill=st.nothing())
@@ -92,3 +93,19 @@ def test_wrong_arguments():
     for sample in (np.zeros((1, 8)), np.zeros(8)):
         with pytest.raises(InputError, match="at least 2"):
             f2llm_jax.int8_ranges(sample)
+
+
+@given(tables, st.sampled_from(OUTPUTS))
+def test_what_numbers_stand_for_is_what_they_were_made_of(embeddings, output):
+    ranges = f2llm_jax.int8_ranges(embeddings) if output == "int8" else None
+    dim = embeddings.shape[1]
+    codes = f2llm_jax.quantize(embeddings, output, ranges)
+    got = dequantize(codes, output, dim, ranges)
+    assert got.dtype == np.float32 and got.shape == embeddings.shape
+    if output in ("binary", "ubinary"):
+        np.testing.assert_array_equal(got, np.where(embeddings > 0, 1, -1))
+    elif output == "int8":  # within half a step, and the largest value at the edge of its
+        step = (ranges[1].astype(np.float64) - ranges[0]) / 255
+        assert (np.abs(got - embeddings.astype(np.float64)) <= 0.501 * step + 1e-6).all()
+    else:
+        np.testing.assert_array_equal(got, codes.astype(np.float32))

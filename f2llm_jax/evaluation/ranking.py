@@ -6,12 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from f2llm_jax.quantization import quantize
+from f2llm_jax.quantization import dequantize, quantize
 from f2llm_jax.search import Score, nearest
 
 # Memory is that of a block of documents and its scores; at 4,096 dimensions 0.5 GB.
 DOCUMENT_BLOCK = 8192
-QUERY_BLOCK = 1024
 
 # Documents that are scored again after binary search, times those asked for: sentence-transformers' proportion.
 RESCORE_FACTOR = 4
@@ -65,13 +64,11 @@ def rank(
         score = _int8_score(_ranges(documents_nd, dim))
     elif output in ("binary", "rescored"):
         score = _binary_score
-    parts = []
-    for start in range(0, len(queries_qd), QUERY_BLOCK):
-        block_qd = queries_qd[start : start + QUERY_BLOCK, :dim]
-        candidates = top * RESCORE_FACTOR if output == "rescored" else top
-        found = nearest(block_qd, _blocks(documents_nd, dim), candidates, score)
-        parts.append(_rescore(block_qd, documents_nd, found[1], top) if output == "rescored" else found)
-    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+    head_qd = queries_qd[:, :dim]
+    if output != "rescored":
+        return nearest(head_qd, _blocks(documents_nd, dim), top, score)
+    _, candidates_qc = nearest(head_qd, _blocks(documents_nd, dim), top * RESCORE_FACTOR, score)
+    return _rescore(head_qd, documents_nd, candidates_qc, top)
 
 
 def _blocks(documents_nd: np.ndarray, dim: int) -> Iterator[np.ndarray]:
@@ -89,13 +86,9 @@ def _ranges(documents_nd: np.ndarray, dim: int) -> np.ndarray:
 
 
 def _int8_score(ranges: np.ndarray) -> Score:
-    low, high = ranges
-    step = (high - low) / 255
-
     def score(queries_qd: np.ndarray, documents_nd: np.ndarray) -> np.ndarray:
-        codes_nd = quantize(unit(documents_nd).astype(np.float32), "int8", ranges).astype(np.float32)
-        # A code stands for the middle of its step.
-        return cosines(queries_qd, low + (codes_nd + 128.5) * step)
+        codes_nd = quantize(unit(documents_nd).astype(np.float32), "int8", ranges)
+        return cosines(queries_qd, dequantize(codes_nd, "int8", documents_nd.shape[1], ranges))
 
     return score
 
