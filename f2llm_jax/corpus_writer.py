@@ -77,18 +77,40 @@ def read_plan(out: Path) -> dict[str, Any] | None:
             text = file.read_text(encoding="utf-8")
         except FileNotFoundError:
             continue
-        try:
-            plan = json.loads(text)
-        except ValueError as error:
-            plan = error
-        if not isinstance(plan, dict):
-            raise InputError(f"{file} is damaged: {plan}; name a new folder, or remove {out} to start over")
-        if plan.get("format") != FORMAT:
-            raise InputError(f"{file} is of format {plan.get('format')!r}; this version writes {FORMAT}")
-        return plan
+        return _parse(text, file, out)
     if out.exists() and not _is_new(out):
         raise InputError(f"{out} exists and has no {MANIFEST}, so no such command made it; name a new folder")
     return None
+
+
+def read_manifest(out: Path) -> dict[str, Any]:
+    """What ``manifest.json`` says of a finished folder.
+
+    Raises:
+        InputError: the folder is unfinished, or holds something else.
+    """
+    file = out / MANIFEST
+    try:
+        return _parse(file.read_text(encoding="utf-8"), file, out)
+    except FileNotFoundError:
+        if (out / "work").is_dir():
+            raise InputError(
+                f"{out} is unfinished, without {MANIFEST} yet: the f2llm encode command that began it goes on with it"
+            ) from None
+        raise InputError(f"{out} has no {MANIFEST}, so f2llm encode --corpus did not write it") from None
+
+
+def _parse(text: str, file: Path, out: Path) -> dict[str, Any]:
+    """A plan or a manifest, of the folder's format."""
+    try:
+        plan = json.loads(text)
+    except ValueError as error:
+        plan = error
+    if not isinstance(plan, dict):
+        raise InputError(f"{file} is damaged: {plan}; name another folder, or remove {out} to start over")
+    if plan.get("format") != FORMAT:
+        raise InputError(f"{file} is of format {plan.get('format')!r}; this version writes {FORMAT}")
+    return plan
 
 
 def _is_new(out: Path) -> bool:

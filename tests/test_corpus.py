@@ -458,7 +458,7 @@ def test_an_encoder_is_no_folder(tiny, docs, tmp_path):
 def test_a_damaged_plan_is_named(name, content, tmp_path):
     (tmp_path / "work").mkdir()
     (tmp_path / name).write_text(content)
-    with pytest.raises(f2llm.InputError, match=rf"{name} is damaged: .*; name a new folder, or remove {tmp_path}"):
+    with pytest.raises(f2llm.InputError, match=rf"{name} is damaged: .*; name another folder, or remove {tmp_path}"):
         read_plan(tmp_path)
 
 

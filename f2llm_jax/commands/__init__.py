@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from f2llm_jax.dtypes import DTYPES
-from f2llm_jax.errors import F2LLMError
-from f2llm_jax.texts import FORMATS
+from f2llm_jax.errors import F2LLMError, InputError
+from f2llm_jax.texts import FORMATS, STDIN
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -40,18 +42,24 @@ def add_prompt(parser: argparse.ArgumentParser, of: str, default: str) -> None:
     group.add_argument("--prompt", metavar="TEXT", help=f"a text to put before {of}")
 
 
-def add_texts(parser: argparse.ArgumentParser, option: str) -> None:
-    """Arguments for ``read_texts``; ``option`` is --input or --corpus."""
-    parser.add_argument(option, required=True, metavar="FILE", help="texts as txt, jsonl, csv or parquet; - for stdin")
-    add_fields(parser, option)
-
-
 def add_fields(parser: argparse.ArgumentParser, option: str) -> None:
     """How the texts of ``option`` are read."""
     parser.add_argument(
         f"{option}-format", choices=FORMATS, help="default: by the file's extension, and txt (a text a line) for stdin"
     )
     parser.add_argument("--field", default="text", help="column or key that holds the text; default: %(default)s")
+
+
+def check_output(output: Path, inputs: Iterable[str], *, force: bool) -> None:
+    """An InputError if no file can be put there, if one is there and not to be replaced, or if that is an input."""
+    if not output.parent.is_dir():
+        raise InputError(f"{output.parent} is not a folder")
+    if output.is_dir():
+        raise InputError(f"{output} is a folder")
+    if output.exists() and not force:
+        raise InputError(f"{output} exists; --force replaces it")
+    if output.exists() and any(source != STDIN and os.path.samefile(output, source) for source in inputs):
+        raise InputError(f"{output} is the input too")
 
 
 def add_progress(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,6 @@ Exit status: 0 when this process has done its part; 143 after a SIGTERM, 130 aft
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import zipfile
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from f2llm_jax.commands import (
     add_processes,
     add_progress,
     add_prompt,
+    check_output,
     load_model,
     mesh_sizes,
     positive,
@@ -45,7 +45,7 @@ from f2llm_jax.commands import (
 from f2llm_jax.dtypes import FILE_OUTPUTS
 from f2llm_jax.errors import InputError
 from f2llm_jax.files import new_file
-from f2llm_jax.texts import STDIN, Texts, check_unicode, read_texts
+from f2llm_jax.texts import Texts, check_unicode, read_texts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -174,15 +174,8 @@ def _writer(output: Path) -> Callable[[BinaryIO, np.ndarray, pyarrow.Array | Non
 def _check_arguments(args: argparse.Namespace, outputs: list[Path]) -> None:
     if args.ranges is not None and args.output_type != "int8":
         raise InputError(f"--ranges is for --output-type int8, not for {args.output_type}")
-    if not args.output.parent.is_dir():
-        raise InputError(f"{args.output.parent} is not a folder")
     for output in outputs:
-        if output.is_dir():
-            raise InputError(f"{output} is a folder")
-        if output.exists() and not args.force:
-            raise InputError(f"{output} exists; --force replaces it")
-        if output.exists() and args.input != STDIN and os.path.samefile(output, args.input):
-            raise InputError(f"{output} is the input too")
+        check_output(output, [args.input], force=args.force)
 
 
 def _read_ranges(file: Path) -> np.ndarray:
