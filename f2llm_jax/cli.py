@@ -21,8 +21,8 @@ import f2llm_jax
 from f2llm_jax.errors import F2LLMError
 
 COMMANDS = (
-    *("encode", "search", "convert", "verify", "prepare", "prune", "teach", "train", "average", "evaluate", "plan"),
-    *("info", "demo"),
+    *("encode", "search", "convert", "verify", "mine", "prepare", "prune", "teach", "train", "average", "evaluate"),
+    *("plan", "info", "demo"),
 )
 
 

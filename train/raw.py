@@ -65,10 +65,16 @@ def find_datasets(folder: Path) -> list[RawDataset]:
     files = sorted(folder.glob("*.parquet"), key=lambda file: file.stem)
     if not files:
         raise InputError(f"{folder} has no .parquet files")
-    return [_read_schema(file) for file in files]
+    return [find_dataset(file) for file in files]
 
 
-def _read_schema(file: Path) -> RawDataset:
+def find_dataset(file: Path) -> RawDataset:
+    """The dataset of a file.
+
+    Raises:
+        InputError: it is no Parquet file, or lacks a column.
+        OSError: it cannot be read.
+    """
     try:
         with parquet.ParquetFile(file) as opened:
             schema, rows = opened.schema_arrow, opened.metadata.num_rows
