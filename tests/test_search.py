@@ -254,6 +254,7 @@ def test_a_file_that_is_not_searched_is_refused(tiny_release, tmp_path, capsys):
 def test_arguments_that_do_not_go_together(tiny_release, tmp_path, capsys):
     np.save(tmp_path / "e.npy", np.eye(8, dtype=np.float32))
     cases = {
+        "--corpus-format is for --corpus": ["--corpus-format", "txt"],
         "--json is for standard output": ["--json", "--output", "run.jsonl"],
         "the output is a .tsv, .jsonl, .parquet file, not '.txt'": ["--output", "run.txt"],
         "nowhere is not a folder": ["--output", tmp_path / "nowhere" / "run.tsv"],

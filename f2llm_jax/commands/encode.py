@@ -10,7 +10,8 @@ All texts and embeddings are held in memory. The output appears when it is compl
 --corpus GLOB... --out DIR writes Parquet shards of the same two columns, and manifest.json when all are there. Memory
 does not grow with the corpus. The same command goes on with a run that was killed, also with more or fewer processes,
 and the shards are the same bytes. Processes share OUT and the inputs. With --processes and --process-id each does its
-share on its own; a --mesh over the devices of all of them needs --coordinator too.
+share on its own; a --mesh over the devices of all of them needs --coordinator too. f2llm search --embeddings DIR
+searches them.
 
 --output-type int8 scales each dimension's range to 255 steps. The ranges come from --ranges, or else, with --input,
 from the embeddings of this very input; then they are written beside the output as NAME.ranges.npy ([2, dim]: least,

@@ -112,6 +112,8 @@ def _check_arguments(args: argparse.Namespace) -> Callable[[BinaryIO, Iterator[F
     """What writes the output, if there is to be one."""
     if args.corpus == args.queries == STDIN:
         raise InputError("--corpus and --queries cannot both be read from stdin")
+    if args.embeddings is not None and args.corpus_format is not None:
+        raise InputError("--corpus-format is for --corpus, not for --embeddings")
     if args.output is None:
         return None
     if args.json:
