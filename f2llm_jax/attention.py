@@ -1,22 +1,22 @@
 """Causal grouped-query attention: one signature, several kernels, picked by platform or by name.
 
-A position sees itself and those before it that carry the same segment id. Rows of one text each need no segment ids:
-they are filled from the left, so that no token of the text sees the padding behind it.
+A position attends to itself and to earlier positions with the same segment id. Rows that hold one text each need no
+segment ids: they are padded on the right, so no token of the text sees the padding.
 
     kernel     where                           computes
     ragged     CPUs                            blocks of queries, each against the keys of its texts; ``ragged.py``
     splash     TPUs; interpreted on CPUs       jax.experimental.pallas.ops.tpu.splash_attention
     cudnn      GPUs, not in float32            jax.nn.dot_product_attention(implementation="cudnn")
-    blocked    everywhere; GPUs in float32     plain products of blocks, nothing above the diagonal; ``blocked.py``
-    reference  everywhere                      the formula; what the others are tested against
+    blocked    everywhere; GPUs in float32     plain products of blocks, none above the diagonal; ``blocked.py``
+    reference  everywhere                      the formula itself; the other kernels are tested against it
 
-Where but a few positions have a query (of the last layer no one asks for the others), ``of_ends`` computes what
-the formula says. The texts of a row may share a prefix (``segments.PREFIX``) in rows up to ``longest_prefixed_row``.
-All take grouped queries as they are: keys and values are never repeated. On a mesh, ragged, splash and cudnn run under
-``shard_map`` over batch and heads; the compiler splits the others by itself.
+With only a few query positions (the last layer needs no others), ``of_ends`` evaluates the formula directly. The texts
+of a row may share a prefix (``segments.PREFIX``) in rows of up to ``longest_prefixed_row``. All kernels take grouped
+queries directly: keys and values are never repeated. On a mesh, ragged, splash and cudnn run under ``shard_map`` over
+batch and heads; the compiler partitions the others itself.
 
-Dimensions: b batch, t query position, s key position, n query head, k key/value head, g query head of the group that
-shares a key/value head, h size of a head.
+Dimensions: b batch, t query position, s key position, n query head, k key/value head, g query head within the group
+that shares a key/value head, h head size.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from f2llm_jax.products import matmul_precision, product
 from f2llm_jax.ragged import SHORT, ragged
 from f2llm_jax.segments import sees
 
-# Positions of a block of the splash kernel, at most; a block is a multiple of the lanes of a TPU's vector unit.
+# Maximum block of the splash kernel, in positions; blocks are multiples of the lanes of a TPU's vector unit.
 SPLASH_BLOCK = 512
 LANES = 128
 
@@ -51,24 +51,24 @@ def attention(
     *,
     kernel: str = "auto",
 ) -> jax.Array:
-    """softmax(q · k) · v, each position seeing itself and those before it, of its own segment or a prefix.
+    """softmax(q · k) · v; a position attends to itself and to earlier ones of its own segment or of a prefix.
 
     Args:
         q_btnh: queries [batch, length, heads, head_dim], already divided by sqrt(head_dim).
         k_bskh: keys [batch, length, key/value heads, head_dim], same dtype as the queries.
         v_bskh: values, like the keys.
-        segment_ids_bt: int32 [batch, length], see ``segments``; None where every row is one text.
-        ends_be: int32 [batch, ends], the positions of the queries where there are but a few, [batch, ends, heads,
-            head_dim]; None where every position has one.
-        kernel: one of ``KERNELS``, or "auto" for ``default_kernel`` of the platform. A few queries are computed as the
-            formula says, whatever it is.
+        segment_ids_bt: int32 [batch, length], see ``segments``; None if every row is one text.
+        ends_be: int32 [batch, ends], the query positions if there are only a few; the queries are then [batch, ends,
+            heads, head_dim]. None if every position has a query.
+        kernel: one of ``KERNELS``, or "auto" for the platform's ``default_kernel``. With ``ends_be`` the formula is
+            evaluated directly, whichever kernel is named.
 
     Returns:
-        float32, shaped like the queries. Scores, softmax and sums are float32 whatever the inputs are; all
-        but the reference round what they return to the dtype of the queries.
+        float32, shaped like the queries. Scores, softmax and sums are float32 whatever the dtype of the inputs; all
+        kernels except the reference round their result to the dtype of the queries.
 
     Raises:
-        InputError: no such kernel, or one that does not compute in this dtype.
+        InputError: there is no such kernel, or it does not support this dtype.
     """
     name = resolve_kernel(kernel, platform(), q_btnh.dtype)
     if ends_be is not None:
@@ -80,17 +80,17 @@ def attention(
 
 
 def default_kernel(platform: str, dtype: jax.typing.DTypeLike) -> str:
-    """The kernel of a platform. On GPUs float32 has none of its own: cuDNN's computes in 16 bits only."""
+    """The default kernel of a platform. On GPUs, float32 takes the blocked one: cuDNN's supports only 16-bit dtypes."""
     if platform == "gpu":
         return "blocked" if jnp.dtype(dtype) == jnp.float32 else "cudnn"
     return "splash" if platform == "tpu" else "ragged"
 
 
 def resolve_kernel(kernel: str, platform: str, dtype: jax.typing.DTypeLike) -> str:
-    """The kernel's name, chosen by ``default_kernel`` for "auto".
+    """The name of the kernel; "auto" is resolved by ``default_kernel``.
 
     Raises:
-        InputError: no such kernel, or one that does not compute in this dtype.
+        InputError: there is no such kernel, or it does not support this dtype.
     """
     if kernel == "auto":
         return default_kernel(platform, dtype)
@@ -102,16 +102,16 @@ def resolve_kernel(kernel: str, platform: str, dtype: jax.typing.DTypeLike) -> s
 
 
 def longest_prefixed_row(kernel: str) -> int:
-    """The longest rows in which a kernel lets texts share a prefix; 0 if in none.
+    """The length of the longest row in which a kernel lets texts share a prefix; 0 if it does in none.
 
-    Splash compares segments by itself; the loops of ragged, which are for longer rows and for gradients of all, look
-    back no further than to where a text begins.
+    Splash compares segment ids itself; the loops of ragged, which are used for longer rows and for all gradients, look
+    back only to the beginning of a text.
     """
     return {"splash": 0, "ragged": SHORT - 1}.get(kernel, sys.maxsize)
 
 
 def reference(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None) -> jax.Array:
-    """All scores at once, as the formula says: what the others are tested against."""
+    """All scores at once, straight from the formula; the other kernels are tested against it."""
     b, t, n, h = q_btnh.shape
     k = k_bskh.shape[2]
     precision = matmul_precision(q_btnh.dtype)
@@ -141,13 +141,13 @@ def of_ends(
 ) -> jax.Array:
     """A few queries of each row against all of its keys: float32, rounded to the dtype of the queries.
 
-    The queries of the group that shares a key/value head are rows of one matrix, q = (e, g).
+    Queries that share a key/value head form the rows of one matrix, q = (e, g).
     """
     b, e, n, h = q_benh.shape
     t, k = k_bskh.shape[1:3]
     g, dtype = n // k, q_benh.dtype
     q_bkqh = q_benh.reshape(b, e, k, g, h).swapaxes(1, 2).reshape(b, k, e * g, h)
-    # Not as halves, as blocks of queries are moved on CPUs: TPUs would read half as much again.
+    # Not transposed as halves of heads, as blocks of queries are on CPUs: TPUs would read half as much again.
     k_bksh, v_bksh = (x_bskh.swapaxes(1, 2) for x_bskh in (k_bskh, v_bskh))
     seen_bes = jnp.arange(t) <= ends_be[..., None]
     if segment_ids_bt is not None:
@@ -162,9 +162,9 @@ def of_ends(
 
 
 def splash(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None) -> jax.Array:
-    """The Pallas kernel for TPUs; elsewhere the same program is interpreted, slowly.
+    """The Pallas kernel for TPUs; on other platforms the same program is interpreted, slowly.
 
-    Rows are padded behind their end to a multiple of the block: no position sees what comes after it.
+    Rows are padded on the right to a multiple of the block: no position sees what comes after it.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention
 
@@ -176,7 +176,7 @@ def splash(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_
     )
 
     def run(*args: Any) -> jax.Array:
-        # Made where it is used: arrays of its own that came from outside would be lost to the backward pass.
+        # Built where it is traced: the backward pass would lose the kernel's own arrays if they came from outside.
         kernel = splash_attention.make_splash_mha(
             splash_attention.MultiHeadMask([splash_attention.CausalMask((padded, padded))] * n),
             block_sizes=block_sizes,
@@ -199,20 +199,20 @@ def splash(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_
 
 
 def splash_block(length: int) -> int:
-    """The least multiple of ``LANES``, up to ``SPLASH_BLOCK``, with which rows of this length take fewest blocks."""
+    """The smallest multiple of ``LANES``, up to ``SPLASH_BLOCK``, that cuts rows of this length into fewest blocks."""
     blocks = math.ceil(length / SPLASH_BLOCK)
     return math.ceil(length / blocks / LANES) * LANES
 
 
 def cudnn(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None) -> jax.Array:
-    """cuDNN's flash attention. Segment ids become a mask [batch, 1, length, length], which cuDNN reads as a bias."""
+    """cuDNN's flash attention. Segment ids become a mask [batch, 1, length, length], which cuDNN applies as a bias."""
     return fused(q_btnh, k_bskh, v_bskh, segment_ids_bt, implementation="cudnn")
 
 
 def fused(
     q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None, *, implementation: Any
 ) -> jax.Array:
-    """``jax.nn.dot_product_attention`` with this module's masks; "xla" shows on a CPU that they are right."""
+    """``jax.nn.dot_product_attention`` with this module's masks; with "xla" these can be checked on a CPU."""
     mask_b1ts = None
     if segment_ids_bt is not None:
         mask_b1ts = sees(segment_ids_bt[:, :, None], segment_ids_bt[:, None, :])[:, None]
@@ -231,7 +231,7 @@ KERNELS: dict[str, Callable[..., jax.Array]] = {
 
 
 def _with_precision(compute: Callable[..., jax.Array], precision: jax.lax.Precision) -> Callable[..., jax.Array]:
-    """The function with all its products in ``precision``, and those of its gradient, which JAX traces later."""
+    """The function with all its matrix products in ``precision``, including those of its gradient, traced later."""
     context = functools.partial(jax.default_matmul_precision, precision.name.lower())
 
     @jax.custom_vjp
@@ -258,7 +258,7 @@ def _on_shards(
     v_bskh: jax.Array,
     segment_ids_bt: jax.Array | None,
 ) -> jax.Array:
-    """A kernel that the compiler cannot split, on every device's own rows and heads."""
+    """Runs a kernel that the compiler cannot partition, on each device's own rows and heads."""
     mesh = jax.sharding.get_abstract_mesh()
     spec = functools.partial(partition_spec, rules=COMPUTE_RULES, mesh_shape=mesh.shape)
     q_spec = spec(q_btnh.shape, ("batch", "length", "heads", "head_dim"))
@@ -268,12 +268,12 @@ def _on_shards(
     def on_shard(
         q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None
     ) -> jax.Array:
-        if kv_spec != q_spec:  # all key/value heads are here, of which these query heads share one
+        if kv_spec != q_spec:  # all key/value heads are on this device; its query heads share one of them
             own = jax.lax.axis_index(q_spec[2]) * q_btnh.shape[2] // group
             k_bskh, v_bskh = (jax.lax.dynamic_slice_in_dim(x, own, 1, axis=2) for x in (k_bskh, v_bskh))
         return compute(q_btnh, k_bskh, v_bskh, segment_ids_bt)
 
     segments_spec = None if segment_ids_bt is None else jax.P(q_spec[0])
-    # A Pallas call does not say over which axes its results vary, which is what check_vma would ask of it.
+    # A Pallas call does not declare over which axes its results vary, which check_vma would require.
     run = jax.shard_map(on_shard, in_specs=(q_spec, kv_spec, kv_spec, segments_spec), out_specs=q_spec, check_vma=False)
     return run(q_btnh, k_bskh, v_bskh, segment_ids_bt)

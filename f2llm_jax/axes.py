@@ -1,11 +1,11 @@
-"""Logical axes, and the mesh axes they lie on: where parameters rest, and where they are used.
+"""Logical axes and the mesh axes they map to, for parameters at rest and for arrays in use.
 
 The mesh has three axes: ``data`` (replicas), ``fsdp`` (parameters and batch) and ``tensor`` (heads, MLP channels,
-vocabulary). Parameters rest split over ``fsdp`` as well; a layer that uses one gathers it over that axis first. That
-difference between the two sets of rules is ZeRO-3.
+vocabulary). At rest, parameters are sharded over ``fsdp`` as well; a layer gathers a parameter over that axis before it
+uses it. This difference between the two rule sets is ZeRO-3.
 
-Key/value heads are few: where ``tensor`` is a multiple of their number, every device has all of them (eight heads on
-tensor=16 would be half a head each), and uses the one that its query heads share.
+There are few key/value heads: if ``tensor`` is a larger multiple of their number, every device holds all of them (eight
+heads on tensor=16 would be half a head each) and uses the one that its query heads share.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STORAGE_RULES: dict[str, MeshAxes] = {
     "head_dim": None,
     "mlp": "tensor",
 }
-"""Where parameters rest. None: whole on every device."""
+"""The placement of parameters at rest. None: replicated."""
 
 COMPUTE_RULES: dict[str, MeshAxes] = {
     **STORAGE_RULES,
@@ -41,22 +41,23 @@ COMPUTE_RULES: dict[str, MeshAxes] = {
     "batch": BATCH_AXES,
     "length": None,
 }
-"""Where weights and activations are when they are used."""
+"""The placement of weights and activations in use."""
 
 
 def partition_spec(
     shape: Sequence[int], names: Sequence[str], rules: Mapping[str, MeshAxes], mesh_shape: Mapping[str, int]
 ) -> PartitionSpec:
-    """Where an array lies on a mesh.
+    """The partition of an array over a mesh.
 
     Args:
-        shape: of the array.
+        shape: the shape of the array.
         names: the logical name of each of its axes.
         rules: ``STORAGE_RULES`` or ``COMPUTE_RULES``.
-        mesh_shape: {mesh axis: devices along it}.
+        mesh_shape: {mesh axis: number of devices along it}.
 
     Raises:
-        InputError: a dimension does not divide over its mesh axes; the message has the numbers. Or the mesh has others.
+        InputError: a dimension is not divisible by its mesh axes (the message has the numbers), or the mesh has other
+            axes.
     """
     check_axes(mesh_shape)
 
@@ -80,7 +81,7 @@ def partition_spec(
 
 
 def constrain(x: jax.Array, *names: str, rules: Mapping[str, MeshAxes] = COMPUTE_RULES) -> jax.Array:
-    """Puts an array where rules want it, on the mesh of ``jax.set_mesh``; without a mesh, nothing.
+    """Constrains an array to the sharding of ``rules`` on the mesh of ``jax.set_mesh``; does nothing without a mesh.
 
     Args:
         x: any array.
@@ -95,15 +96,15 @@ def constrain(x: jax.Array, *names: str, rules: Mapping[str, MeshAxes] = COMPUTE
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather(weight: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """A parameter as ``constrain`` puts it where it is used; its gradient goes back to where the parameter rests.
+    """Brings a parameter into its compute sharding; its gradient goes back to the storage sharding.
 
-    The gradient of a plain constraint is the same constraint: every device would get the whole sum of a gradient of
-    which it keeps one part (an all-reduce over fsdp for a reduce-scatter, which sends half the bytes).
+    The gradient of a plain constraint is the same constraint: every device would receive the full sum of a gradient of
+    which it keeps one shard (an all-reduce over fsdp instead of a reduce-scatter, which sends half the bytes).
 
     Over all chips of some slices (fsdp=16 on 4x4 of v5e or v6e, or on 2x2x4 of v5p; not on 2x4 or 4x8) the TPU compiler
-    makes an all-reduce and a slice of it nevertheless, even of a ``psum_scatter``: it has an all-reduce that runs along
-    all axes of the slice at once, in four parts, and only a reduce-scatter that is one ring. By the links in use, twice
-    the bytes are no slower that way.
+    still emits an all-reduce and a slice of it, even for a ``psum_scatter``: its all-reduce runs along all axes of the
+    slice at once, in four parts, whereas its reduce-scatter is a single ring. Judging by the links in use, sending
+    twice the bytes is no slower that way.
 
     Args:
         weight: a parameter.
@@ -124,20 +125,20 @@ gather.defvjp(_gather_forward, _gather_backward)
 
 
 def check_axes(mesh_shape: Mapping[str, int]) -> None:
-    """An InputError if a mesh has other axes than ``make_mesh`` gives it."""
+    """Raises an InputError if a mesh has axes other than those of ``make_mesh``."""
     if tuple(mesh_shape) != MESH_AXES:
         axes, ours = (", ".join(names) for names in (mesh_shape, MESH_AXES))
         raise InputError(f"the mesh has axes {axes}; make_mesh makes one of {ours}")
 
 
 def batch_parts(mesh: Mesh | AbstractMesh | None = None) -> int:
-    """How many parts a batch is cut into, of which its rows must be a multiple.
+    """The number of shards of a batch; its number of rows must be a multiple of this.
 
     Args:
-        mesh: default that of ``jax.set_mesh``; 1 without one.
+        mesh: default: that of ``jax.set_mesh``. Without a mesh, the result is 1.
 
     Raises:
-        InputError: it has other axes than ``make_mesh`` gives it.
+        InputError: the mesh has axes other than those of ``make_mesh``.
     """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     if mesh.empty:
@@ -147,6 +148,6 @@ def batch_parts(mesh: Mesh | AbstractMesh | None = None) -> int:
 
 
 def platform() -> str:
-    """``cpu``, ``gpu`` or ``tpu``: that of the mesh of ``jax.set_mesh``, else JAX's default."""
+    """``cpu``, ``gpu`` or ``tpu``: the platform of the mesh of ``jax.set_mesh``, else JAX's default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform

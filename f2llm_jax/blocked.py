@@ -1,4 +1,4 @@
-"""Attention by plain products of static blocks: what every platform compiles well, and CPUs for short rows.
+"""Attention as plain products of static blocks: compiles well on every platform; CPUs use it for short rows.
 
 Dimensions: those of ``attention``, and q query of the group that shares a key/value head (t · g).
 """
@@ -15,18 +15,18 @@ import jax.numpy as jnp
 from f2llm_jax.products import from_bits, product, to_bits
 from f2llm_jax.segments import sees
 
-# Queries of a block see at most the keys up to its own end, so a causal row of n blocks computes (n + 1) / 2n of the
-# full score matrix, and the scores of one block stay in the cache of a core.
+# The queries of a block see only keys up to its own end, so a causal row of n blocks computes (n + 1) / 2n of the full
+# score matrix, and the scores of one block fit in a core's cache.
 QUERY_BLOCK = 128
 
 
 @jax.custom_vjp
 def blocked(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None) -> jax.Array:
-    """Query blocks, each against the keys up to its end: what lies above the diagonal blocks is never computed.
+    """Query blocks, each against the keys up to its end: nothing above the diagonal blocks is computed.
 
-    The queries that share a key/value head are rows of one matrix (q = (t, g)), so that a block is a plain product per
-    row and key/value head. What is cut or joined is bits (see ``to_bits``), unless there is a gradient: for that a
-    block is computed again, so that no scores outlive it.
+    Queries that share a key/value head form the rows of one matrix (q = (t, g)), so a block is one plain product per
+    row and key/value head. Slicing and concatenation operate on bits (see ``to_bits``), except under a gradient: there,
+    the backward pass recomputes each block, so that no scores outlive it.
     """
     return _blocks(q_btnh, k_bskh, v_bskh, segment_ids_bt, differentiable=False)
 
@@ -70,7 +70,7 @@ def _block(
     end: int,
     bits: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """The result of some queries, in their dtype or as bits."""
+    """The result for one block of queries, in their dtype or as bits."""
     k = k_bskh.shape[2]
     g = q_btnh.shape[2] // k
     dtype = q_btnh.dtype
@@ -82,7 +82,7 @@ def _block(
         segment_ids_bq = jnp.repeat(segment_ids_bt[:, first:end], g, axis=1)
         seen_qs = seen_qs & sees(segment_ids_bq[:, None, :, None], segment_ids_bt[:, None, None, :end])
     score_bkqs += jnp.where(seen_qs, 0.0, -jnp.inf)
-    # The sum is divided out after the product with v, where it touches h values a query instead of s.
+    # Normalised after the product with v: the division then touches h values per query instead of s.
     weight_bkqs = jnp.exp(score_bkqs - jnp.max(score_bkqs, axis=-1, keepdims=True))
     out_bkqh = product("bkqs,bksh->bkqh", weight_bkqs, v_bksh, dtype)
     out_bkqh = (out_bkqh / jnp.sum(weight_bkqs, axis=-1, keepdims=True)).astype(dtype)
@@ -90,12 +90,12 @@ def _block(
 
 
 def heads_first(x_tnh: jax.Array, k: int) -> jax.Array:
-    """[..., t, n, h] as [..., k, q, h], where the queries q = (t, g) share a key/value head.
+    """[..., t, n, h] to [..., k, q, h], where the queries q = (t, g) share a key/value head.
 
-    XLA merges this with the loop that turns the halves of heads, as which they are therefore moved: its index is then
-    no division. For the same reason positions are cut before. Keys and values, too, have the axis of those that share
-    one, if of size one: XLA's CPU compiler would fold a plain transposition into the product that follows, and multiply
-    bfloat16 in float32.
+    XLA fuses this with the loop that rotates the halves of heads. Heads are therefore transposed as halves, which keeps
+    divisions out of the index of that loop; for the same reason, positions are sliced beforehand. Keys and values also
+    get a group axis, of size one: XLA's CPU compiler would fold a plain transposition into the product that follows,
+    and multiply bfloat16 in float32.
     """
     *batch, t, n, h = x_tnh.shape
     x_ktg2h = x_tnh.reshape(*batch, t, k, n // k, 2, h // 2).swapaxes(-5, -4)
@@ -103,7 +103,7 @@ def heads_first(x_tnh: jax.Array, k: int) -> jax.Array:
 
 
 def heads_last(x_kqh: jax.Array, g: int) -> jax.Array:
-    """Undoes ``heads_first``."""
+    """The inverse of ``heads_first``."""
     *batch, k, q, h = x_kqh.shape
     x_tkg2h = x_kqh.reshape(*batch, k, q // g, g, 2, h // 2).swapaxes(-5, -4)
     return x_tkg2h.reshape(*batch, q // g, k * g, h)
