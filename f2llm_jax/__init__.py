@@ -1,6 +1,6 @@
 """Multilingual text embeddings in JAX: the F2LLM-v2 family.
 
-``load`` a model, ``encode`` texts. Everything else is here for those who build on it; see the README.
+``load`` a model, ``encode`` texts. Everything else is for those who build on it; see the README.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Where each public name lives. Imported when first used: `import f2llm_jax` itself costs nothing.
+# The module of each public name, imported on first use: `import f2llm_jax` itself costs nothing.
 _HOMES = {
     "Backbone": "model",
     "Batch": "embedding",

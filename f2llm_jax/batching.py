@@ -1,4 +1,4 @@
-"""Rows of static shape from texts of any length, one text a row: rows of a few lengths, filled longest text first."""
+"""Batches of static shape from texts of any length, one text per row: rows in length buckets, longest texts first."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from f2llm_jax.embedding import AnyBatch, Batch, PackedBatch
 from f2llm_jax.errors import InputError
 
 BATCH_TOKENS = {"cpu": 512, "gpu": 32768, "tpu": 32768}
-"""Tokens of a full batch and device. Few keep a CPU core's matrix units busy; more only spill its cache."""
+"""Tokens per full batch and device. Few suffice to keep a CPU core's matrix units busy; more only spill its cache."""
 
 
 class Bucket(NamedTuple):
@@ -24,7 +24,7 @@ class Bucket(NamedTuple):
 def bucket_lengths(max_length: int) -> tuple[int, ...]:
     """The row lengths: multiples of 8 up to 64, then eight (above 1,024: four) steps per doubling, up to max_length.
 
-    A text of 64 tokens or more is so padded by at most an eighth (above 1,024: a quarter) of its length.
+    So a text of 64 tokens or more is padded by at most an eighth (above 1,024: a quarter) of its length.
     """
     lengths = list(range(8, 64, 8))
     start = 64
@@ -40,8 +40,8 @@ class Buckets:
 
     Attributes:
         lengths: the row lengths, ascending; the last is the longest text allowed.
-        batch_tokens: rows · length of a full batch stays within it, unless one row per device is more.
-        multiple: the number of rows is a multiple of it: devices that share a batch get equal parts.
+        batch_tokens: limit on rows · length of a full batch, unless one row per device already exceeds it.
+        multiple: the number of rows is a multiple of this, so that devices that share a batch get equal parts.
     """
 
     def __init__(self, batch_tokens: int, max_length: int, multiple: int = 1):
@@ -58,7 +58,7 @@ class Buckets:
         return Bucket(max(rows, self.multiple), length)
 
     def last(self, tokens: int, texts: int) -> Bucket:
-        """A bucket for the few texts that are left: rows are a power of two times ``multiple``, at most the full."""
+        """The bucket for the last few texts: a power of two times ``multiple`` rows, at most those of the full one."""
         bucket = self.full(tokens)
         rows = self.multiple
         while rows < texts:
@@ -66,7 +66,7 @@ class Buckets:
         return bucket._replace(rows=min(rows, bucket.rows))
 
     def __len__(self) -> int:
-        """How many shapes there are: the bound on the number of compilations."""
+        """The number of shapes, which bounds the number of compilations."""
         shapes = set()
         for length in self.lengths:
             bucket = self.full(length)
@@ -76,13 +76,13 @@ class Buckets:
 
 
 class Rows(NamedTuple):
-    """A batch, and which texts it holds.
+    """A batch, and the texts that it holds.
 
     Attributes:
         batch: the rows.
-        texts: the numbers of the texts.
-        slots: where their results are: of a ``Batch`` the row of each, of a ``PackedBatch`` row · texts per row + slot.
-        tokens: of these texts, each by itself.
+        texts: the indices of the texts.
+        slots: where each text's result is: its row in a ``Batch``, row · slots per row + slot in a ``PackedBatch``.
+        tokens: the number of tokens of these texts, a shared prefix counted for each.
     """
 
     batch: AnyBatch
@@ -92,25 +92,25 @@ class Rows(NamedTuple):
 
     @property
     def padding(self) -> int:
-        """The tokens of the batch that belong to no text."""
+        """The number of tokens of the batch that belong to no text."""
         if isinstance(self.batch, PackedBatch):
             return int(np.count_nonzero(self.batch.segment_ids_bt == 0))
         return self.batch.tokens_bt.size - self.tokens
 
 
 def batched(sequences: Iterable[list[np.ndarray]], buckets: Buckets, pad_id: int) -> Iterator[Rows]:
-    """Batches of texts of like length.
+    """Groups texts of similar length into batches.
 
-    Full batches are cut from the longest texts at hand; what does not fill one waits for the next chunk, so that a run
-    has a single part-filled batch, its last.
+    Full batches are taken from the longest texts available; what does not fill one waits for the next chunk, so that
+    only the last batch of a run is partly filled.
 
     Args:
         sequences: the texts in chunks, each a list of int32 token arrays.
         buckets: the shapes.
-        pad_id: fills the rest of rows, and rows without a text (those have length 1).
+        pad_id: fills the rest of each row, and rows without a text (which have length 1).
 
     Yields:
-        Every text once, under its number in order of ``sequences``.
+        Every text once, identified by its index over all chunks.
     """
     waiting: list[tuple[int, np.ndarray]] = []
     count = 0
@@ -145,16 +145,16 @@ def make_batch(
     rows: int | None = None,
     pad_id: int = 0,
 ) -> Batch:
-    """Texts as rows of NumPy arrays, one a row.
+    """A batch of NumPy arrays, one text per row.
 
     Args:
         sequences: the token ids of each text, EOS last, as ``Tokenizer.encode`` gives them.
-        length: of the rows; default: as many tokens as the longest text has. Every shape is a program to compile.
-        rows: how many, those without a text last, of length 1; default: one for each text.
-        pad_id: fills what is left of rows; no embedding depends on it.
+        length: row length; default: that of the longest text. A program is compiled for each shape.
+        rows: number of rows; those without a text come last and have length 1. Default: one per text.
+        pad_id: fills the rest of each row; no embedding depends on it.
 
     Raises:
-        InputError: a text without tokens, or more tokens or texts than there is room for.
+        InputError: a text has no tokens, or there are more tokens or texts than fit.
     """
     lengths = [len(ids) for ids in sequences]
     length = max(lengths, default=1) if length is None else length

@@ -14,10 +14,11 @@ from f2llm_jax.errors import ReleaseError, warn, whole_number
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A Qwen3 dense decoder without its language-model head, under Hugging Face's names for its sizes.
+    """The sizes of a Qwen3 dense decoder without its language-model head, under Hugging Face's names.
 
-    ``head_dim`` is a size of its own: it is not ``hidden_size / num_attention_heads`` (320 / 16 in the 80M, where it
-    is 128). ``vocab_size`` counts rows of the embedding table, which may be more than the tokenizer has tokens.
+    ``head_dim`` is independent of the others: it is not ``hidden_size / num_attention_heads`` (320 / 16 in the 80M,
+    where it is 128). ``vocab_size`` is the number of rows of the embedding table, which may exceed the tokenizer's
+    number of tokens.
     """
 
     vocab_size: int
@@ -31,7 +32,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 40960
     dtype: str = "bfloat16"
-    """The dtype the weights were released in; what they are loaded in is the caller's choice."""
+    """The dtype the weights were released in; the caller chooses the dtype they are loaded in."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -52,7 +53,7 @@ class ModelConfig:
 
     @property
     def matryoshka_dims(self) -> tuple[int, ...]:
-        """The advised embedding sizes: powers of two from 8 below ``hidden_size``, and ``hidden_size`` itself.
+        """The recommended embedding sizes: powers of two from 8 below ``hidden_size``, and ``hidden_size`` itself.
 
         These are the sizes the family is trained at (paper arXiv:2603.19223, Matryoshka section).
         """
@@ -61,11 +62,11 @@ class ModelConfig:
 
     @classmethod
     def from_release(cls, path: str | Path) -> ModelConfig:
-        """Reads ``config.json`` of a release folder (or that file itself).
+        """Reads the ``config.json`` of a release folder (or that file itself).
 
         Raises:
-            ReleaseError: the file is missing, is not JSON, or describes something else than a Qwen3 dense decoder
-                with full attention.
+            ReleaseError: the file is missing, is not JSON, or describes something other than a Qwen3 dense decoder with
+                full attention.
         """
         path = Path(path)
         if not path.exists():
@@ -81,11 +82,11 @@ class ModelConfig:
         """Builds the config from the mapping in a ``config.json`` of transformers 4 or 5.
 
         Args:
-            values: what the file holds.
-            source: its name, for messages.
+            values: the contents of the file.
+            source: its name, for error messages.
 
         Raises:
-            ReleaseError: a value is missing, or asks for something this model does not do.
+            ReleaseError: a value is missing, or requests something that this model does not support.
         """
         _refuse_other_models(values, source)
         required = (
@@ -115,9 +116,9 @@ class ModelConfig:
         return config
 
     def to_hf(self) -> dict[str, Any]:
-        """The mapping for a ``config.json`` that transformers 4.51 and later, and 5, read as the same model.
+        """The contents of a ``config.json`` that transformers 4.51 and later, and 5, read as the same model.
 
-        Both spellings of what changed between the two are written: ``rope_theta`` and ``rope_parameters``,
+        Keys that changed between the two are written in both spellings: ``rope_theta`` and ``rope_parameters``,
         ``torch_dtype`` and ``dtype``.
         """
         sizes = dataclasses.asdict(self)
@@ -188,9 +189,9 @@ def _check_layer_types(values: Mapping[str, Any], num_layers: int, source: str) 
 
 
 def _rope_theta(values: Mapping[str, Any], source: str) -> float:
-    """transformers 4 has rope_theta at the top, transformers 5 inside rope_parameters; a default would be a guess.
+    """Reads rope_theta, at the top level (transformers 4) or in rope_parameters (5); a default would be a guess.
 
-    Both scale positions as rope_scaling says, transformers 5 also where there are rope_parameters.
+    Both versions scale positions as rope_scaling says, transformers 5 even if rope_parameters is present.
     """
     theta = values.get("rope_theta")
     for key in ("rope_parameters", "rope_scaling"):
