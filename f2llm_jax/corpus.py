@@ -1,14 +1,14 @@
-"""Corpora larger than memory, by any number of processes, each of which can be killed at any time.
+"""Encoding corpora larger than memory with any number of processes, each of which can be killed at any time.
 
-The corpus is cut into units of some thousand rows (``corpus_reader``), and every unit becomes a shard of the output
-(``corpus_writer``). A process takes an equal run of the units. What a shard holds depends on its unit, the settings and
-the kind of device, and on nothing else: batches are made within a unit, each unit is encoded by one copy of the model,
-and a copy is on as many devices as the mesh has. So a run that was killed is finished by any number of processes, with
-the very bytes that it would have had.
+The corpus is split into units of several thousand rows (``corpus_reader``), and every unit becomes a shard of the
+output (``corpus_writer``). Each process takes an equal run of consecutive units. The contents of a shard depend only on
+its unit, the settings and the kind of device: batches never span units, each unit is encoded by one copy of the model,
+and a copy occupies as many devices as the mesh has. So any number of processes can finish a run that was killed, and
+the output has the same bytes as without the interruption.
 
-A mesh of this process's devices is the usual case: every process works by itself, and its devices hold as many copies
-as there are meshes in them. A mesh of all devices of all processes is for models that need it: then all processes
-encode every unit together.
+Usually the mesh fits into one process: every process works on its own, and its devices hold as many copies of the model
+as meshes fit into them. A mesh of all devices of all processes is for models that need it: all processes then encode
+every unit together.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from f2llm_jax.release import Release, find_release, pick_prompt, read_release
 from f2llm_jax.sharding import make_mesh
 
 SHARD_ROWS = 16384
-"""Rows of a shard: at the 0.6B's 1,024 values in float32 that is 64 MB."""
+"""Rows per shard: 64 MB with the 0.6B's 1,024 values per row in float32."""
 
-# Of the settings, what ``Encoder.encode`` takes.
+# The settings that are passed on to ``Encoder.encode``.
 _ENCODE_OPTIONS = ("prompt", "dim", "max_length", "batch_tokens", "output")
 
 _ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
 
-# How often the shards of other processes are counted: for the progress bar, and by a process that waits for them.
+# How often the shards of other processes are counted: for the progress bar, and by a process waiting for the others.
 _COUNT_SECONDS = 5.0
 _WAIT_SECONDS = 1.0
 
@@ -58,10 +58,10 @@ class Outcome(NamedTuple):
     """How ``encode_corpus`` ended.
 
     Attributes:
-        rows, shards: of the whole corpus.
-        finished: shards that are there, of whichever process.
-        manifest: what is in ``manifest.json``, if all are.
-        terminated: whether a SIGTERM ended it.
+        rows, shards: how many the whole corpus has.
+        finished: number of finished shards, by any process.
+        manifest: the contents of ``manifest.json``, if all shards are finished.
+        terminated: whether a SIGTERM ended the run.
     """
 
     rows: int
@@ -93,28 +93,29 @@ def encode_corpus(
     shard_rows: int = SHARD_ROWS,
     show_progress: bool = False,
 ) -> Outcome:
-    """Embeds the texts of many files into Parquet shards: this process's share of them.
+    """Embeds this process's share of the texts of many files into Parquet shards.
 
-    Shards that are there already are verified and kept, so the same call goes on with what was killed. Ctrl-C and
-    SIGTERM lose no more than the units under way. Memory is a few units and the model, however many rows there are.
+    Existing shards are verified and kept, so repeating the call resumes a run that was killed. Ctrl-C and SIGTERM lose
+    no more than the units in progress. Memory holds a few units and the model, whatever the number of rows.
 
     Args:
         model, dtype, revision: as for ``f2llm_jax.load``.
-        patterns: globs of txt, jsonl, csv and parquet files, or one. All processes see the same files, and ``out``.
+        patterns: one or more globs of txt, jsonl, csv and parquet files. All processes must see the same files and the
+            same ``out``.
         out: the folder for shards and manifest, new or begun by the same call.
-        processes: which process this is of how many, from ``f2llm_jax.distributed.start``.
-        mesh: sizes of ``data``, ``fsdp`` and ``tensor`` of a copy of the model; the others are 1. Default: that of the
-            run begun in ``out``, else one device.
+        processes: the number of this process and how many there are, from ``f2llm_jax.distributed.start``.
+        mesh: sizes of ``data``, ``fsdp`` and ``tensor`` for one copy of the model; those not given are 1. Default: the
+            mesh of the run begun in ``out``, else one device.
         field, file_format: as for ``texts.read_texts``.
         id_field: the column or key of the ids; default: the row number, counted over all files.
         prompt_name, prompt, dim, max_length, batch_tokens: as for ``Encoder.encode``.
         output: one of ``dtypes.FILE_OUTPUTS``.
         ranges: float [2, dim] from ``int8_ranges``, for int8.
-        shard_rows: rows of a shard, at most; fewer if texts are long.
-        show_progress: a progress bar on standard error, of all processes' rows.
+        shard_rows: maximum rows per shard; fewer if texts are long.
+        show_progress: show a progress bar of all processes' rows on standard error.
 
     Raises:
-        InputError: an argument or an input that cannot be used, or ``out`` was begun with others.
+        InputError: an argument or an input cannot be used, or ``out`` was begun with others.
         ReleaseError: the model cannot be used.
         F2LLMError: Grain is not installed.
     """
@@ -165,14 +166,14 @@ def encode_corpus(
 
 
 class _Terminated(BaseException):
-    """A SIGTERM came."""
+    """A SIGTERM was received."""
 
 
 class _Termination:
-    """Ends its block at a SIGTERM, wherever it is; processes that work together end theirs after the same unit.
+    """Ends its ``with`` block on SIGTERM, at any point; processes that encode together all end after the same unit.
 
     Attributes:
-        came: whether one did.
+        came: whether a SIGTERM was received.
     """
 
     def __init__(self, team: Team):
@@ -195,7 +196,7 @@ class _Termination:
             raise _Terminated
 
 
-# --- what is to be done
+# --- settings and inputs
 
 
 def _settings(
@@ -207,7 +208,7 @@ def _settings(
     ranges: np.ndarray | None,
     **others: Any,
 ) -> dict[str, Any]:
-    """All that the bytes of the shards depend on besides the inputs, as JSON values."""
+    """Everything besides the inputs that the bytes of the shards depend on, as JSON values."""
     if output not in FILE_OUTPUTS:
         raise InputError(f"output must be one of {', '.join(FILE_OUTPUTS)}, not {output!r}")
     ranges = check_ranges(output, ranges, dim)
@@ -224,7 +225,7 @@ def _settings(
 
 
 def _mesh_sizes(mesh: Mapping[str, int]) -> dict[str, int]:
-    """Sizes of all axes."""
+    """The sizes of all axes; those not given are 1."""
     if unknown := mesh.keys() - _ONE_DEVICE.keys():
         axes = ", ".join(_ONE_DEVICE)
         raise InputError(f"mesh has sizes of {axes}, not of {', '.join(map(repr, sorted(unknown)))}")
@@ -234,7 +235,7 @@ def _mesh_sizes(mesh: Mapping[str, int]) -> dict[str, int]:
 def _index(
     patterns: Sequence[str], out: Path, settings: Mapping[str, Any], plan: dict[str, Any] | None, show_progress: bool
 ) -> Corpus:
-    """The corpus; files that the begun run has cut in the same way are not read again."""
+    """The corpus; files that the earlier run split in the same way are not read again."""
     reading = ("field", "id_field", "file_format", "shard_rows")
     same_cuts = plan is not None and all(plan["settings"].get(key) == settings[key] for key in reading)
     return index(
@@ -254,14 +255,14 @@ def _check_length(max_length: int | None, release: Release) -> int:
     return whole_number("max_length", max_length, release.config.max_position_embeddings)
 
 
-# --- who does it
+# --- who encodes what
 
 
 class Team:
-    """Which processes work together on a unit, and which units are theirs.
+    """Which processes encode units together, and which units are theirs.
 
     Attributes:
-        joint: whether all processes encode every unit together, on one mesh; else each has its own units.
+        joint: whether all processes encode every unit together, on one mesh; else each has units of its own.
     """
 
     def __init__(self, sizes: dict[str, int], processes: Processes, *, joint: bool):
@@ -275,7 +276,7 @@ class Team:
         """The team for a mesh.
 
         Raises:
-            InputError: the mesh neither fits into a process, some times without rest, nor takes all devices of all.
+            InputError: the mesh takes neither a divisor of this process's devices nor all devices of all processes.
         """
         size, local, everywhere = math.prod(sizes.values()), jax.local_device_count(), jax.device_count()
         if local % size == 0:
@@ -289,7 +290,7 @@ class Team:
         )
 
     def todo(self, units: list[Unit], work: Output, show_progress: bool) -> list[Unit]:
-        """The units to encode, in order, in this process or together: those of its share that are not finished."""
+        """The units to encode, in order: those of this process's share, or of all if joint, that are not finished."""
         from tqdm import tqdm
 
         number, total = self._processes
@@ -306,7 +307,7 @@ class Team:
         return [unit for unit in units if not finished_pu[:, unit.number].any()]
 
     def load(self, path: Path, dtype: str, units: int) -> list[Encoder]:
-        """Copies of the model: one on the common mesh, or as many as this process has devices and units for."""
+        """Loads copies of the model: one on the joint mesh, or as many as this process has devices and units for."""
         if self.joint:
             return [load(path, dtype=dtype, mesh=self._mesh(jax.devices()))]
         devices = jax.local_devices()
@@ -323,13 +324,13 @@ class Team:
         return not self.joint or unit.number % self._processes.total == self._processes.number
 
     def wait_for_others(self, work: Output, progress: Progress) -> None:
-        """Until all shards are there, where JAX has joined the processes: it ends them all soon after the first."""
+        """Waits until all shards exist, if JAX has joined the processes: it ends all soon after the first exits."""
         while jax.distributed.is_initialized() and not work.all_finished:
             time.sleep(_WAIT_SECONDS)
             progress.advance(0)
 
     def stops_after(self, done: int) -> bool:
-        """Whether all processes are to stop after the unit that was the ``done``th: one got a SIGTERM."""
+        """Whether all processes are to stop after ``done`` units because one of them received a SIGTERM."""
         if not self.joint:
             return False
         from jax.experimental import multihost_utils
@@ -337,11 +338,11 @@ class Team:
         return multihost_utils.reached_preemption_sync_point(done)
 
 
-# --- the work
+# --- encoding
 
 
 class _Job:
-    """Encodes and writes units, as many at a time as there are encoders; each is in the hands of a thread."""
+    """Encodes and writes units, as many at a time as there are encoders, each in a thread."""
 
     def __init__(
         self,
@@ -361,12 +362,12 @@ class _Job:
         self._stopping = threading.Event()
 
     def run(self, units: list[Unit]) -> bool:
-        """Does it; whether a SIGTERM to a process of the team has ended it early."""
+        """Runs the job; returns whether a SIGTERM to a process of the team ended it early."""
         idle = list(self._encoders)
         running: set[Future[Encoder]] = set()
 
         def settle() -> None:
-            """Waits for one of those running at least, and raises what went wrong."""
+            """Waits for at least one of the running units, and raises the error of one that failed."""
             finished, left = wait(running, return_when=FIRST_COMPLETED)
             running.intersection_update(left)
             idle.extend(future.result() for future in finished)
@@ -386,7 +387,7 @@ class _Job:
         return False
 
     def _unit(self, encoder: Encoder, item: UnitTexts) -> Encoder:
-        """Encodes a unit and writes its shard; gives the encoder back."""
+        """Encodes a unit and writes its shard; returns the encoder."""
         so_far = Done(0, 0, 0)
 
         def on_batch(now: Done) -> None:
@@ -403,11 +404,11 @@ class _Job:
 
 
 class _StopError(Exception):
-    """Ends the work of a thread whose result nobody waits for."""
+    """Ends a thread whose result is no longer needed."""
 
 
 def _read_ahead(units: list[Unit], reader: Reader) -> Iterator[UnitTexts]:
-    """The units in order; Grain reads the next one in a thread while the last ones are worked on."""
+    """The units in order; Grain reads the next one in a thread while the previous ones are encoded."""
     grain = _import_grain()
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)  # one thread: a Parquet file is read in order
     return iter(grain.MapDataset.source(units).map(reader.read).to_iter_dataset(options))
@@ -422,7 +423,7 @@ def _import_grain() -> Any:
 
 
 class Progress:
-    """The rows that are done in all processes, as a bar on standard error; threads share it."""
+    """A progress bar on standard error of the rows that all processes have done; thread-safe."""
 
     def __init__(self, todo: list[Unit], corpus: Corpus, work: Output, show: bool):
         self._rows = {unit.number: unit.rows for unit in corpus.units}
@@ -446,7 +447,7 @@ class Progress:
         self._bar.close()
 
     def advance(self, rows: int) -> None:
-        """So many more rows of this process are done; those of others are counted now and then."""
+        """Adds rows that this process has done; those of the others are recounted at most every ``_COUNT_SECONDS``."""
         with self._lock:
             self._own += rows
             if self._show and time.monotonic() - self._counted >= _COUNT_SECONDS:

@@ -1,7 +1,7 @@
-"""The texts of many files, cut into units: runs of rows that are small enough for memory, read one at a time.
+"""The texts of many files, split into units: runs of rows that fit into memory, read one at a time.
 
-Where the cuts are depends on the files alone. Every process makes the same units of the same files, so units can be
-dealt out by number, and a unit is the same whoever reads it.
+Unit boundaries depend on the files alone. Every process splits the same files into the same units, so units can be
+assigned by number, and a unit is the same whichever process reads it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from pyarrow import parquet
     from tqdm import tqdm
 
-# A unit of long texts has fewer rows: its texts take no more than about this much.
+# A unit of long texts has fewer rows: its texts take at most about this many bytes.
 _UNIT_BYTES = 64 << 20
 
-# Of a Parquet column chunk, this much is in memory, and so many rows are decoded at a time; by default Arrow would read
-# the chunk as a whole, and released files are often a single row group of a GB.
+# Bytes of a Parquet column chunk in memory, and rows decoded at a time. By default Arrow would read the whole chunk,
+# and released files are often a single row group of a GB.
 _BUFFER_BYTES = 1 << 20
 _BATCH_ROWS = 1024
 
@@ -39,12 +39,13 @@ class InputFile:
     """An input file, and where its units begin.
 
     Attributes:
-        path, format: where it is, and one of ``texts.FORMATS``.
+        path, format: its path, and one of ``texts.FORMATS``.
         bytes: its size.
-        modified_ns: when it was last written.
-        sha256: of the file; of a Parquet file that of its footer, which has the sizes and statistics of all its parts.
-        id_type: the Arrow type of its ids, ``int64`` for row numbers; None if it has no rows to tell by.
-        units: of every unit the rows, and where it begins: byte and line of a text file, row and 0 of a Parquet file.
+        modified_ns: its modification time.
+        sha256: of the file; for a Parquet file, of its footer, which has the sizes and statistics of all its parts.
+        id_type: the Arrow type of its ids, ``int64`` for row numbers; None if it has no rows to infer it from.
+        units: for each unit, its number of rows and where it begins: byte and line of a text file, row and 0 of a
+            Parquet file.
     """
 
     path: str
@@ -61,14 +62,14 @@ class InputFile:
 
 
 class Unit(NamedTuple):
-    """Some rows of one file: what one shard of the output is made of.
+    """A run of rows of one file, which becomes one shard of the output.
 
     Attributes:
-        number: its place among all units, which are in the order of the files and of their rows.
-        file: which of the files.
+        number: its index among all units, which are in the order of the files and their rows.
+        file: the index of its file.
         first_row: its first row, counted over all files.
-        rows: how many.
-        begin: as in ``InputFile.units``.
+        rows: its number of rows.
+        begin: where it begins, as in ``InputFile.units``.
     """
 
     number: int
@@ -79,7 +80,7 @@ class Unit(NamedTuple):
 
 
 class UnitTexts(NamedTuple):
-    """A unit and what is in it: the texts, and an Arrow array of their ids."""
+    """A unit with its texts and an Arrow array of their ids."""
 
     unit: Unit
     texts: list[str]
@@ -87,16 +88,16 @@ class UnitTexts(NamedTuple):
 
 
 def find_files(patterns: Sequence[str], out: Path) -> list[str]:
-    """The files of glob patterns: those of the first pattern by name, then those of the next; each file once.
+    """The files that match glob patterns: pattern by pattern, sorted by name within each; each file once.
 
     Args:
-        patterns: globs; one that is the name of a file is that file, whatever brackets are in it.
-        out: the folder of the output, whose own files are left out.
+        patterns: globs; a pattern that names an existing file means that file, whatever brackets it contains.
+        out: the output folder, whose own files are skipped.
 
     Raises:
         InputError: there are no patterns, or nothing matches one.
     """
-    files: dict[Path, str] = {}  # by where they really are: a file may have several names
+    files: dict[Path, str] = {}  # by resolved path: a file may have several names
     out = out.resolve()
     for pattern in patterns:
         name = os.path.expanduser(pattern)
@@ -113,20 +114,20 @@ def find_files(patterns: Sequence[str], out: Path) -> list[str]:
 
 
 class Corpus:
-    """All rows of some files, in units.
+    """All rows of some files, split into units.
 
     Attributes:
         files: the files.
         units: the units of all files.
-        rows: how many there are.
+        rows: the total number of rows.
         id_type: the Arrow type of the ids.
     """
 
     def __init__(self, files: Iterable[InputFile], field: str, id_field: str | None):
-        """Joins files.
+        """Combines files.
 
         Raises:
-            InputError: the ids of two files are of different types.
+            InputError: the ids of two files have different types.
         """
         self.files = list(files)
         self.field, self.id_field = field, id_field
@@ -161,21 +162,22 @@ def index(
     known: Iterable[InputFile] = (),
     show_progress: bool = False,
 ) -> Corpus:
-    """Cuts files into units.
+    """Splits files into units.
 
-    Text files are read through once, and every row is checked; of Parquet files only the footers are read.
+    Text files are read once in full, and every row is checked; of Parquet files only the footers are read.
 
     Args:
         paths: the files, in order.
         field: the column or key that holds the text.
         id_field: the column or key of the ids; default: the row number, counted over all files.
         file_format: one of ``texts.FORMATS``; default by each file's extension.
-        unit_rows: rows of a unit, at most.
-        known: files indexed before with the same arguments: those of the same size and time are not read again.
-        show_progress: a progress bar on standard error.
+        unit_rows: maximum rows per unit.
+        known: files indexed before with the same arguments; those whose size and modification time are unchanged are
+            not read again.
+        show_progress: show a progress bar on standard error.
 
     Raises:
-        InputError: a row or a file that cannot be used; the message names it.
+        InputError: a row or a file cannot be used; the message names it.
     """
     from tqdm import tqdm
 
@@ -220,7 +222,7 @@ def _index_lines(path: str, kind: str, field: str, id_field: str | None, unit_ro
 
 
 def _check_id(id_: Any, id_field: str, id_type: str | None, where: str) -> str:
-    """The id's type, which must be that of the ids before it."""
+    """The type of an id, which must match that of the ids before it."""
     kinds = {str: "string", int: "int64"}
     if type(id_) not in kinds:
         problem = "there is no id" if id_ is None else f"an id is of type {type(id_).__name__}"
@@ -263,7 +265,7 @@ def _index_parquet(path: str, kind: str, field: str, id_field: str | None, unit_
 
 
 def _column_type(schema: pyarrow.Schema, name: str, path: str) -> pyarrow.DataType:
-    """A column's type; of a dictionary that of its values. All kinds of strings are one: pandas 3 writes large ones."""
+    """A column's type; for a dictionary, its value type. String types are treated alike: pandas 3 writes large ones."""
     import pyarrow
 
     if schema.names.count(name) != 1:
@@ -277,12 +279,12 @@ def _column_type(schema: pyarrow.Schema, name: str, path: str) -> pyarrow.DataTy
 
 
 def _leaf(metadata: parquet.FileMetaData, name: str) -> int:
-    """The number of a column among the leaves of the schema, of which nested columns before it may have several."""
+    """The index of a column among the leaves of the schema; nested columns before it may have several leaves."""
     return next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == name)
 
 
 def _refuse_nulls(metadata: parquet.FileMetaData, name: str, path: str) -> None:
-    """Finds missing values before the work, where the file has counts of them; those of other files are found later."""
+    """Rejects missing values before any work, if the file has null counts; in other files they are found on reading."""
     leaf = _leaf(metadata, name)
     nulls = 0
     for group in range(metadata.num_row_groups):
@@ -293,7 +295,7 @@ def _refuse_nulls(metadata: parquet.FileMetaData, name: str, path: str) -> None:
 
 
 def _footer(path: str) -> bytes:
-    """The bytes of a Parquet file's metadata, which lie before their length and the mark at the file's end."""
+    """The bytes of a Parquet file's metadata, which precede their length and the magic number at the file's end."""
     with open(path, "rb") as stream:
         stream.seek(-8, os.SEEK_END)
         length = int.from_bytes(stream.read(4), "little")
@@ -302,7 +304,7 @@ def _footer(path: str) -> bytes:
 
 
 class Reader:
-    """Reads units. Those of a Parquet file are best read in order: then it is decoded once."""
+    """Reads units. Those of a Parquet file are best read in order, so that it is decoded only once."""
 
     def __init__(self, corpus: Corpus):
         self._corpus = corpus
@@ -312,14 +314,14 @@ class Reader:
         """The texts and ids of a unit.
 
         Raises:
-            InputError: a value that is missing or no text, or a file that is not what it was; the message names it.
+            InputError: a value is missing or not a text, or a file has changed; the message names it.
         """
         file = self._corpus.files[unit.file]
         read = self._read_parquet if file.format == "parquet" else self._read_lines
         _check_unchanged(file)
         try:
             texts, ids = read(unit, file)
-        finally:  # also of an error: a change may be its cause
+        finally:  # also after an error: a change may be its cause
             _check_unchanged(file)
         if len(texts) != unit.rows:
             raise _changed(file)
@@ -387,7 +389,7 @@ def _row_numbers(unit: Unit) -> pyarrow.Array:
 
 
 def _texts(column: pyarrow.ChunkedArray, where: str, first: int, field: str) -> list[str]:
-    """The column as strings; what is none is named by its row."""
+    """The column as strings; the error for a value that is not one names its row."""
     try:
         texts = column.to_pylist()
     except UnicodeDecodeError:
@@ -419,7 +421,7 @@ class _ParquetRows:
         self._rest: pyarrow.RecordBatch | None = None
 
     def take(self, first: int, rows: int) -> pyarrow.Table:
-        """The rows ``first`` … ``first + rows - 1``; those before are skipped."""
+        """The rows ``first`` … ``first + rows - 1``; rows before them are skipped."""
         import pyarrow
 
         if not self._begun:
@@ -437,7 +439,7 @@ class _ParquetRows:
         return pyarrow.Table.from_batches(taken)
 
     def _begin(self, first: int) -> None:
-        """Opens the file at the row group that holds a row."""
+        """Opens the file at the row group that contains row ``first``."""
         from pyarrow import parquet
 
         self._begun = True

@@ -1,15 +1,15 @@
-"""Embeddings in Parquet shards, a shard for each unit of a corpus, and the manifest that says what they are.
+"""Embeddings in Parquet shards, one for each unit of a corpus, and the manifest that describes them.
 
 ::
 
-    manifest.json          when all shards are there: settings, inputs, and of every shard its rows and SHA-256
+    manifest.json          once all shards are finished: settings, inputs, and each shard's rows and SHA-256
     shards/000000.parquet   columns `id` and `embedding` (a list of fixed size), in the order of the input
-    ranges.npy             for int8: the ranges of the dimensions
+    ranges.npy             for int8: the range of each dimension
     work/plan.json         until then: settings and inputs
     work/000000.json        until then: what the manifest will say of a finished shard
 
-Every file appears by a rename, a shard before its note in ``work``. So processes need not talk to each other: what is
-finished is what has a note, and whoever sees that all have one writes the manifest.
+Every file appears by a rename, and a shard before its note in ``work``. So processes need not communicate: a unit is
+finished once it has a note, and whichever process sees that all have one writes the manifest.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Shard:
     """A finished shard.
 
     Attributes:
-        file: where it is in the output folder.
-        input: the file that its rows are of.
+        file: its path in the output folder.
+        input: the input file that its rows come from.
         first_row, rows: which rows, counted over all inputs.
         bytes, sha256: of the file.
-        truncated: texts that were longer than the limit on tokens.
+        truncated: number of texts that exceeded the token limit.
     """
 
     file: str
@@ -58,7 +58,7 @@ class Shard:
 
 
 def embedding_table(ids: pyarrow.Array, embeddings: np.ndarray) -> pyarrow.Table:
-    """Columns ``id`` and ``embedding``, the latter lists of fixed size [n, dim]."""
+    """A table of columns ``id`` and ``embedding``, the latter fixed-size lists from [n, dim]."""
     import pyarrow
 
     values = pyarrow.array(embeddings.reshape(-1))
@@ -67,7 +67,7 @@ def embedding_table(ids: pyarrow.Array, embeddings: np.ndarray) -> pyarrow.Table
 
 
 def read_plan(out: Path) -> dict[str, Any] | None:
-    """What an earlier run wanted in this folder: ``settings`` and ``inputs``; None in a new or empty folder.
+    """The plan of an earlier run in this folder: ``settings`` and ``inputs``; None for a new or empty folder.
 
     Raises:
         InputError: the folder holds something else.
@@ -114,7 +114,7 @@ def _parse(text: str, file: Path, out: Path) -> dict[str, Any]:
 
 
 def _is_new(out: Path) -> bool:
-    """Whether a folder holds no more than what a run makes before its plan: it may just have been begun elsewhere."""
+    """Whether a folder holds only what a run creates before its plan: another process may just have begun it."""
     if not out.is_dir():
         return False
     shards = out / "shards"
@@ -124,17 +124,17 @@ def _is_new(out: Path) -> bool:
 
 
 def known_inputs(plan: dict[str, Any] | None) -> list[InputFile]:
-    """The inputs that a plan has indexed; a manifest has not."""
+    """The indexed inputs of a plan; those of a manifest are not indexed."""
     inputs = [] if plan is None else plan["inputs"]
     return [InputFile(**{**file, "units": tuple(map(tuple, file["units"]))}) for file in inputs if "units" in file]
 
 
 class Output:
-    """An output folder, new or begun.
+    """An output folder, new or begun by an earlier run.
 
     Attributes:
         folder: where it is.
-        fingerprint: of the settings and of the inputs' formats and contents; shards of another do not belong here.
+        fingerprint: of the settings and of the inputs' formats and contents; shards with another do not belong here.
     """
 
     def __init__(
@@ -149,14 +149,14 @@ class Output:
         """Claims the folder for these settings and inputs.
 
         Args:
-            folder: it is made if need be.
-            settings: JSON values; what is not the same for the same result does not belong here.
+            folder: created if needed.
+            settings: JSON values; nothing belongs here that can vary while the result stays the same.
             corpus: the inputs.
             model: its name, for the manifest.
-            ranges: float32 [2, dim] of int8 embeddings.
+            ranges: float32 [2, dim], for int8 embeddings.
 
         Raises:
-            InputError: it holds the output of other settings or inputs; the message says which.
+            InputError: the folder holds the output of other settings or inputs; the message says which.
         """
         self.folder = folder
         self._corpus = corpus
@@ -171,7 +171,7 @@ class Output:
             if not self.complete:
                 self._begin(ranges)
         except FileNotFoundError:
-            if not self.complete:  # else others have just finished, and cleared the notes away
+            if not self.complete:  # else other processes have just finished and removed the notes
                 raise
 
     def _refuse_changes(self, found: dict[str, Any]) -> None:
@@ -204,7 +204,7 @@ class Output:
 
     @property
     def complete(self) -> bool:
-        """Whether the manifest is there."""
+        """Whether the manifest exists."""
         return (self.folder / MANIFEST).exists()
 
     @property
@@ -212,17 +212,17 @@ class Output:
         return len(self.finished()) == len(self._corpus.units)
 
     def finished(self) -> set[int]:
-        """The numbers of the units that some process has finished."""
+        """The numbers of the units that any process has finished."""
         try:
             names = os.listdir(self.folder / "work")
         except FileNotFoundError:
             names = []
-        if self.complete:  # and so, perhaps, the notes are gone
+        if self.complete:  # the notes may then be gone
             return {unit.number for unit in self._corpus.units}
         return {int(name.removesuffix(".json")) for name in names if name[0].isdigit()}
 
     def verify(self, unit: Unit) -> bool:
-        """Whether a unit is finished, and its shard what it was; one that is damaged is reported as a warning."""
+        """Whether a unit is finished and its shard intact; warns if the shard is damaged, and removes its note."""
         shard = self._noted(unit)
         if shard is None:
             return False
@@ -237,19 +237,19 @@ class Output:
         """Writes the shard of a unit.
 
         Args:
-            unit: which.
+            unit: the unit.
             ids: Arrow array [rows].
             embeddings: [rows, dim].
-            truncated: how many of the texts were.
+            truncated: the number of texts that were truncated.
 
         Raises:
-            F2LLMError: a shard that the manifest lists is made again, and comes out differently.
+            F2LLMError: a shard that the manifest lists was made again, and came out different.
         """
         from pyarrow import parquet
 
         file = self.folder / _shard_file(unit.number)
         with new_file(file, sync=True) as stream:
-            # Embeddings hold next to no value twice: a dictionary of them would be built in vain.
+            # Embeddings hardly ever repeat a value: building a dictionary of them would be wasted work.
             parquet.write_table(embedding_table(ids, embeddings), stream, use_dictionary=False)
         shard = Shard(
             file=_shard_file(unit.number),
@@ -266,7 +266,7 @@ class Output:
             raise F2LLMError(f"{file} comes out otherwise than {MANIFEST} has it: other hardware, or other versions?")
 
     def commit(self) -> dict[str, Any] | None:
-        """Writes the manifest if all shards are finished, and clears away the notes.
+        """Writes the manifest if all shards are finished, and removes the notes.
 
         Returns:
             The manifest; None if shards are missing.
@@ -283,7 +283,7 @@ class Output:
             else:
                 self._write_manifest([shard for shard in shards if shard is not None])
         shutil.rmtree(self.folder / "work", ignore_errors=True)
-        for left in unfinished(self.folder / "shards"):  # of processes that were killed
+        for left in unfinished(self.folder / "shards"):  # left by processes that were killed
             left.unlink(missing_ok=True)
         return json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
 
@@ -318,9 +318,9 @@ class Output:
         return self.folder / "work" / f"{unit.number:06d}.json"
 
     def _noted(self, unit: Unit) -> Shard | None:
-        """What is noted of a shard, in the manifest or in its note; None if it is not finished.
+        """The record of a shard, from the manifest or from its note; None if it is not finished.
 
-        Its input has the name that this run knows it by: others may have named the same file otherwise.
+        Its input is the path that this run uses: other runs may have named the same file differently.
         """
         if self.complete:
             shard = self._listed[unit.number]
@@ -336,14 +336,14 @@ class Output:
 
     @functools.cached_property
     def _listed(self) -> list[Shard]:
-        """The shards of the manifest."""
+        """The shards that the manifest lists."""
         manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
         return [Shard(**shard) for shard in manifest["shards"]]
 
     @staticmethod
     def _write_json(file: Path, value: dict[str, Any], indent: int | None = None) -> None:
         with new_file(file, sync=True) as stream:
-            stream.write(json.dumps(value, indent=indent).encode())  # in ASCII: a file's name may be no Unicode
+            stream.write(json.dumps(value, indent=indent).encode())  # in ASCII: a file name may not be valid Unicode
 
 
 def _shard_file(number: int) -> str:
