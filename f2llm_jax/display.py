@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import unicodedata
 
-# Scripts written from right to left, and their digits: among left-to-right columns these reorder what is next to them.
+# Right-to-left scripts and their digits: among left-to-right columns these reorder what is next to them.
 _RIGHT_TO_LEFT = {"R", "AL", "AN"}
 
-# Characters that steer the direction of what follows them; a text must not steer the table around it.
+# Characters that control the direction of the text after them; a text must not affect the table around it.
 _DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
 FIRST_STRONG_ISOLATE, POP_ISOLATE = "\u2068", "\u2069"
 
 
 def width(text: str) -> int:
-    """The terminal columns a text takes: two for a wide character, none for a mark on the one before it."""
+    """The number of terminal columns of a text: two for a wide character, none for a combining mark."""
     return sum(_columns(char) for char in text)
 
 
 def one_line(text: str) -> str:
-    """The text with every run of white space as one space, and without control characters."""
+    """The text with every run of white space collapsed into one space, and without control characters."""
     text = " ".join(unicodedata.normalize("NFC", text).split())
     return "".join(
         char
@@ -42,7 +42,7 @@ def shorten(text: str, columns: int) -> str:
 
 
 def isolate(text: str) -> str:
-    """A right-to-left text between isolating marks (of no width), so that the columns around it stay where they are."""
+    """A right-to-left text in isolating marks of no width, so that the columns around it stay in place."""
     if any(unicodedata.bidirectional(char) in _RIGHT_TO_LEFT for char in text):
         return FIRST_STRONG_ISOLATE + text + POP_ISOLATE
     return text

@@ -1,4 +1,4 @@
-"""Several processes: which of them this one is, and how they find each other."""
+"""Multiple processes: which of them this one is, and how they find each other."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ ALONE = Processes(0, 1)
 def start(
     coordinator: str | None = None, count: int | None = None, number: int | None = None, *, detect: bool = False
 ) -> Processes:
-    """Joins the processes of a run; to be called before anything is computed.
+    """Joins the processes of a run; call it before anything is computed.
 
     With a coordinator, ``jax.distributed`` is started, and ``jax.devices()`` are those of all processes. Without one,
-    ``count`` and ``number`` alone name independent processes, each with its own devices. On a Cloud TPU, and with
-    ``detect``, JAX finds coordinator and numbers itself. A process that has joined already stays as it is.
+    ``count`` and ``number`` only describe independent processes, each with its own devices. On a Cloud TPU, and with
+    ``detect``, JAX finds the coordinator and the numbers itself. A process that has already joined stays as it is.
 
     Args:
         coordinator: HOST:PORT of process 0, the same in every process.
@@ -36,7 +36,7 @@ def start(
         detect: let JAX find the others, as it can under Slurm, Open MPI and Kubernetes.
 
     Raises:
-        InputError: the arguments do not go together, or the processes do not find each other.
+        InputError: the arguments are inconsistent, or the processes do not find each other.
     """
     if (count is None) != (number is None):
         raise InputError("--processes and --process-id go together: how many there are, and which one this is, from 0")
@@ -59,10 +59,10 @@ def start(
 def on_cloud_tpu() -> bool:
     """Whether JAX will run on the chips of a Cloud TPU that can tell which hosts belong together.
 
-    Where ``import jax`` finds no chips it sets TPU_SKIP_MDS_QUERY, as do those whose machine has no metadata server; on
-    Kubernetes the hosts are in TPU_WORKER_HOSTNAMES.
+    ``import jax`` sets TPU_SKIP_MDS_QUERY if it finds no chips, as do users whose machine has no metadata server; on
+    Kubernetes the hosts are listed in TPU_WORKER_HOSTNAMES.
     """
-    settings: Any = jax.config  # its attributes are made at run time
+    settings: Any = jax.config  # its attributes are created at run time
     on_tpu = "tpu" in (settings.jax_platforms or "").split(",")
     return on_tpu and ("TPU_WORKER_HOSTNAMES" in os.environ or "TPU_SKIP_MDS_QUERY" not in os.environ)
 
