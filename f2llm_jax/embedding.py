@@ -14,17 +14,17 @@ from f2llm_jax.errors import InputError, whole_number
 from f2llm_jax.model import Backbone, Params, apply, at_positions
 
 MANY_TOKENS = 256
-"""Of a batch, padding included: see ``ends_are_few``."""
+"""Lower bound on the tokens of a batch, padding included: see ``ends_are_few``."""
 
 FEW_ENDS = 1 / 4
-"""Of the positions of a row: see ``ends_are_few``."""
+"""Upper bound on the ends of a row, as a fraction of its positions: see ``ends_are_few``."""
 
 
 class Batch(NamedTuple):
-    """Texts as rows of token ids, filled from the left.
+    """Texts as rows of token ids, padded on the right.
 
     Attributes:
-        tokens_bt: int32 [batch, length]; what follows a row's EOS may be anything, nothing depends on it.
+        tokens_bt: int32 [batch, length]; after a row's EOS the ids may be anything, nothing depends on them.
         lengths_b: int32 [batch], tokens of each row, EOS included; at least 1.
     """
 
@@ -37,22 +37,22 @@ class Batch(NamedTuple):
 
     @property
     def ends_be(self) -> jax.Array | np.ndarray:
-        """int32 [batch, 1], where in its row each text's EOS is."""
+        """int32 [batch, 1], the position of each text's EOS in its row."""
         return self.lengths_b[:, None] - 1
 
 
 class PackedBatch(NamedTuple):
-    """Rows of many texts each, one behind the other: no token of one sees another text, and positions restart.
+    """Packed rows, many texts one after another in each: no token sees another text, and positions restart.
 
-    What all texts of a row begin with may be there once, before them.
+    A prefix common to all texts of a row may be stored once, in front of them.
 
     Attributes:
-        tokens_bt: int32 [batch, length]; what belongs to no text may be anything, nothing depends on it.
+        tokens_bt: int32 [batch, length]; outside of the texts the ids may be anything, nothing depends on them.
         segment_ids_bt: int32 [batch, length], equal for the tokens of one text, different from those of the row's other
-            texts; 0 for padding; ``segments.PREFIX`` for what they all begin with, in rows up to
-            ``attention.longest_prefixed_row`` and where there is no gradient.
-        ends_be: int32 [batch, texts], where in its row each text's EOS is; 0 in a slot without a text, whose state
-            means nothing.
+            texts; 0 for padding; ``segments.PREFIX`` for a shared prefix, in rows up to
+            ``attention.longest_prefixed_row`` and only without a gradient.
+        ends_be: int32 [batch, texts], the position of each text's EOS in its row; 0 in a slot without a text, whose
+            state is meaningless.
     """
 
     tokens_bt: jax.Array | np.ndarray
@@ -74,23 +74,23 @@ def eos_states(
 ) -> jax.Array:
     """The final-norm hidden state of every text's EOS, unnormalised: what distillation compares.
 
-    Where ``ends_are_few``, the last layer computes keys and values for all tokens and everything else for the EOS only,
-    with plain attention whatever the kernel is; for a gradient only if the model ``has_few_layers``.
+    If ``ends_are_few``, the last layer computes keys and values for all tokens and everything else for the EOS only,
+    with plain attention whatever the kernel is; under a gradient, only if the model ``has_few_layers``.
 
     Args:
-        params: the parameters, as ``init_params`` or ``load`` give them.
+        params: the parameters, as returned by ``init_params`` or ``load``.
         batch: the rows.
         config: the sizes that belong to ``params``.
-        dtype: of the operands of matrix products, a float dtype; projections of int8 are multiplied as such whatever it
-            is.
+        dtype: dtype of the operands of matrix products, a float dtype; int8 projections are multiplied in int8 whatever
+            it is.
         kernel: the attention kernel, one of ``attention.KERNELS``; "auto" for the platform's.
-        remat: what a backward pass computes again, see ``model.REMAT_POLICIES``.
+        remat: what the backward pass recomputes, see ``model.REMAT_POLICIES``.
 
     Returns:
         float32 [batch, hidden]; of a ``PackedBatch`` [batch, texts, hidden].
 
     Raises:
-        InputError: another dtype.
+        InputError: the dtype is not a float dtype.
     """
     if not jnp.issubdtype(dtype, jnp.floating):
         raise InputError(f"dtype must be float32 or bfloat16, not {jnp.dtype(dtype)}; with int8 projections, bfloat16")
@@ -104,16 +104,17 @@ def eos_states(
 
 
 def trims_last_layer(batch: AnyBatch) -> bool:
-    """Whether the last layer computes the texts' ends only: if they ``ends_are_few``."""
+    """Whether the last layer is computed at the texts' ends only: if these ``ends_are_few``."""
     return ends_are_few(batch.ends_be.shape[1], *batch.tokens_bt.shape)
 
 
 def ends_are_few(ends: int, rows: int, length: int) -> bool:
-    """Whether it pays to compute the last layer at the texts' ends only, so many in each row.
+    """Whether it pays to compute the last layer at the texts' ends only, ``ends`` per row.
 
-    With few tokens, reading the weights dominates, and a second kind of layer has to be compiled. With many ends their
-    scores, all in memory at once, outweigh what is spared: by the TPU compiler 32 rows of 1,024 tokens of the 80M move
-    23.2 GB of HBM, and 21.6, 22.4 and 29.4 GB with the last layer for 64, 256 and 1,024 ends of each row.
+    With few tokens, reading the weights dominates, and a second kind of layer has to be compiled. With many ends, their
+    scores, which are all in memory at once, outweigh the savings: according to the TPU compiler, 32 rows of 1,024
+    tokens of the 80M move 23.2 GB of HBM with a full last layer, and 21.6, 22.4 and 29.4 GB with one at only 64, 256
+    and 1,024 ends per row.
     """
     return rows * length >= MANY_TOKENS and ends <= FEW_ENDS * length
 
@@ -127,7 +128,7 @@ def embed(
     dtype: jax.typing.DTypeLike = jnp.float32,
     kernel: str = "auto",
 ) -> jax.Array:
-    """Unit embeddings of the texts: EOS pooling, Matryoshka cut, L2 normalisation. Jittable and differentiable.
+    """Unit embeddings of the texts: EOS pooling, Matryoshka truncation, L2 normalisation; jittable, differentiable.
 
     Args:
         params, batch, config, dtype, kernel: as for ``eos_states``.
@@ -145,14 +146,14 @@ def embed(
 
 
 def matryoshka(states_bd: jax.Array, dims: Iterable[int]) -> dict[int, jax.Array]:
-    """The Matryoshka heads: the first ``dim`` values of each state, normalised again, for every ``dim`` asked.
+    """The Matryoshka heads: the first ``dim`` values of each state, normalised again, for each of ``dims``.
 
     Args:
         states_bd: [..., hidden] EOS states (or full-size embeddings: the result is the same).
         dims: sizes, each within 1 … hidden.
 
     Returns:
-        {dim: unit embeddings [..., dim]}, in the order asked.
+        {dim: unit embeddings [..., dim]}, in the order of ``dims``.
 
     Raises:
         InputError: a size is not within 1 … hidden.

@@ -1,4 +1,4 @@
-"""The losses F2LLM-v2 is trained with, on unnormalised EOS states.
+"""The losses that F2LLM-v2 is trained with, on unnormalised EOS states.
 
 They follow the reference's ``F2LLM/utils.py`` (``hard_loss``, ``inbatch_loss``, the distillation terms of
 ``accelerate_train``) and sum in float32. Dimensions: b batch, c passages of the global batch, n negatives, d hidden.
@@ -66,11 +66,11 @@ def in_batch_loss(
         query_bd, passage_cd: [batch, hidden] states of the whole global batch; passage i belongs to query i.
         temperature: divides the cosines.
         mrl_dims: Matryoshka sizes besides the full one.
-        passage_ids_c: int [batch]; passages with the id of a query's own are the same document and are left out of its
-            denominator. None compares with all, as the reference does.
-        stop_passage_gradient: trains the queries alone by this term, which is what the reference does on several GPUs
-            (its gather carries no gradient). The default is the full gradient, what the reference does on one.
-        example_mask_b: bool [batch]; the loss is that of a batch of these examples. None for all.
+        passage_ids_c: int [batch]; passages with the same id as a query's own are the same document and are left out of
+            its denominator. None compares with all, as the reference does.
+        stop_passage_gradient: let this term train the queries only, as the reference does on several GPUs (its gather
+            carries no gradient). The default is the full gradient, as in the reference on one GPU.
+        example_mask_b: bool [batch]; the loss is that of a batch of only these examples. None for all.
 
     Returns:
         A float32 scalar.
@@ -93,13 +93,13 @@ def in_batch_loss(
 def distillation_loss(
     student_states: jax.Array, teacher_states: jax.Array, *, mrl_dims: Sequence[int] | None = None
 ) -> jax.Array:
-    """Mean squared difference of unnormalised states, the teacher's cut to the student's width.
+    """Mean squared difference of unnormalised states, the teacher's truncated to the student's width.
 
     Args:
         student_states: [..., student hidden].
         teacher_states: [..., teacher hidden], no gradient flows into it.
-        mrl_dims: also compare the first so many values, each size weighted as in ``matryoshka_weights``; None, which
-            is what the reference does, compares the student's full width alone.
+        mrl_dims: also compare the states truncated to each of these sizes, weighted as in ``matryoshka_weights``; None
+            compares only the student's full width, as the reference does.
 
     Returns:
         A float32 scalar: the mean over all elements. The recipe sums this over queries, passages and negatives.
@@ -120,11 +120,11 @@ def matryoshka_weights(hidden: int, mrl_dims: Sequence[int] | None) -> dict[int,
     """The weight of each Matryoshka size: the n-th largest, d, weighs 1 / (n · sqrt(hidden / d)).
 
     Args:
-        hidden: the full size, which is always among them, with weight 1.
+        hidden: the full size, which is always included, with weight 1.
         mrl_dims: the other sizes; None for none.
 
     Returns:
-        {size: weight}, largest first. They are not divided by their sum.
+        {size: weight}, largest first. The weights are not normalised.
     """
     dims = sorted({hidden, *(mrl_dims or ())}, reverse=True)
     return {dim: 1 / (n * math.sqrt(hidden / dim)) for n, dim in enumerate(dims, start=1)}

@@ -1,16 +1,16 @@
 """The Qwen3 decoder as an embedding backbone, in Flax Linen.
 
-Follows transformers' ``models/qwen3/modeling_qwen3.py`` in what it computes. Every parameter is declared here once,
-with its shape, initialiser and logical axes; shardings, Hugging Face names and parameter counts derive from that.
+Computes what transformers' ``models/qwen3/modeling_qwen3.py`` does. Every parameter is declared here once, with its
+shape, initialiser and logical axes; shardings, Hugging Face names and parameter counts derive from that.
 
 Weights keep PyTorch's orientation, outputs before inputs (``q_proj`` is [heads, head_dim, hidden]). A conversion is
-then a reshape that moves no byte, a mesh splits the outputs of a projection as whole rows of the file, and the matrix
-units of TPUs and the CPU kernels measured multiply either orientation at the same rate.
+then a reshape that moves no bytes, a mesh shards the outputs of a projection as whole rows of the file, and the matrix
+units of TPUs and the CPU kernels measured are equally fast with either orientation.
 
-Arithmetic: matrix products take operands in ``dtype`` and sum in float32. Everything between them (residual stream,
-norms, rotary angles, softmax, activation) is float32, so bfloat16 rounds only what enters a product; on accelerators
-also what leaves one on its way to the next. Projections of int8 weights multiply int8 and sum in int32
-(``int8_product``).
+Arithmetic: matrix products take operands in ``dtype`` and accumulate in float32. Everything between them (residual
+stream, norms, rotary angles, softmax, activation) is float32, so bfloat16 rounds only what enters a product; on
+accelerators, results that only feed another product are rounded too. Projections with int8 weights multiply int8 and
+accumulate in int32 (``int8_product``).
 
 Dimensions: b batch, t position, d hidden, n query heads, k key/value heads, h head_dim, f intermediate, l layers,
 v vocabulary.
@@ -39,7 +39,7 @@ from f2llm_jax.segments import positions
 from f2llm_jax.vocabulary import lookup
 
 Params = dict[str, Any]
-"""A nested dict of arrays; those under ``layers`` carry the layers on axis 0."""
+"""A nested dict of arrays; those under ``layers`` are stacked over the layers on axis 0."""
 
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
@@ -49,8 +49,8 @@ REMAT_POLICIES = {
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-"""What of a layer is kept for the backward pass: all of it, the results of projections (and of attention, where the
-ragged kernel computes it), or only its input."""
+"""What is saved of a layer for the backward pass: everything, the results of projections (and of attention, if the
+ragged kernel computes it), or only the layer's input."""
 
 FEW_LAYERS = 16
 """See ``has_few_layers``."""
@@ -58,20 +58,20 @@ FEW_LAYERS = 16
 _tracing = threading.RLock()
 """Held while Flax runs: see ``apply``."""
 
-# The init range that Qwen3's config.json files state.
+# The initializer_range of Qwen3's config.json files.
 _normal = nn.initializers.normal(stddev=0.02)
 
 
 class Projection(nn.Module):
     """y = W x: one tensor [*outputs, *inputs], applied to the last axes of its argument.
 
-    A weight of int8, as ``load(dtype="int8")`` gives it, has its ``scale`` [*outputs] beside it: see ``int8_product``.
+    An int8 weight, as from ``load(dtype="int8")``, comes with its ``scale`` [*outputs]: see ``int8_product``.
 
     Attributes:
-        outputs, inputs: sizes of the axes it makes and takes, for example (heads, head_dim) and (hidden,).
+        outputs, inputs: sizes of the output and input axes, for example (heads, head_dim) and (hidden,).
         axes: their logical names, outputs first.
         dtype: of the operands.
-        may_round: see ``product``; not where the result joins the residual stream.
+        may_round: see ``product``; False if the result is added to the residual stream.
     """
 
     outputs: tuple[int, ...]
@@ -138,7 +138,7 @@ class Attention(nn.Module):
         v_btkh = Projection((k, h), (d,), kv_axes, self.dtype, name="v_proj")(x_btd)
         q_btnh = rotate(RMSNorm(h, "head_dim", c.rms_norm_eps, name="q_norm")(q_btnh), query_rotary)
         k_btkh = rotate(RMSNorm(h, "head_dim", c.rms_norm_eps, name="k_norm")(k_btkh), rotary)
-        # Scaled here, before the one rounding to dtype.
+        # Scaled before the single rounding to dtype.
         out_btnh = attention(
             (q_btnh * h**-0.5).astype(self.dtype),
             k_btkh.astype(self.dtype),
@@ -165,9 +165,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer: the residual stream behind it.
+    """One decoder layer; returns the residual stream after it.
 
-    With ``ends_be`` that of those positions alone, [b, e, d]: the others are only keys and values.
+    With ``ends_be``, only at those positions, [b, e, d]: the others contribute only keys and values.
     """
 
     config: ModelConfig
@@ -198,8 +198,8 @@ class Backbone(nn.Module):
     Attributes:
         config: the sizes.
         dtype: of the operands of matrix products.
-        kernel: which attention, see ``attention.KERNELS``; "auto" for the platform's.
-        remat: what the backward pass computes again, see ``REMAT_POLICIES``.
+        kernel: the attention kernel, one of ``attention.KERNELS``; "auto" for the platform's.
+        remat: what the backward pass recomputes, see ``REMAT_POLICIES``.
     """
 
     config: ModelConfig
@@ -217,18 +217,18 @@ class Backbone(nn.Module):
         """Runs the decoder.
 
         Args:
-            tokens_bt: int32 [batch, length] token ids; rows filled from the left.
+            tokens_bt: int32 [batch, length] token ids; rows are padded on the right.
             segment_ids_bt: int32 [batch, length], which text each token belongs to, see ``segments``; None for rows of
                 one text each.
-            ends_be: int32 [batch, ends], the positions whose states are wanted; None for all. Of the last layer, what
-                only other positions need is then not computed; for a gradient, if the model ``has_few_layers``.
+            ends_be: int32 [batch, ends], the positions whose states are wanted; None for all. The last layer then skips
+                what only other positions need; under a gradient, only if the model ``has_few_layers``.
 
         Returns:
-            float32 [batch, length, hidden] final-norm states, or [batch, ends, hidden]. Those after each layer are what
-            Flax's ``capture_intermediates`` finds of ``Block``.
+            float32 [batch, length, hidden] final-norm states, or [batch, ends, hidden]. Flax's
+            ``capture_intermediates`` gives the states after each layer, as those of ``Block``.
 
         Raises:
-            InputError: parameters of another number of layers than the config's.
+            InputError: the parameters and the config differ in the number of layers.
         """
         c = self.config
         table = nn.with_logical_partitioning(_normal, ("vocab", "embed"))
@@ -240,15 +240,16 @@ class Backbone(nn.Module):
         norm = RMSNorm(c.hidden_size, "embed", c.rms_norm_eps, name="norm")
         if ends_be is not None:
             plain = functools.partial(apply, Block(c, self.dtype, self.kernel, parent=None))
-            # The last layer may be merged with its forward pass: but for keys and values it is of few positions.
+            # CSE may merge the recomputation of the last layer with its forward pass: except for keys and values, it
+            # covers few positions.
             layer = jax.checkpoint(plain, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
             weights = self.variables["params"]["layers"]
             return norm(_through_layers(layer, weights, x_btd, rotary, segment_ids_bt, ends_be))
-        # Within a scan nothing can be merged with the forward pass anyway: prevent_cse would only cost.
+        # Within a scan nothing can be merged with the forward pass anyway: prevent_cse would only add cost.
         block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         through_layers = nn.scan(
             lambda block, x_btd, *others: (block(x_btd, *others), None),
-            variable_axes={"params": 0, "intermediates": 0},  # the latter for whoever looks in, as train/prune.py does
+            variable_axes={"params": 0, "intermediates": 0},  # the latter for inspection, as in train/prune.py
             split_rngs={"params": True},
             in_axes=(nn.broadcast,) * 2,
             length=c.num_hidden_layers,
@@ -259,7 +260,7 @@ class Backbone(nn.Module):
 
 
 def check_layers(params: Params, config: ModelConfig) -> None:
-    """An InputError if the parameters are of another number of layers than the config's."""
+    """Raises an InputError if the parameters and the config differ in the number of layers."""
     found = jax.tree.leaves(params["layers"])[0].shape[0]
     if found != config.num_hidden_layers:
         raise InputError(f"the parameters are of {found} layers, the config of {config.num_hidden_layers}")
@@ -275,9 +276,9 @@ def _through_layers(
 ) -> jax.Array:
     """The residual stream at ``ends_be``, [batch, ends, hidden]; the last layer computes only those positions.
 
-    Without a gradient each layer's weights are read in place. With one, reading them in place would add the gradient of
-    a layer to a whole stack at every turn of the loop, so the loop runs over a copy without the last layer or, unless
-    the model ``has_few_layers``, over the whole stack, the last layer computing all positions like the others.
+    Without a gradient, each layer's weights are read in place. With one, that would add the gradient of a layer to a
+    whole stack in every iteration, so the loop runs over a copy without the last layer or, unless the model
+    ``has_few_layers``, over the whole stack, with the last layer computing all positions like the others.
     """
     count = jax.tree.leaves(weights)[0].shape[0] - 1
     few = has_few_layers(count + 1)
@@ -313,30 +314,30 @@ def _through_layers(
         return *d_weights, d_x_btd, None, None, None
 
     run.defvjp(forward, backward)
-    # Jitted for callers outside of ``jax.jit``: operation by operation, a layer is some hundred programs to compile.
+    # Jitted for callers outside ``jax.jit``: operation by operation, a layer is about a hundred programs to compile.
     return jax.jit(run)(weights, x_btd, rotary, segment_ids_bt, ends_be)
 
 
 def has_few_layers(layers: int) -> bool:
-    """Whether training computes the last layer at the texts' ends only, for which it copies the weights of the others.
+    """Whether training computes the last layer at the texts' ends only, which requires a copy of the other weights.
 
-    With 8 layers (the 80M) that spares a tenth of the work for 110 MB in float32, with 28 (the 0.6B) a thirtieth for
+    With 8 layers (the 80M) this saves a tenth of the work for 110 MB in float32; with 28 (the 0.6B), a thirtieth for
     1.7 GB.
     """
     return layers <= FEW_LAYERS
 
 
 def at_positions(x_bt: jax.Array, position_be: jax.Array) -> jax.Array:
-    """What an array [batch, length, ...] (or [1, length, ...]) has at some positions of each row: [batch, e, ...]."""
+    """Gathers some positions of each row: from [batch, length, ...] or [1, length, ...] to [batch, e, ...]."""
     index_be = position_be.reshape(*position_be.shape, *(1,) * (x_bt.ndim - 2))
     return jnp.take_along_axis(x_bt, index_be, axis=1)
 
 
 def apply(module: nn.Module, params: Params, *args: Any, **options: Any) -> Any:
-    """``module.apply`` by one thread at a time.
+    """``module.apply``, by one thread at a time.
 
     JAX traces a program in the thread that first calls it, and Flax, while it derives a class (``nn.remat``,
-    ``nn.scan``), takes fields out of the one it derives from: another thread would find them missing.
+    ``nn.scan``), removes fields from the class that it derives from: another thread would find them missing.
     """
     with _tracing:
         return module.apply({"params": params}, *args, **options)
@@ -357,9 +358,9 @@ def rotary_angles(position_bt: jax.Array, head_dim: int, theta: float) -> tuple[
 
 
 def rotate(x_btnh: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns the pairs (i, i + head_dim / 2) of every head by the angle of their position.
+    """Rotates the pairs (i, i + head_dim / 2) of every head by the angle of their position.
 
-    The halves are swapped as an axis of two, reversed: one pass over memory, where a concatenation takes three.
+    The halves are swapped by reversing an axis of size two: one pass over memory, where a concatenation takes three.
     """
     cos, sin = rotary
     x_btn2h = x_btnh.reshape(*x_btnh.shape[:-1], 2, -1)
@@ -371,14 +372,14 @@ def abstract_params(config: ModelConfig) -> Params:
 
     Returns:
         A tree of ``nn.LogicallyPartitioned`` boxes around ``jax.ShapeDtypeStruct``; ``box.names`` are the logical axes.
-        This is the one source for shapes, shardings and names. It is the same whatever mesh is set.
+        This is the single source of shapes, shardings and names. It does not depend on the mesh that is set.
     """
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
         return jax.eval_shape(lambda: _init(config, jax.random.key(0)))
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Random float32 parameters: normal(0, 0.02) weights, norms at one.
+    """Random float32 parameters: weights from normal(0, 0.02), norms one.
 
     Args:
         config: the sizes.
@@ -388,7 +389,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 
 
 def _init(config: ModelConfig, key: jax.Array) -> Params:
-    """Boxed parameters. What they are initialised with does not matter, but that it divides over the mesh."""
+    """Boxed parameters. The contents of the dummy batch do not matter, but its rows must divide over the mesh."""
     with _tracing:
         return Backbone(config, kernel="reference").init(key, jnp.zeros((batch_parts(), 8), jnp.int32))["params"]
 
