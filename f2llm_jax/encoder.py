@@ -36,27 +36,27 @@ from f2llm_jax.tokens import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# Texts tokenised at a time: the unit in which tokenising runs ahead of computing.
+# Texts per chunk of tokenisation, which runs one chunk ahead of computation.
 _CHUNK_TEXTS = 2048
 
-# Batches that are under way when the result of the one before them is fetched: on accelerators one computes and one is
-# queued behind it, on CPUs both compute.
+# Batches in flight while the result of the one before them is fetched: on accelerators one computes and one is queued
+# behind it, on CPUs both compute.
 _IN_FLIGHT = 2
 
-# Batches that a CPU computes at the same time, so that one fills the cores that the other leaves idle. XLA runs the
-# calls of a single thread one after the other.
+# Batches that a CPU computes concurrently, so that one uses the cores that the other leaves idle. XLA runs the calls of
+# a single thread one after another.
 _CPU_THREADS = 2
 
 _embed = jax.jit(embed, static_argnames=("config", "dim", "dtype", "kernel"))
 
 
 class Done(NamedTuple):
-    """What a call of ``Encoder.encode`` has done so far.
+    """The progress of a call of ``Encoder.encode``.
 
     Attributes:
-        texts: embedded.
-        tokens: of these.
-        truncated: of the texts tokenised so far, those that were too long.
+        texts: number of texts embedded so far.
+        tokens: number of their tokens.
+        truncated: number of texts that were too long, among those tokenised so far.
     """
 
     texts: int
@@ -65,18 +65,18 @@ class Done(NamedTuple):
 
 
 class Encoder:
-    """A model and its tokenizer. Made by ``load``.
+    """A model and its tokenizer, as returned by ``load``.
 
     Attributes:
         params: the parameters, a nested dict of arrays for ``f2llm_jax.embed``; read-only.
         config: the sizes.
         tokenizer: ``f2llm_jax.tokens.Tokenizer``.
-        prompts: {name: text put before every input}.
+        prompts: {name: text prepended to every input}.
         default_prompt_name: the prompt that a plain ``encode`` uses, or None.
-        max_length: the default limit on tokens of a text, EOS included.
-        dtype: of the parameters and of the operands of matrix products; with ``int8`` those of projections, all else
-            in bfloat16.
-        mesh: where the parameters lie; None for one device.
+        max_length: the default limit on the tokens of a text, EOS included.
+        dtype: the dtype of the parameters and of the operands of matrix products; ``int8`` is that of the projections
+            only, everything else is then bfloat16.
+        mesh: the mesh that holds the parameters; None for one device.
         kernel: the attention kernel, one of ``attention.KERNELS``.
     """
 
@@ -113,7 +113,7 @@ class Encoder:
         self._compiling = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For ``pickle`` and ``copy``: what has been compiled, locks and views of the weights are made anew."""
+        """For ``pickle`` and ``copy``: compiled programs, locks and views of the weights are made anew."""
         return _unpickle, (functools.partial(self._made_with, mesh=self.mesh), self._params)
 
     @property
@@ -121,9 +121,9 @@ class Encoder:
         return self._params
 
     def copy_to(self, devices: Sequence[jax.Device]) -> Encoder:
-        """The same model on other devices of this process: as many as it is on now.
+        """The same model on other devices of this process, as many as it is on now.
 
-        A corpus is encoded by as many copies as there are devices for.
+        A corpus is encoded by as many copies as the devices allow.
         """
         mesh = None if self.mesh is None else make_mesh(**self.mesh.shape, devices=devices)
 
@@ -134,7 +134,7 @@ class Encoder:
 
     @property
     def _made_with(self) -> Callable[..., Encoder]:
-        """Makes the same of other parameters, on another mesh."""
+        """Makes the same encoder with other parameters, on another mesh."""
         return functools.partial(
             Encoder,
             config=self.config,
@@ -171,21 +171,22 @@ class Encoder:
 
         Args:
             texts: a list of strings, or one string.
-            prompt_name: which of ``prompts`` to put before each text; default ``default_prompt_name``.
-            prompt: the text to put before each; wins over ``prompt_name``.
-            dim: Matryoshka size: cut to the first ``dim`` values, then normalised. Default and limit: the hidden size.
-                Any size works; ``config.matryoshka_dims`` are those the family is trained at.
-            max_length: longer texts are cut to this many tokens, EOS included, and reported once per call as a warning.
-            batch_tokens: tokens computed at a time (rows · length); more takes more memory.
-            layout: ``bucketed`` (one text a row, rows of a few lengths), ``packed`` (many texts a row; what all texts
-                begin with may be there once a row), or ``auto`` for what the platform computes faster; the embeddings
-                are the same.
-            output: ``float32``, ``bfloat16`` or ``float16``; ``int8`` (needs ``ranges``); ``binary`` or ``ubinary`` (a
-                bit per dimension, packed as sentence-transformers packs them).
+            prompt_name: which of ``prompts`` to prepend to each text; default ``default_prompt_name``.
+            prompt: the text to prepend to each; takes precedence over ``prompt_name``.
+            dim: Matryoshka size: embeddings are truncated to the first ``dim`` values, then normalised. Default and
+                limit: the hidden size. Any size works; ``config.matryoshka_dims`` are those the family is trained at.
+            max_length: longer texts are truncated to this many tokens, EOS included, and reported once per call as a
+                warning.
+            batch_tokens: tokens per batch (rows · length); larger batches take more memory.
+            layout: ``bucketed`` (one text per row, rows in length buckets), ``packed`` (many texts per row; a prefix
+                common to all texts may be stored once per row), or ``auto`` for what the platform computes faster; the
+                embeddings are the same.
+            output: ``float32``, ``bfloat16`` or ``float16``; ``int8`` (needs ``ranges``); ``binary`` or ``ubinary``
+                (one bit per dimension, packed as in sentence-transformers).
             ranges: float [2, dim] from ``int8_ranges``, for ``output="int8"``.
-            show_progress: a progress bar with texts/s, tokens/s and the share of padding on standard error.
-            on_batch: called after every batch; the caller reports truncated texts then, and what it raises ends the
-                call.
+            show_progress: show a progress bar with texts/s, tokens/s and the share of padding on standard error.
+            on_batch: called after every batch; truncated texts are then left to the caller to report, and what it
+                raises ends the call.
 
         Returns:
             [n, dim] unit embeddings in the order of ``texts``; [n, ceil(dim / 8)] for packed bits; [dim] for a string.
@@ -230,10 +231,10 @@ class Encoder:
         return self.encode(texts, **self._with_prompt("document", options))
 
     def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Cosine similarities of float embeddings: [n, dim] and [m, dim] give float32 [n, m]; a vector is n = 1.
+        """Cosine similarities of float embeddings: [n, dim] and [m, dim] give float32 [n, m]; a vector counts as n = 1.
 
         Raises:
-            InputError: quantised embeddings, whose numbers have no cosine, or sizes that differ.
+            InputError: the embeddings are quantised, so that they have no cosine, or their sizes differ.
         """
         a, b = (_floats(x) for x in (a, b))
         if a.shape[-1] != b.shape[-1]:
@@ -261,7 +262,7 @@ class Encoder:
         show_progress: bool,
         on_batch: Callable[[Done], None] | None,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Which texts, and their float32 unit embeddings [len, dim], in the order they are computed."""
+        """Indices of texts and their float32 unit embeddings [len, dim], in the order they are computed."""
         from tqdm import tqdm
 
         truncated = tokens = computed = padding = done = 0
@@ -300,12 +301,12 @@ class Encoder:
             logger.info("%d texts, %d tokens, rows %s, %.1f%% padding", len(texts), tokens, layout, share)
         if truncated and on_batch is None:
             message = f"{truncated} of {len(texts)} texts were longer than {max_length} tokens and were truncated"
-            warn(message, every_time=True)  # of other texts each time
+            warn(message, every_time=True)  # each call truncates other texts
 
     def _batches(
         self, sequences: Iterator[list[np.ndarray]], layout: str, batch_tokens: int, max_length: int
     ) -> tuple[str, Iterator[Rows]]:
-        """The layout, chosen by the first chunk, and the batches."""
+        """The layout, chosen from the first chunk, and the batches."""
         multiple = 1 if self.mesh is None else batch_parts(self.mesh)
         buckets = Buckets(batch_tokens, max_length, multiple)
         longest_prefixed = longest_prefixed_row(self.kernel)
@@ -318,7 +319,7 @@ class Encoder:
         return layout, batched(sequences, buckets, self.tokenizer.pad_id)
 
     def _tokenised(self, texts: list[str], prefix: str, max_length: int) -> Iterator[tuple[list[np.ndarray], int]]:
-        """Token ids in chunks; the next chunk is tokenised by a thread while the caller works on this one."""
+        """Token ids in chunks; the next chunk is tokenised in a thread while the caller works on this one."""
 
         def tokenise(start: int) -> tuple[list[np.ndarray], int]:
             chunk = texts[start : start + _CHUNK_TEXTS]
@@ -332,10 +333,10 @@ class Encoder:
     def _start(
         self, batch: AnyBatch, dim: int, pool: ThreadPoolExecutor, say_compiling: Callable[[int], None]
     ) -> Callable[[], np.ndarray]:
-        """Starts the computation of a batch; the result waits for it.
+        """Starts the computation of a batch; the function returned waits for its result.
 
-        Without a mesh by a thread of the pool, where what JAX keeps by thread is the default: the caller may have set a
-        mesh that this model is not on. On CPUs that thread also waits for it.
+        Without a mesh, a thread of the pool does it, where JAX's thread-local settings are the defaults: the caller may
+        have set a mesh that this model is not on. On CPUs that thread also waits for the result.
         """
         if self.mesh is not None:
             return functools.partial(np.asarray, self._compiled(self._dispatch, batch, dim, say_compiling))
@@ -352,10 +353,10 @@ class Encoder:
         dim: int,
         say_compiling: Callable[[int], None],
     ) -> jax.Array:
-        """``compute(batch, dim)``, for the first batch of its shapes by one thread at a time.
+        """``compute(batch, dim)``; for the first batch of each shape, by one thread at a time.
 
-        Its programs are compiled then, or read from the cache; ``say_compiling`` gets the shape's number, from 1. With
-        the 330M it takes 200 MB each. What that frees goes back to the system.
+        That call compiles the programs or reads them from the cache, which with the 330M takes 200 MB each;
+        ``say_compiling`` gets the number of the shape, from 1. The memory that is freed then goes back to the system.
         """
         shapes = (dim, *(array.shape for array in batch))
         if shapes not in self._shapes_met:
@@ -369,7 +370,7 @@ class Encoder:
         return compute(batch, dim)
 
     def _dispatch(self, batch: AnyBatch, dim: int) -> jax.Array:
-        """Dispatches one program for the batch; does not wait for its result."""
+        """Dispatches one program for the batch, without waiting for its result."""
         options = {
             "config": padded_config(self.config, self.mesh),
             "dim": dim,
@@ -382,17 +383,17 @@ class Encoder:
             embeddings_bd = _embed(self._weights, put_batch(batch, self.mesh), **options)
             if embeddings_bd.is_fully_addressable:
                 return embeddings_bd
-            return jax.device_put(embeddings_bd, replicated(self.mesh))  # each process holds its own rows: all need all
+            return jax.device_put(embeddings_bd, replicated(self.mesh))  # each process has only its own rows, needs all
 
 
 def _unpickle(make: Callable[[Params], Encoder], params: Params) -> Encoder:
-    """In what may be a process that has loaded no model."""
+    """Makes the encoder, perhaps in a process that has not loaded a model."""
     use_compilation_cache()
     return make(params)
 
 
 def _as_list(texts: Any) -> list[str]:
-    """The texts of a list or of a column; what would give keys or rows instead of texts is an InputError."""
+    """The texts of a list or of a column; an InputError for anything that would yield keys or rows instead of texts."""
     if not isinstance(texts, Iterable) or isinstance(texts, Mapping) or getattr(texts, "ndim", 1) != 1:
         kind = type(texts).__name__
         raise InputError(f"texts must be a list of strings or one string, not a {kind}; of a table give one column")
@@ -409,7 +410,7 @@ def _check_text(name: str, text: Any) -> None:
 
 
 def _floats(embeddings: Any) -> np.ndarray:
-    """float32 [n, dim]; an InputError for what ``quantize`` makes of embeddings."""
+    """float32 [n, dim]; an InputError for the 8-bit embeddings that ``quantize`` makes."""
     embeddings = np.asarray(embeddings)
     if embeddings.dtype.kind in "biu" and embeddings.itemsize == 1:
         raise InputError(
@@ -432,18 +433,18 @@ def load(
     Args:
         model: a release folder, a converted one, or a hub id such as ``codefuse-ai/F2LLM-v2-80M`` (through
             huggingface_hub: its cache, its login, ``HF_HUB_OFFLINE``).
-        dtype: ``float32``; ``bfloat16``: parameters and operands of matrix products in bfloat16, everything between in
-            float32; or ``int8``: weights of projections in int8 with a scale for each output, and what they are
-            multiplied with in int8 with a scale for each token, all else as with bfloat16. Layers take half the
-            memory, for a little accuracy; on CPUs faster than bfloat16 with the 0.6B, slower for batches of the 80M
-            (docs/performance.md). Not what ``encode(output="int8")`` is, which rounds embeddings.
+        dtype: ``float32``; ``bfloat16``: parameters and operands of matrix products in bfloat16, everything in between
+            in float32; or ``int8``: weights of projections in int8 with one scale per output, their inputs in int8 with
+            one scale per token, everything else as with bfloat16. int8 halves the memory of the layers, for a little
+            accuracy; on CPUs it is faster than bfloat16 with the 0.6B, slower for batches of the 80M
+            (docs/performance.md). It is unrelated to ``encode(output="int8")``, which rounds embeddings.
         mesh: a mesh from ``make_mesh`` to spread the model over; None for one device.
         kernel: the attention kernel: ``auto`` for the platform's, or one of ``attention.KERNELS``.
         revision: branch, tag or commit of a hub id.
 
     Raises:
         ReleaseError: the folder or repository cannot be used; the message says what is wrong with which file.
-        InputError: the dtype is another one, there is no such kernel, or the model does not divide over the mesh.
+        InputError: the dtype or the kernel is unknown, or the model does not divide over the mesh.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")

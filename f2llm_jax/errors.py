@@ -1,4 +1,4 @@
-"""Errors that a user can mend: the message names the file, key or number, and what to do. And warnings like them."""
+"""Errors that a user can fix: the message names the file, key or number, and says what to do. Warnings likewise."""
 
 import operator
 import sys
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class F2LLMError(Exception):
-    """The base of every error this package raises on purpose; the command line prints it as one line."""
+    """The base of all errors that this package raises on purpose; the command line prints them as one line."""
 
 
 class ReleaseError(F2LLMError, ValueError):
@@ -19,11 +19,11 @@ class InputError(F2LLMError, ValueError):
 
 
 def warn(message: str, *, every_time: bool = False) -> None:
-    """A UserWarning that points at the line that called this package, however deep inside it was raised.
+    """Issues a UserWarning that points at the line that called this package, however deep inside it is raised.
 
     Args:
         message: what to say.
-        every_time: show it also where the same was said before; Python leaves that out, unless told otherwise.
+        every_time: show the warning even if it was shown before; by default, Python leaves out repeats.
     """
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "f2llm_jax":
@@ -35,7 +35,7 @@ def warn(message: str, *, every_time: bool = False) -> None:
 
 
 def whole_number(name: str, value: Any, largest: int | None = None, advice: str = "") -> int:
-    """``value`` as an int, of NumPy's too; an InputError unless it is one within 1 … ``largest``."""
+    """``value`` as an int; an InputError unless it is a whole number (NumPy's included) within 1 … ``largest``."""
     try:
         number = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:

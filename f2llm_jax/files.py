@@ -1,4 +1,4 @@
-"""Outputs: where they may be, files that appear complete or not at all, and locks on what takes long to write."""
+"""Outputs: their paths, files that appear complete or not at all, and locks for those that take long to write."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from f2llm_jax.errors import InputError
 
 
 def local_path(path: str | Path) -> Path:
-    """Where an output is to be.
+    """The local path of an output.
 
     Raises:
-        InputError: it is a URL, of which a folder ``gs:`` here would be made.
+        InputError: it is a URL, which would become a local folder named ``gs:``, say.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # a Path has but one slash left
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # a Path keeps only one slash
         raise InputError(f"{path} is a URL; mount the bucket, and give a folder")
     return Path(path)
 
 
 @contextlib.contextmanager
 def new_file(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
-    """A stream to a file beside ``path`` that takes its place when the block ends well, else vanishes.
+    """A stream to a temporary file that replaces ``path`` if the block succeeds, and is deleted otherwise.
 
     Args:
-        path: where it is to appear; a file that is there is replaced.
-        sync: bring it to disk first, so that it is complete also after the machine has failed.
+        path: the file to write; an existing one is replaced.
+        sync: flush it to disk before that, so that it is complete even after the machine fails.
     """
-    # At random: in containers a process may have the host name and the number of one that was killed.
+    # Random: in containers a process may have the host name and the process id of one that was killed.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     opened = temporary.open("xb")
     try:
@@ -53,17 +53,17 @@ def unfinished(folder: Path, name: str = "*") -> Iterator[Path]:
 
 
 def take_lock(file: Path, out: Path) -> TextIO:
-    """Claims an output for this process, until the stream is closed or the process ends, however it ends.
+    """Locks an output for this process until the stream is closed or the process ends, in whatever way.
 
     Args:
-        file: what is locked; it is made if need be, and stays.
-        out: the output, for the message.
+        file: the lock file; created if needed, and left there.
+        out: the output, for the error message.
 
     Raises:
-        InputError: another process writes to it.
-        OSError: the file system has no locks.
+        InputError: another process is writing to it.
+        OSError: the file system does not support locks.
     """
-    import fcntl  # which Windows has not
+    import fcntl  # not available on Windows
 
     stream = file.open("w")
     try:

@@ -1,9 +1,9 @@
-"""Embeddings by one program for each layer, called in turn by the host: for short rows on CPUs.
+"""Embeddings by one program per layer, called in turn by the host: for short rows on CPUs.
 
-XLA's CPU compiler copies every layer's weights out of the stack that a loop within a program runs over. Here each
-layer's weights are arrays of their own, views of the same memory: a batch of 8 rows of 64 tokens of the 80M takes a
-tenth less time in bfloat16, a text of 16 tokens a fifth less. But every call takes its memory from the system anew: of
-rows of 512 to 2,560 tokens one program for all layers is 5 to 10 % faster.
+In a program that loops over stacked layers, XLA's CPU compiler copies every layer's weights out of the stack. Here each
+layer's weights are separate arrays, views of the same memory: with the 80M in bfloat16, a batch of 8 rows of 64 tokens
+takes a tenth less time, a text of 16 tokens a fifth less. But every call allocates its memory from the system anew: for
+rows of 512 to 2,560 tokens, one program for all layers is 5 to 10 % faster.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from f2llm_jax.segments import positions
 from f2llm_jax.vocabulary import lookup
 
 LONGEST_ROW = 256
-"""Of rows computed layer by layer: at this length both ways are equally fast."""
+"""The longest row to compute layer by layer: at this length both ways are equally fast."""
 
 
 class Layerwise:
-    """``embed`` with the parameters of a model on a CPU, bit for bit.
+    """``embed`` for the parameters of a model on a CPU, with bit-identical results.
 
     Attributes:
         config: the sizes.
@@ -44,7 +44,7 @@ class Layerwise:
         ]
 
     def __call__(self, batch: AnyBatch, dim: int) -> jax.Array:
-        """Dispatches the programs of a batch: float32 unit embeddings [batch, dim], if packed [batch, texts, dim]."""
+        """Dispatches the programs of a batch: float32 unit embeddings [batch, dim]; [batch, texts, dim] if packed."""
         segment_ids_bt = batch.segment_ids_bt
         x_btd, rotary = _first(self._table_vd, batch.tokens_bt, segment_ids_bt, config=self.config)
         last = len(self._layers) - 1 if trims_last_layer(batch) else len(self._layers)
@@ -60,7 +60,7 @@ class Layerwise:
         return {"config": self.config, "dtype": self.dtype, "kernel": self.kernel}
 
     def programs(self, batch: AnyBatch) -> list[str]:
-        """The compiled programs of a layer and of one for the ends alone: what a profile's names stand for."""
+        """The text of the compiled programs of a layer and of one for the ends only: it explains names in profiles."""
         segment_ids_bt = batch.segment_ids_bt
         inputs = _first(self._table_vd, batch.tokens_bt, segment_ids_bt, config=self.config)
         weights = self._layers[-1]
@@ -70,10 +70,10 @@ class Layerwise:
 
 
 def bit_views(params: Params) -> Params:
-    """The stacked bfloat16 weights as uint16 arrays of the same bits, in the same memory: for one program on CPUs.
+    """The stacked bfloat16 weights viewed as uint16 arrays, in the same memory: for the single program on CPUs.
 
-    XLA's CPU compiler slices no bfloat16 array: it would turn the whole stack to float32 before the loop over layers,
-    and each layer back, at every call.
+    XLA's CPU compiler cannot slice bfloat16 arrays: on every call it would convert the whole stack to float32 before
+    the loop over layers, and each layer back.
     """
 
     def bits(x: jax.Array) -> jax.Array:
