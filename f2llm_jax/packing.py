@@ -1,6 +1,6 @@
-"""Many texts a row, separated by segment ids: long rows on accelerators, rows as short as their texts on CPUs.
+"""Packed rows, many texts in each, separated by segment ids: long on accelerators, as short as their texts on CPUs.
 
-Texts that all begin alike, as those behind a prompt do, share their beginning: a row has it once.
+If all texts begin alike, as they do after a prompt, each row stores their common prefix once.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from f2llm_jax.errors import InputError
 from f2llm_jax.segments import PREFIX
 
 PACKED_LENGTH = 1024
-"""Of a packed row on TPUs. Longer rows waste less and attend more: of a row's scores only those within a text count."""
+"""Length of a packed row on TPUs. Longer rows have less padding and compute more scores, of which only those within a
+text count."""
 
 GPU_PACKED_LENGTH = 512
-"""On GPUs, and of training batches on CPUs at most: cuDNN computes every score under the diagonal. On an H100 a layer's
-attention over 32,768 tokens of the 0.6B takes 0.65 ms in rows of 1,024 and 0.33 in rows of 256; the layer's other work
-takes 2.5."""
+"""Length of a packed row on GPUs, and the maximum for training batches on CPUs: cuDNN computes every score under the
+diagonal. On an H100, the attention of one layer of the 0.6B over 32,768 tokens takes 0.65 ms in rows of 1,024 and 0.33
+ms in rows of 256; the layer's other work takes 2.5 ms."""
 
 SHORT_ROW = 64
-"""Of a packed row on CPUs, at least: several texts of the usual sentence fill it almost, and its scores cost little."""
+"""Minimum length of a packed row on CPUs: a few ordinary sentences nearly fill it, and its scores cost little."""
 
 _BATCH_COST = 48
-"""What a batch costs beside its tokens, in tokens: every program reads all weights once. By the rates of 128 and 1,024
-tokens a batch it is 29 of the 80M in float32 and 90 in bfloat16, 40 and 62 of the 0.6B."""
+"""The fixed cost of a batch, in tokens: every program reads all weights once. Derived from the speeds at 128 and 1,024
+tokens per batch, it is 29 for the 80M in float32 and 90 in bfloat16, 40 and 62 for the 0.6B."""
 
 
 PREFIXED_ROW = 192
-"""Of a packed row on CPUs whose texts share a prefix. The 80M and the 330M in float32 encode questions behind a prompt
-of 18 tokens 1.7, 1.9, 2.0, 2.3 and 2.1 times as fast as without sharing, in rows of 64, 96, 128, 192 and 240."""
+"""Length of a packed row on CPUs whose texts share a prefix. In float32, the 80M and the 330M encode questions after a
+prompt of 18 tokens 1.7, 1.9, 2.0, 2.3 and 2.1 times as fast as without sharing, in rows of 64, 96, 128, 192 and 240."""
 
 _LEAST_PREFIX = 8
-"""Tokens that all texts begin with, at least, for their rows to have them once."""
+"""Minimum length of a common prefix, in tokens, for rows to store it once."""
 
 _NO_TOKENS = np.zeros(0, np.int32)
 
@@ -47,17 +48,17 @@ _NO_TOKENS = np.zeros(0, np.int32)
 class Packing:
     """The shapes that packed batches may have.
 
-    On accelerators rows are of ``row_length``, of twice that, and so on. With ``short_rows``, for CPUs, they are
-    just long enough for the longest of their texts (but ``SHORT_ROW`` at least): shorter texts fill what is left.
+    On accelerators, row lengths are ``row_length``, twice that, and so on. With ``short_rows``, for CPUs, a row is just
+    long enough for the longest of its texts (but at least ``SHORT_ROW``), and shorter texts fill the rest.
 
     Attributes:
-        lengths: the row lengths, ascending: a text opens a row of the least length that it fits in.
-        last_lengths: those of the last batches, whose rows are cut where their texts end.
-        batch_tokens: rows · length of a full batch stays within it, unless one row per device is more.
-        multiple: the number of rows is a multiple of it: devices that share a batch get equal parts.
+        lengths: the row lengths, ascending; a text opens a row of the smallest length that it fits in.
+        last_lengths: the row lengths of the last batches, whose rows are trimmed to their texts.
+        batch_tokens: limit on rows · length of a full batch, unless one row per device already exceeds it.
+        multiple: the number of rows is a multiple of this, so that devices that share a batch get equal parts.
         short_rows: as above.
-        prefixed_length: of a row whose texts share a prefix; 0 if none do.
-        prefix_t: int32, the tokens that every row begins with, and each of its texts.
+        prefixed_length: the length of a row whose texts share a prefix; 0 if texts may not share one.
+        prefix_t: int32, the shared prefix that every row, and each of its texts, begins with.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class Packing:
         """The shapes that suit ``cpu``, ``gpu`` or ``tpu``.
 
         Args:
-            platform: where they are computed.
+            platform: where batches are computed.
             batch_tokens, max_length, multiple: as above.
             longest_prefixed: the longest row whose texts may share a prefix, see ``attention.longest_prefixed_row``.
         """
@@ -110,7 +111,7 @@ class Packing:
         )
 
     def prefixed(self, prefix_t: np.ndarray) -> Packing:
-        """Of rows that begin with a prefix."""
+        """The shapes for rows that begin with a prefix."""
         packing = copy.copy(self)
         packing.prefix_t = prefix_t
         packing.lengths = (self.prefixed_length,)
@@ -118,36 +119,37 @@ class Packing:
         return packing
 
     def shares(self, text_t: np.ndarray) -> bool:
-        """Whether a text begins with the prefix, if there is one, and a row has room for two like it."""
+        """Whether a text begins with the prefix, if there is one, and a row has room for two such texts."""
         prefix, own = len(self.prefix_t), len(text_t) - len(self.prefix_t)
         if prefix == 0 or not 0 < own <= (self.prefixed_length - prefix) // 2:
             return False
         return np.array_equal(text_t[:prefix], self.prefix_t)
 
     def rows(self, length: int) -> int:
-        """The rows of a full batch."""
+        """The number of rows of a full batch."""
         return max(self.batch_tokens // length // self.multiple, 1) * self.multiple
 
     def last_rows(self, length: int, rows: int) -> int:
-        """The rows of a batch for the few that are left, in eight steps per doubling, times ``multiple``.
+        """The number of rows of a batch for the last few ``rows``: eight steps per doubling, times ``multiple``.
 
-        Of short rows, which are of many lengths, in two: a program is compiled for each number met.
+        Short rows, which have many lengths, take two steps: a program is compiled for each number that occurs.
         """
         return min(self.rows(length), round_rows(rows, self.multiple, steps=2 if self.short_rows else 8))
 
     def last_length(self, tokens: int) -> int:
-        """The row length of a batch whose fullest row has so many tokens."""
+        """The row length of a batch whose fullest row has ``tokens`` tokens."""
         return self.last_lengths[bisect.bisect_left(self.last_lengths, tokens)]
 
     def slots(self, length: int, texts: int) -> int:
-        """The slots for texts of a row; hardly any short row exceeds the least number."""
+        """The number of slots for texts per row; hardly any short row needs more than the minimum."""
         return row_slots(length, texts, short=self.short_rows)
 
 
 def row_slots(length: int, texts: int, *, short: bool) -> int:
-    """The slots of a row for at most so many texts: a power of four, times 16 (of 128 tokens and more 32) if short.
+    """The slots of a row with at most ``texts`` texts: a power of four, times 16 if short (32 from 128 tokens on).
 
-    Few, because the last layer computes them all; and of few numbers, because a program is compiled for each.
+    Few slots, because the last layer computes all of them; and few different numbers, because a program is compiled for
+    each.
     """
     slots = (32 if length >= 128 else 16) if short else 1
     while slots < texts:
@@ -171,9 +173,9 @@ class PackedRow:
     """A row that is being filled.
 
     Attributes:
-        length: its tokens.
-        free: those that neither a prefix nor a text takes yet.
-        texts: the numbers of its texts.
+        length: its length in tokens.
+        free: the number of tokens not yet taken by a prefix or a text.
+        texts: the indices of its texts.
     """
 
     def __init__(self, length: int, prefix: int = 0):
@@ -187,7 +189,7 @@ class PackedRow:
 
 
 def best_fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[PackedRow]:
-    """Rows of one length for texts of these lengths, none of them longer (best fit decreasing)."""
+    """Packs texts of these lengths, none longer than a row, into rows of one length (best fit decreasing)."""
     rows: dict[int, list[PackedRow]] = {row_length: []}
     open_rows: list[PackedRow] = []
     for text in np.argsort(-np.asarray(lengths), kind="stable").tolist():
@@ -196,16 +198,17 @@ def best_fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[Packe
 
 
 def choose_layout(layout: str, platform: str, chunk: list[np.ndarray], buckets: Buckets, packing: Packing) -> str:
-    """The layout for texts like these: the one asked for, or for "auto" what the platform does best.
+    """The layout for texts like these: the one requested, or for "auto" the one that suits the platform best.
 
-    On CPUs packed, in short rows: hardly a token is padding, and hardly a score lies between texts. On accelerators the
-    one that computes fewer tokens: packed rows are long there, and win but for a few short texts.
+    On CPUs that is packed, in short rows: hardly any token is padding, and hardly any score is between texts. On
+    accelerators it is the one that computes fewer tokens: packed rows are long there, and win unless there are only a
+    few short texts.
 
     Args:
         layout: "auto", "bucketed" or "packed".
         platform: ``cpu``, ``gpu`` or ``tpu``.
-        chunk: some of the texts, as token arrays.
-        buckets, packing: the shapes of both.
+        chunk: a sample of the texts, as token arrays.
+        buckets, packing: the shapes of the two layouts.
 
     Raises:
         InputError: no such layout.
@@ -222,23 +225,23 @@ def choose_layout(layout: str, platform: str, chunk: list[np.ndarray], buckets: 
 
 
 def packed(sequences: Iterable[list[np.ndarray]], packing: Packing, pad_id: int) -> Iterator[Rows]:
-    """Batches of rows that hold many texts each.
+    """Packs many texts into each row, and rows into batches.
 
-    Where all texts of the first chunk begin alike, those that do are put in rows that begin so, once for all.
+    If all texts of the first chunk begin alike, texts with that prefix go into rows that store it once.
 
-    The texts of a chunk, longest first, go where the least room is left that they fit in (best fit decreasing). Rows
-    stay open from chunk to chunk: of every length the emptiest, less than two batches of them, wait for texts that fill
-    them. Of short rows, what is left at the end is put together so that least is computed: rows of unlike lengths share
-    a batch where the padding costs less than a batch of their own.
+    The texts of a chunk are placed longest first, each into the fullest row that it fits in (best fit decreasing). Rows
+    stay open across chunks: of each length, the emptiest ones, less than two batches of them, wait for texts that fill
+    them. Short rows left at the end are batched so that the least is computed: rows of different lengths share a batch
+    if the padding costs less than a separate batch.
 
     Args:
         sequences: the texts in chunks, each a list of int32 token arrays.
         packing: the shapes.
-        pad_id: fills what is left of rows.
+        pad_id: fills the rest of each row.
 
     Yields:
-        Every text once, under its number in order of ``sequences``. A program is compiled for each number of rows,
-        length and number of slots met.
+        Every text once, identified by its index over all chunks. A program is compiled for each combination of rows,
+        length and slots that occurs.
     """
     sequences = iter(sequences)
     first = next(sequences, [])
@@ -258,7 +261,7 @@ def packed(sequences: Iterable[list[np.ndarray]], packing: Packing, pad_id: int)
 
 
 def common_prefix(texts: Sequence[np.ndarray], most: int) -> np.ndarray:
-    """The longest common prefix, of at most ``most`` tokens and no text as a whole; empty below ``_LEAST_PREFIX``."""
+    """The longest common prefix of at most ``most`` tokens, shorter than any text; empty below ``_LEAST_PREFIX``."""
     if len(texts) < 2:
         return _NO_TOKENS
     length = min(most, *(len(ids) - 1 for ids in texts))
@@ -269,17 +272,17 @@ def common_prefix(texts: Sequence[np.ndarray], most: int) -> np.ndarray:
 
 
 class _Packer:
-    """Texts on their way to full batches."""
+    """Collects texts into full batches."""
 
     def __init__(self, packing: Packing, pad_id: int):
         self.packing = packing
         self._pad_id = pad_id
         self._waiting: dict[int, list[PackedRow]] = {length: [] for length in packing.lengths}
-        self._open_rows: list[PackedRow] = []  # those with room, ascending by it
-        self._texts: dict[int, np.ndarray] = {}  # those of the rows that wait, without the prefix
+        self._open_rows: list[PackedRow] = []  # rows with free tokens, the fullest first
+        self._texts: dict[int, np.ndarray] = {}  # the texts of waiting rows, without the prefix
 
     def add(self, texts: Mapping[int, np.ndarray]) -> Iterator[Rows]:
-        """The batches that some more texts, by number, fill."""
+        """Adds texts, {index: tokens}; yields the batches that they fill."""
         prefix = len(self.packing.prefix_t)
         for text, ids in sorted(texts.items(), key=lambda item: -len(item[1])):
             self._texts[text] = ids[prefix:]
@@ -294,7 +297,7 @@ class _Packer:
         self._open_rows = sorted(with_room, key=lambda row: row.free)
 
     def rest(self) -> Iterator[Rows]:
-        """Batches of the rows that are left."""
+        """Yields batches of the remaining rows."""
         last_batches = _cheapest_batches if self.packing.short_rows else _batches_by_length
         for rows, bucket in last_batches(self._waiting, self.packing):
             yield self._batch_of(rows, bucket)
@@ -308,7 +311,7 @@ class _Packer:
 def _batches_by_length(
     waiting: dict[int, list[PackedRow]], packing: Packing
 ) -> Iterator[tuple[list[PackedRow], Bucket]]:
-    """The rows that are left, {length: rows}, in batches of one length each."""
+    """Batches of the remaining rows, {length: rows}, each batch of one length."""
     for length, rows in waiting.items():
         while rows:
             bucket = Bucket(packing.last_rows(length, len(rows)), length)
@@ -319,16 +322,16 @@ def _batches_by_length(
 def _cheapest_batches(
     waiting: dict[int, list[PackedRow]], packing: Packing
 ) -> Iterator[tuple[list[PackedRow], Bucket]]:
-    """The rows that are left, cut where their texts end, in the batches that together cost least.
+    """Batches of the remaining rows, trimmed to their texts, with the lowest total cost.
 
-    The cheapest partition, that is, of the rows in order, the fullest first.
+    That is, the cheapest partition of the rows ordered from the fullest to the emptiest.
     """
     rows = sorted(itertools.chain(*waiting.values()), key=lambda row: -row.tokens)
     lengths = [packing.last_length(row.tokens) for row in rows]
     shortest = packing.last_lengths[0]
     sizes = sorted({packing.last_rows(shortest, n) for n in range(1, min(packing.rows(shortest), len(rows)) + 1)})
-    costs = [0]  # of the first n rows
-    batches: list[tuple[int, Bucket]] = []  # the last batch of these: its first row, its shape
+    costs = [0]  # the lowest cost of the first n rows
+    batches: list[tuple[int, Bucket]] = []  # the last batch of the first n rows: its first row, its shape
     for end in range(1, len(rows) + 1):
         choices = []
         for size in sizes:
@@ -347,14 +350,14 @@ def _cheapest_batches(
         first, bucket = batches[end - 1]
         chosen.append((rows[first:end], bucket))
         end = first
-    # The longest first: what is computed beside them at the end is then as short as can be.
+    # Longest first, so that what is computed concurrently at the very end is as short as possible.
     yield from reversed(chosen)
 
 
 def _place(
     text: int, tokens: int, waiting: dict[int, list[PackedRow]], open_rows: list[PackedRow], prefix: int = 0
 ) -> None:
-    """Adds a text to the fullest of the open rows that it fits in, or to a new row."""
+    """Adds a text to the fullest open row that it fits in, or to a new row."""
     best = bisect.bisect_left(open_rows, tokens, key=lambda row: row.free)
     if best < len(open_rows):
         row = open_rows.pop(best)
@@ -376,15 +379,15 @@ def fill_packed(
     pad_id: int,
     prefix_t: np.ndarray | Sequence[int] = (),
 ) -> Rows:
-    """The batch of these rows.
+    """Fills these rows into a batch.
 
     Args:
         rows: at most as many as the bucket has.
         bucket: the shape.
-        slots_per_row: at least the texts of any row.
-        texts: the tokens of their texts, by number.
-        pad_id: fills what is left of rows.
-        prefix_t: the tokens that each row begins with, and each text where it is by itself.
+        slots_per_row: at least the number of texts of any row.
+        texts: the tokens of the texts, without the prefix, by index.
+        pad_id: fills the rest of each row.
+        prefix_t: the shared prefix, which is put in front of each row.
     """
     tokens_bt = np.full(bucket, pad_id, np.int32)
     segment_ids_bt = np.zeros(bucket, np.int32)
@@ -407,7 +410,7 @@ def fill_packed(
 
 
 def text_lengths(batch: PackedBatch) -> np.ndarray:
-    """The tokens of every text, int64 [texts], row by row."""
+    """The number of tokens of each text, int64 [texts], row by row."""
     segment_ids_bt = np.asarray(batch.segment_ids_bt, np.int64)
     row_b1 = np.arange(len(segment_ids_bt))[:, None]
     texts_bt = row_b1 * (segment_ids_bt.shape[1] + 1) + segment_ids_bt
@@ -415,5 +418,5 @@ def text_lengths(batch: PackedBatch) -> np.ndarray:
 
 
 def _power_of_two(at_least: int) -> int:
-    """The least one that is not below a positive number."""
+    """The smallest power of two that is not below ``at_least``, a positive number."""
     return 1 << (at_least - 1).bit_length()

@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 def lagging(items: Iterable[T], depth: int) -> Iterator[T]:
-    """The items in order, each given out once ``depth`` later ones have been taken.
+    """The items in order, each yielded once ``depth`` later ones have been taken.
 
-    Where taking an item dispatches work and the caller waits for its result, so many stay queued on the device.
+    If taking an item dispatches work, and the caller waits for its result, ``depth`` items stay queued on the device.
     """
     waiting: deque[T] = deque()
     for item in items:
