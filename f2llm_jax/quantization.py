@@ -1,4 +1,4 @@
-"""Embeddings in fewer bits, laid out as sentence-transformers' ``quantize_embeddings`` lays them out."""
+"""Embeddings in fewer bits, in the layout of sentence-transformers' ``quantize_embeddings``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from f2llm_jax.errors import InputError
 
 
 def output_spec(output: str, dim: int) -> tuple[int, np.dtype]:
-    """Values per embedding, and their dtype: bits are packed eight to a byte.
+    """The number of values per embedding, and their dtype: bits are packed eight to a byte.
 
     Raises:
         InputError: no such output.
@@ -23,10 +23,10 @@ def output_spec(output: str, dim: int) -> tuple[int, np.dtype]:
 
 
 def int8_ranges(embeddings: np.ndarray) -> np.ndarray:
-    """Least and largest value of every dimension, for ``output="int8"``.
+    """The least and the largest value of every dimension, for ``output="int8"``.
 
     Args:
-        embeddings: float [n, dim] of a sample of the texts to come, the more the better; at least 2.
+        embeddings: float [n, dim] of a sample of the texts to be encoded, at least 2; the more the better.
 
     Returns:
         float32 [2, dim].
@@ -40,9 +40,9 @@ def int8_ranges(embeddings: np.ndarray) -> np.ndarray:
 def quantize(embeddings: np.ndarray, output: str, ranges: np.ndarray | None = None) -> np.ndarray:
     """Converts unit embeddings to ``output``.
 
-    int8: each dimension's range in 255 steps, from -128; values outside the range are clipped. binary and ubinary: a
-    bit per dimension, set where the value is positive, the first dimension in the highest bit; binary is ubinary - 128
-    as int8. Follows sentence_transformers/util/quantization.py.
+    int8: each dimension's range in 255 steps, from -128; values outside the range are clipped. binary and ubinary: one
+    bit per dimension, set if the value is positive, the first dimension in the highest bit; binary is ubinary - 128 as
+    int8. Follows sentence_transformers/util/quantization.py.
 
     Args:
         embeddings: float32 [n, dim], or [dim].
@@ -50,7 +50,7 @@ def quantize(embeddings: np.ndarray, output: str, ranges: np.ndarray | None = No
         ranges: float [2, dim] from ``int8_ranges``; needed for int8, and for int8 only.
 
     Raises:
-        InputError: no such output, or ranges missing or of another shape.
+        InputError: there is no such output, or ranges are missing or of another shape.
     """
     _, dtype = output_spec(output, embeddings.shape[-1])
     if (ranges := check_ranges(output, ranges, embeddings.shape[-1])) is not None:
