@@ -1,16 +1,16 @@
-"""Attention for CPUs: block by block of queries, each against as many keys as its texts reach back to.
+"""Attention for CPUs, by blocks of queries, each against only the keys that its texts reach back to.
 
-The rows of a batch are joined to one. A query sees the positions from the first of its text up to itself; of a block of
-queries, the first one's text begins first, so that the block needs the keys from there to its own end. How many these
-are is known when the program runs: blocks are sorted by the shortest of a few static windows that holds them, and there
-is one loop for each window, over the blocks that take it. So few scores are computed between texts: of blocks in which
-a text begins, and where a window is longer than it need be. Rows may be as long as is convenient, and what belongs to a
-block stays in the cache of a core.
+The rows of a batch are joined into one. A query sees the positions from the start of its text up to itself; in a block
+of queries, the text of the first one starts first, so the block needs the keys from there to its own end. Their number
+is known only at run time: blocks are sorted by the shortest of a few static windows that holds their keys, and each
+window has one loop, over the blocks that take it. Few scores between texts are computed this way: in blocks in which a
+text begins, and where a window is longer than necessary. Rows may be as long as is convenient, and the data of a block
+stays in the cache of a core.
 
-For the gradient, the result and the logarithm of each query's sum are kept, and weights are computed again block by
-block (FlashAttention-2, arXiv:2307.08691, algorithm 2): nothing of the size of the scores outlives its block.
+For the gradient, the result and the log-sum-exp of each query are kept, and weights are recomputed block by block
+(FlashAttention-2, arXiv:2307.08691, algorithm 2): nothing of the size of the scores outlives its block.
 
-Dimensions, besides those of ``attention``: p position of the joined rows, padded to whole blocks; c block; q query of a
+Dimensions, besides those of ``attention``: p position in the joined rows, padded to whole blocks; c block; q query of a
 block that shares a key/value head (position · g); s key of a window.
 """
 
@@ -31,22 +31,22 @@ from f2llm_jax.products import einsum, from_bits, product, to_bits
 Carry = TypeVar("Carry")
 Gradients = tuple[jax.Array, jax.Array, jax.Array]
 
-# Positions of a block, at most. Larger ones multiply a little faster, and score more that no query sees.
+# Maximum positions per block. Larger blocks multiply a little faster, but compute more scores that no query sees.
 LARGEST_BLOCK = 96
 
-# Positions of a row. A batch of the 80M in bfloat16, two at a time, with loops and without: 57 and 60 ms in rows of 256
-# with two texts each, 70 and 58 in rows of 176 with one.
+# Row length from which loops are used. A batch of the 80M in bfloat16, two at a time, takes 57 ms with loops and 60
+# without in rows of 256 with two texts each, and 70 and 58 in rows of 176 with one.
 SHORT = 256
 
 ATTENTION_RESULTS = "attention results"
-"""The name, for policies of ``jax.checkpoint``, of what the gradient needs of the forward pass."""
+"""The name, for ``jax.checkpoint`` policies, of what the gradient needs from the forward pass."""
 
 
 @jax.custom_vjp
 def ragged(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None) -> jax.Array:
     """``attention`` on one device: float32, rounded to the dtype of the queries.
 
-    Without a gradient, of rows shorter than ``SHORT`` the static blocks of ``blocked`` are faster.
+    Without a gradient, the static blocks of ``blocked`` are faster for rows shorter than ``SHORT``.
     """
     if q_btnh.shape[1] < SHORT:
         return blocked(q_btnh, k_bskh, v_bskh, segment_ids_bt)
@@ -57,9 +57,9 @@ class _Blocks(NamedTuple):
     """The blocks of the joined rows.
 
     Attributes:
-        size: positions of a block.
+        size: positions per block.
         first_p: int32, the first position of each position's text.
-        length: of a row, and so of a text at most.
+        length: row length, and so the maximum length of a text.
     """
 
     size: int
@@ -68,7 +68,7 @@ class _Blocks(NamedTuple):
 
     @classmethod
     def of(cls, shape: tuple[int, int], segment_ids_bt: jax.Array | None) -> _Blocks:
-        """Of rows of this shape; what pads the last block is texts of one token."""
+        """The blocks of rows of this shape; the padding of the last block counts as texts of one token."""
         b, t = shape
         size = block_size(b, t)
         position_p = jnp.arange(math.ceil(b * t / size) * size)
@@ -84,7 +84,7 @@ class _Blocks(NamedTuple):
         return windows(self.size, self.length, len(self.first_p))
 
     def each(self, visit: Callable[[jax.Array, int, Carry], Carry], carry: Carry) -> Carry:
-        """``visit(block, window, carry)`` for all blocks, with the shortest window that holds all that it sees."""
+        """Calls ``visit(block, window, carry)`` for each block, with the shortest window that holds all it sees."""
         end_c = jnp.arange(self.size, len(self.first_p) + 1, self.size)
         keys_c = end_c - self.first_p[:: self.size]
         order_c = jnp.argsort(keys_c)
@@ -100,11 +100,11 @@ class _Blocks(NamedTuple):
         return carry
 
     def cut(self, x_p: jax.Array, block: jax.Array) -> jax.Array:
-        """What belongs to a block."""
+        """The part of an array that belongs to a block."""
         return jax.lax.dynamic_slice_in_dim(x_p, block * self.size, self.size)
 
     def window_start(self, block: jax.Array, window: int) -> jax.Array:
-        """A window ends where its block does, unless it would begin before all."""
+        """The start of a window, which ends where its block does, unless it would begin before position 0."""
         return jnp.maximum((block + 1) * self.size - window, 0)
 
     def seen(self, block: jax.Array, window: int, g: int) -> jax.Array:
@@ -116,9 +116,9 @@ class _Blocks(NamedTuple):
 
 
 def block_size(b: int, t: int) -> int:
-    """The largest number of positions, up to ``LARGEST_BLOCK``, of which rows or whole rows consist, all alike.
+    """The largest block, up to ``LARGEST_BLOCK`` positions, that divides a row, or is whole rows and divides the batch.
 
-    Where that would be less than a third, rows begin and end within blocks of two thirds.
+    If that is less than a third of the maximum, a block is two thirds of it, and rows begin and end within blocks.
     """
     sizes = (n for n in range(LARGEST_BLOCK, 0, -1) if t % n == 0 or (n % t == 0 and b * t % n == 0))
     size = next(sizes)
@@ -126,12 +126,12 @@ def block_size(b: int, t: int) -> int:
 
 
 def windows(size: int, length: int, positions: int) -> list[int]:
-    """Static numbers of keys, ascending: one or one and a half times a power of two blocks; the last is always enough.
+    """Static window sizes in keys, ascending: 1 or 1.5 times a power of two blocks; the last is always enough.
 
     Args:
-        size: of a block.
-        length: of a row, and so of a text at most.
-        positions: of all rows.
+        size: positions per block.
+        length: row length, and so the maximum length of a text.
+        positions: number of positions of all rows.
     """
     if length % size == 0 or size % length == 0:  # then rows and blocks begin together
         enough = max(length, size)
@@ -144,9 +144,9 @@ def windows(size: int, length: int, positions: int) -> list[int]:
 def _forward(
     q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_ids_bt: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """The result in the dtype of the queries, and float32 log(sum(exp(score))) of each [c, k, q].
+    """The result in the dtype of the queries, and float32 log(sum(exp(score))) for each [c, k, q].
 
-    What is cut or joined is bits: see ``to_bits``.
+    Slicing and joining operate on bits: see ``to_bits``.
     """
     b, t, n, _ = q_btnh.shape
     k = k_bskh.shape[2]
@@ -155,12 +155,12 @@ def _forward(
     q_pn2h, k_pk2h, v_pk2h = (_joined(_halves(x), blocks) for x in (q_btnh, k_bskh, v_bskh))
 
     def visit(block: jax.Array, window: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        x_pn2h, log_sum_ckq = carry  # the results of blocks that are done, in the place of their queries
+        x_pn2h, log_sum_ckq = carry  # results of finished blocks take the place of their queries
         q_kqh = _queries(blocks, block, x_pn2h, k, dtype)
         k_ksh, v_ksh = _keys(blocks, block, window, k_pk2h, v_pk2h, dtype)
         score_kqs = product("kqh,ksh->kqs", q_kqh, k_ksh, dtype)
         score_kqs += jnp.where(blocks.seen(block, window, g), 0.0, -jnp.inf)
-        # The sum is divided out after the product with v, where it touches h values a query instead of s.
+        # Normalised after the product with v: the division then touches h values per query instead of s.
         largest_kq1 = jnp.max(score_kqs, axis=-1, keepdims=True)
         weight_kqs = jnp.exp(score_kqs - largest_kq1)
         out_kqh = product("kqs,ksh->kqh", weight_kqs, v_ksh, dtype)
@@ -189,7 +189,7 @@ def _residuals(
 
 
 def _backward(residuals: Any, cotangent_btnh: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    """Keys are the rows of all that has the size of the scores: most of the products then take it as it lies."""
+    """Score-sized arrays have keys as rows: most of the products can then take them without a transposition."""
     q_btnh, k_bskh, v_bskh, segment_ids_bt, out_btnh, log_sum_ckq = residuals
     b, t, n, h = q_btnh.shape
     k = k_bskh.shape[2]
@@ -203,7 +203,7 @@ def _backward(residuals: Any, cotangent_btnh: jax.Array) -> tuple[jax.Array, jax
     multiply = functools.partial(einsum, dtype=dtype)
 
     def visit(block: jax.Array, window: int, carry: Gradients) -> Gradients:
-        x_pn2h, d_k_kph, d_v_kph = carry  # the gradients of blocks that are done, in the place of their queries
+        x_pn2h, d_k_kph, d_v_kph = carry  # gradients of finished blocks take the place of their queries
         q_kqh, d_out_kqh = (_queries(blocks, block, x, k, dtype) for x in (x_pn2h, d_out_pn2h))
         k_ksh, v_ksh = _keys(blocks, block, window, k_pk2h, v_pk2h, dtype)
         score_ksq = multiply("ksh,kqh->ksq", k_ksh, q_kqh)
@@ -230,27 +230,27 @@ ragged.defvjp(_residuals, _backward)
 
 
 def _joined(x_bt: jax.Array, blocks: _Blocks) -> jax.Array:
-    """The rows [batch, length, ...] one after the other, padded to whole blocks."""
+    """The rows [batch, length, ...] joined into one, padded to whole blocks."""
     x_p = x_bt.reshape(-1, *x_bt.shape[2:])
     return jnp.pad(x_p, [(0, len(blocks.first_p) - len(x_p)), *[(0, 0)] * (x_p.ndim - 1)])
 
 
 def _halves(x_nh: jax.Array) -> jax.Array:
-    """The bits of heads [..., h] as halves [..., 2, h / 2], as which loops carry them.
+    """The bits of heads [..., h] as halves [..., 2, h / 2], the form in which loops carry them.
 
-    XLA merges what computes queries and keys with what makes them whole, whose index would then be a division; into a
-    loop it does not reach.
+    XLA would fuse the computation of queries and keys with the joining of the halves, whose index would then need a
+    division; it does not fuse into a loop.
     """
     return to_bits(x_nh).reshape(*x_nh.shape[:-1], 2, -1)
 
 
 def _whole(x_n2h: jax.Array) -> jax.Array:
-    """Undoes ``_halves``, but for the bits."""
+    """The inverse of ``_halves``, except for the bits."""
     return x_n2h.reshape(*x_n2h.shape[:-2], -1)
 
 
 def _queries(blocks: _Blocks, block: jax.Array, x_pn2h: jax.Array, k: int, dtype: Any) -> jax.Array:
-    """What belongs to a block's queries, [k, q, h]."""
+    """The part of a query-shaped array that belongs to a block, [k, q, h]."""
     return from_bits(heads_first(_whole(blocks.cut(x_pn2h, block)), k), dtype)
 
 
@@ -265,6 +265,6 @@ def _keys(
 
 
 def _add_at(total_kph: jax.Array, part_ksh: jax.Array, start: jax.Array) -> jax.Array:
-    """Their sum, the part standing from a position on."""
+    """The total with the part added to it from position ``start`` on."""
     before = jax.lax.dynamic_slice_in_dim(total_kph, start, part_ksh.shape[1], 1)
     return jax.lax.dynamic_update_slice_in_dim(total_kph, before + part_ksh, start, 1)
