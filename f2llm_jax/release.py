@@ -1,7 +1,7 @@
-"""A release folder on disk: what it holds, and where it says what.
+"""A release folder on disk: its files, and what each of them states.
 
-The layout is sentence-transformers': ``config.json`` and ``modules.json`` at the top, the pooling in a folder of its
-own, prompts in ``config_sentence_transformers.json``. Weights are looked after by ``f2llm_jax.convert``.
+The layout is that of sentence-transformers: ``config.json`` and ``modules.json`` at the top, the pooling in its own
+folder, prompts in ``config_sentence_transformers.json``. Weights are handled by ``f2llm_jax.convert``.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from typing import Any
 from f2llm_jax.config import ModelConfig, read_json
 from f2llm_jax.errors import InputError, ReleaseError, warn, whole_number
 
-# What of a hub repository a model needs: no other frameworks' weights, no pictures, and no pickles but the two factors
-# of ML-Embed's embedding table, which are opened only where the table itself is missing.
+# The files of a hub repository that a model needs: no other frameworks' weights, no images, and no pickles except the
+# two factors of ML-Embed's embedding table, which are opened only if the table itself is missing.
 SETTINGS_PATTERNS = ["*.json", "*/config.json", "merges.txt"]
 WEIGHT_PATTERNS = ["*.safetensors", "params/**", "[UV].pth"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Release:
-    """What a release folder says besides its weights.
+    """The contents of a release folder, except for its weights.
 
     Attributes:
         path: the folder.
-        config: sizes of the backbone.
-        prompts: {name: text put before every input}; ``query`` and ``document`` are always there, empty if not given.
+        config: the sizes of the backbone.
+        prompts: {name: text prepended to every input}; ``query`` and ``document`` are always there, empty if not given.
         default_prompt_name: the prompt of a plain ``encode``, or None.
-        max_length: the largest number of tokens of one text, EOS included.
+        max_length: the maximum number of tokens of a text, EOS included.
     """
 
     path: Path
@@ -42,15 +42,15 @@ class Release:
 def find_release(model: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
     """The local folder of a model: itself if it is one, else a hub repository, downloaded into huggingface_hub's cache.
 
-    ``HF_HOME``, ``HF_HUB_OFFLINE`` and a login are honoured as huggingface_hub does.
+    ``HF_HOME``, ``HF_HUB_OFFLINE`` and a login are honoured, as by huggingface_hub itself.
 
     Args:
         model: a folder, or a hub id such as ``codefuse-ai/F2LLM-v2-80M``.
         revision: branch, tag or commit; for a hub id only.
-        weights: of a hub repository, download the weights too.
+        weights: download the weights of a hub repository too.
 
     Raises:
-        ReleaseError: no such folder, no such repository or revision, or it is neither cached nor reachable.
+        ReleaseError: there is no such folder, repository or revision, or it is neither cached nor reachable.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -85,7 +85,7 @@ def _download(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
             f"{repo_id} is not in the local hub cache, and the hub is out of reach or HF_HUB_OFFLINE is set: "
             "give a folder, or download it where there is a network"
         ) from None
-    except Exception as error:  # its HTTP client's, too, which have no type in common
+    except Exception as error:  # also those of its HTTP client, which have no type in common
         raise ReleaseError(
             f"downloading {repo_id} failed: {type(error).__name__}: {error}; what was downloaded is kept"
         ) from error
@@ -93,10 +93,10 @@ def _download(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def read_release(path: Path) -> Release:
-    """Reads everything but the weights, and checks that it is a model this package computes.
+    """Reads everything but the weights, and checks that this package supports the model.
 
     Raises:
-        ReleaseError: a file is missing or damaged, or asks for another pooling, architecture or module.
+        ReleaseError: a file is missing or damaged, or requests another pooling, architecture or module.
     """
     config = ModelConfig.from_release(path)
     _check_modules(path, config)
@@ -105,10 +105,10 @@ def read_release(path: Path) -> Release:
 
 
 def pick_prompt(prompts: dict[str, str], default_name: str | None, name: str | None, prompt: str | None) -> str:
-    """The text to put before every input: ``prompt``, else the one of that name, else the default one, else none.
+    """The text to prepend to every input: ``prompt``, else the one called ``name``, else the default one, else none.
 
     Raises:
-        InputError: no prompt has that name.
+        InputError: there is no prompt of that name.
     """
     if prompt is not None:
         return prompt
@@ -121,9 +121,9 @@ def pick_prompt(prompts: dict[str, str], default_name: str | None, name: str | N
 
 
 def _check_modules(path: Path, config: ModelConfig) -> None:
-    """The chain must be Transformer, Pooling by last token, Normalize: what F2LLM and Qwen3-Embedding are.
+    """Checks that the modules are Transformer, Pooling by last token, Normalize, as in F2LLM and Qwen3-Embedding.
 
-    A folder without ``modules.json`` (a bare transformers checkpoint) is taken to be meant that way.
+    A folder without ``modules.json`` (a bare transformers checkpoint) is assumed to mean these.
     """
     file = path / "modules.json"
     if not file.exists():
@@ -154,7 +154,7 @@ def _check_pooling(file: Path, config: ModelConfig) -> None:
         raise ReleaseError(f"{file}: pooling by {', '.join(modes) or 'nothing'}; only lasttoken is supported")
     stated = pooling.get("word_embedding_dimension", pooling.get("embedding_dimension", config.hidden_size))
     if stated != config.hidden_size:
-        # Released so in 4B-Preview, which says 1024 for a hidden size of 2560.
+        # As in the released 4B-Preview, which states 1024 for a hidden size of 2560.
         warn(f"{file} states {stated} dimensions, the backbone has {config.hidden_size}: the backbone decides")
 
 
@@ -169,13 +169,13 @@ def _read_prompts(path: Path) -> tuple[dict[str, str], str | None]:
         if not isinstance(text, str):
             raise ReleaseError(f"{file}: the prompt {name!r} must be a string, not {text!r}")
     default = values.get("default_prompt_name")
-    if default is not None and default not in list(prompts):  # which may not be hashable
+    if default is not None and default not in list(prompts):  # a list: the default may not be hashable
         raise ReleaseError(f"{file}: default_prompt_name {default!r} is not among the prompts {', '.join(prompts)}")
     return prompts, default
 
 
 def _read_max_length(path: Path, config: ModelConfig) -> int:
-    """The least of what the tokenizer, the backbone and sentence-transformers' own settings allow."""
+    """The smallest of the limits of the tokenizer, the backbone and sentence-transformers' own settings."""
     limits = [config.max_position_embeddings]
     for name, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
         file = path / name
@@ -183,7 +183,7 @@ def _read_max_length(path: Path, config: ModelConfig) -> int:
         if limit is None:
             continue
         if isinstance(limit, float) and limit.is_integer():
-            limit = int(limit)  # transformers has written 1e30 where there is no limit
+            limit = int(limit)  # transformers has written 1e30 for no limit
         try:
             limits.append(whole_number(key, limit))
         except InputError as error:

@@ -1,8 +1,8 @@
 """Segment ids: which text of its row each token belongs to.
 
-int32 [batch, length]: equal for the tokens of one text, which lie side by side, and different from those of the row's
-other texts; 0 for padding. ``PREFIX`` marks what all texts of a row begin with. It is there once, where the row begins;
-each of them sees it, and is as far from its beginning as if it stood behind it alone.
+int32 [batch, length]: equal for the tokens of one text, which are adjacent, and different from those of the row's other
+texts; 0 for padding. ``PREFIX`` marks a prefix that all texts of a row share, stored once at the start of the row.
+Every text sees it, and its positions are those it would have if it alone followed the prefix.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ PREFIX = -1
 
 
 def sees(query_ids: jax.Array, key_ids: jax.Array) -> jax.Array:
-    """Whether the segments of queries let them see keys, which is to say: those before them."""
+    """Whether the segments of queries let them see keys; causality is not checked here."""
     return (query_ids == key_ids) | (key_ids == PREFIX)
 
 
 def positions(length: int, segment_ids_bt: jax.Array | None) -> jax.Array:
-    """Where each token stands in its own text: int32 [1, length], or [batch, length] with segment ids."""
+    """The position of each token in its own text: int32 [1, length], or [batch, length] with segment ids."""
     position_1t = jnp.arange(length, dtype=jnp.int32)[None]
     if segment_ids_bt is None:
         return position_1t

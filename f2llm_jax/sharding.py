@@ -1,4 +1,4 @@
-"""Meshes, and where parameters and batches lie on them; the rules are in ``axes.py``."""
+"""Meshes, and the shardings of parameters and batches on them; the rules are in ``axes.py``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BATCH_SPEC = PartitionSpec(COMPUTE_RULES["batch"])
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes of this package, from as many devices as it needs.
+    """A mesh with the axes of this package.
 
     Args:
         data, fsdp, tensor: sizes of the axes.
@@ -34,13 +34,13 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Sequenc
     needed = data * fsdp * tensor
     if len(devices) != needed:
         raise InputError(f"a mesh data={data} fsdp={fsdp} tensor={tensor} takes {needed} devices, not {len(devices)}")
-    # jax.make_mesh splits no axis of a v4's, v5p's or v6e's slice: it refuses fsdp=8 on 2x2x4 chips.
+    # jax.make_mesh does not split an axis of a v4, v5p or v6e slice: it refuses fsdp=8 on 2x2x4 chips.
     grid = create_device_mesh((data, fsdp, tensor), devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def put_batch(batch: AnyBatch, mesh: Mesh) -> AnyBatch:
-    """Shards a batch that every process holds whole: each places its own rows.
+    """Shards a batch that every process holds in full: each places its own rows.
 
     Args:
         batch: the whole batch, as NumPy arrays, the same in every process.
@@ -53,15 +53,15 @@ def put_batch(batch: AnyBatch, mesh: Mesh) -> AnyBatch:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what is whole on every device."""
+    """The sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def padded_config(config: ModelConfig, mesh: Mesh | None) -> ModelConfig:
-    """The config with its vocabulary rounded up to what divides over the tensor axis; the added rows are zeros.
+    """The config with its vocabulary rounded up to a multiple of the tensor axis; the added rows are zeros.
 
     Raises:
-        InputError: a mesh with other axes than ``make_mesh`` gives it.
+        InputError: the mesh has axes other than those of ``make_mesh``.
     """
     if mesh is None:
         return config
@@ -74,14 +74,14 @@ def param_shardings(config: ModelConfig, mesh: Mesh | None) -> Params:
     """The sharding of every parameter: the logical axes of its declaration, through ``STORAGE_RULES``.
 
     Args:
-        config: the sizes, with a vocabulary that divides (``padded_config``).
+        config: the sizes, with a vocabulary that is divisible (``padded_config``).
         mesh: from ``make_mesh``; None puts everything on the first device.
 
     Returns:
-        A tree like the parameters', of ``NamedSharding`` (or ``SingleDeviceSharding`` without a mesh).
+        A tree like that of the parameters, of ``NamedSharding`` (or ``SingleDeviceSharding`` without a mesh).
 
     Raises:
-        InputError: a dimension does not divide over its mesh axis; the message has the numbers.
+        InputError: a dimension is not divisible by its mesh axis; the message has the numbers.
     """
 
     def sharding(box: nn.LogicallyPartitioned) -> jax.sharding.Sharding:
