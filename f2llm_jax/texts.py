@@ -1,4 +1,4 @@
-"""Input texts from files: plain lines, JSON Lines, CSV and Parquet, each cell checked and named if it is wrong."""
+"""Input texts from files: plain lines, JSON Lines, CSV and Parquet; every cell is checked, errors name the bad one."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Texts(NamedTuple):
 
     Attributes:
         texts: the texts; an empty line or cell is an empty text.
-        ids: the values of the input's ``id`` column, None where a record has none; None if no record has one.
-        id_type: the Arrow type of that column, where the input states one.
+        ids: the values of the input's ``id`` column, None for a record without one; None if no record has one.
+        id_type: the Arrow type of that column, if the input states one.
     """
 
     texts: list[str]
@@ -35,14 +35,14 @@ class Texts(NamedTuple):
 
 
 class Position(NamedTuple):
-    """A place between two records of a file of lines: the bytes and the lines before it."""
+    """A position between two records of a line-based file: the number of bytes and of lines before it."""
 
     offset: int = 0
     line: int = 0
 
 
 class Lines:
-    """The lines of a UTF-8 file with their ends, without a byte order mark.
+    """The lines of a UTF-8 file with their line endings, without a byte order mark.
 
     Only a newline ends a line. Python's own text mode also splits at a lone carriage return, str.splitlines at U+2028.
 
@@ -52,7 +52,7 @@ class Lines:
     """
 
     def __init__(self, stream: BinaryIO, name: str, digest: Digest | None = None):
-        """Begins at the first line; ``digest`` is updated with the bytes of every line read."""
+        """Starts at the first line; ``digest`` is updated with the bytes of every line read."""
         self.name = name
         self._stream = stream
         self._digest = digest
@@ -68,7 +68,7 @@ class Lines:
 
     @property
     def where(self) -> str:
-        """The line read last, for error messages."""
+        """The location of the line read last, for error messages."""
         return f"{self.name}, line {self._line}"
 
     def __iter__(self) -> Iterator[str]:
@@ -92,7 +92,7 @@ class Lines:
 
 
 class Digest(Protocol):
-    """What ``hashlib`` makes."""
+    """A hash object of ``hashlib``."""
 
     def update(self, data: bytes, /) -> object: ...
 
@@ -102,12 +102,12 @@ def read_texts(source: str | Path, *, field: str = "text", file_format: str | No
 
     Args:
         source: a file, or ``-`` for standard input.
-        field: the column (csv, parquet) or key (jsonl) that holds the text; a txt file has a text on every line.
-        file_format: one of ``FORMATS``; default by the file's extension, and txt for standard input.
+        field: the column (csv, parquet) or key (jsonl) that holds the text; a txt file has one text per line.
+        file_format: one of ``FORMATS``; default: by the file's extension, txt for standard input.
 
     Raises:
-        InputError: no such format or field, a cell that is missing or no string, bad JSON, CSV, Parquet or UTF-8. The
-            message names the line, or the row counted from 0.
+        InputError: there is no such format or field, a cell is missing or not a string, or the JSON, CSV, Parquet or
+            UTF-8 is invalid. The message names the line, or the row counted from 0.
         OSError: the file cannot be read.
     """
     file_format = format_of(source, file_format)
@@ -118,7 +118,7 @@ def read_texts(source: str | Path, *, field: str = "text", file_format: str | No
 
 
 def format_of(source: str | Path, file_format: str | None = None) -> str:
-    """The format given, else by the extension of the source; an InputError if that is none of ``FORMATS``."""
+    """The given format, else that of the source's extension; an InputError if it is not one of ``FORMATS``."""
     if file_format is None:
         file_format = "txt" if str(source) == STDIN else Path(source).suffix.lower().removeprefix(".")
     if file_format not in FORMATS:
@@ -128,7 +128,7 @@ def format_of(source: str | Path, file_format: str | None = None) -> str:
 
 
 def check_unicode(text: str, where: str) -> str:
-    """The text itself; half a surrogate pair, which no tokenizer takes, is an InputError that says where it is."""
+    """Returns the text; half a surrogate pair, which no tokenizer accepts, is an InputError that says where it is."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -137,7 +137,7 @@ def check_unicode(text: str, where: str) -> str:
 
 
 def check_text(value: Any, where: str, field: str) -> str:
-    """The value itself if it is a text; anything else is an InputError that says where it is."""
+    """Returns the value if it is a text; anything else is an InputError that says where it is."""
     if not isinstance(value, str):
         kind = "null" if value is None else f"of type {type(value).__name__}"
         raise InputError(f"{where}: field {field!r} is {kind}, not a string")
@@ -145,10 +145,10 @@ def check_text(value: Any, where: str, field: str) -> str:
 
 
 def json_objects(lines: Lines) -> Iterator[dict[Any, Any]]:
-    """The objects of a JSON Lines file; ``lines.where`` says where the last one is. Blank lines are left out.
+    """The objects of a JSON Lines file; ``lines.where`` is the location of the last one. Blank lines are skipped.
 
     Raises:
-        InputError: a line is no JSON object; the message names it.
+        InputError: a line is not a JSON object; the message names it.
     """
     for line in lines:
         if not line.strip():
@@ -195,7 +195,7 @@ def _jsonl_records(lines: Lines, field: str, id_field: str | None, start: Positi
 
 
 def _csv_records(lines: Lines, field: str, id_field: str | None, start: Position) -> Records:
-    # The default limit of 128 KiB a cell is less than long documents have; C longs end here on some platforms.
+    # Long documents exceed the default limit of 128 KiB per cell; on some platforms, this is the largest C long.
     csv.field_size_limit(2**31 - 1)
     rows = csv.reader(lines, strict=True)
     try:
@@ -223,7 +223,7 @@ RECORDS: dict[str, Callable[[Lines, str, str | None, Position], Records]] = {
     "jsonl": _jsonl_records,
     "csv": _csv_records,
 }
-"""By format, the records of a file of lines from a position on: (lines, field, id field, start)."""
+"""For each format, the records of a line-based file from a position on: (lines, field, id field, start)."""
 
 
 def _read_parquet(stream: BinaryIO, name: str, field: str) -> Texts:

@@ -1,4 +1,4 @@
-"""Texts to token ids: the release's tokenizer, its EOS appended once, truncation that keeps it."""
+"""Texts to token ids: the release's tokenizer, its EOS appended once, and truncation that keeps it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _TEXTS_AT_ONCE = 64
 
 
 class Tokenizer:
-    """A release's tokenizer, with what F2LLM adds to it.
+    """The tokenizer of a release, with what F2LLM adds to it.
 
     Attributes:
         backend: the ``tokenizers.Tokenizer`` itself.
         eos_id: the id that ends every sequence, and whose state is the embedding.
-        pad_id: fills rows behind the EOS; nothing depends on its value.
-        without_row: tokens that were added to the tokenizer, but not to the model's table: {id: token}.
+        pad_id: fills rows after the EOS; nothing depends on its value.
+        without_row: {id: token} of the tokens that were added to the tokenizer, but have no row in the model's table.
     """
 
     def __init__(
@@ -42,17 +42,17 @@ class Tokenizer:
     def from_release(cls, path: Path) -> Tokenizer:
         """Reads ``tokenizer.json`` (or ``vocab.json`` and ``merges.txt``) and ``tokenizer_config.json``.
 
-        The EOS is what the tokenizer itself puts behind a text, if it does; else ``eos_token`` of the settings.
+        The EOS is the token that the tokenizer itself appends to a text, if any; else ``eos_token`` of the settings.
         Qwen3-Embedding needs the first rule: it appends its pad token, while ``eos_token`` names another.
 
         Raises:
-            ReleaseError: a file is missing or damaged, no EOS can be told from them, or they are for more tokens than
-                the model beside them.
+            ReleaseError: a file is missing or damaged, the EOS cannot be determined, or the tokenizer has ids beyond
+                the vocabulary of the model next to it.
         """
         settings_file = path / "tokenizer_config.json"
         settings = read_json(settings_file)
         backend = _read_backend(path)
-        # Length is this class's matter: a limit or padding stored in the file must not act behind its back.
+        # Length is handled by this class: a limit or padding stored in the file must not interfere.
         backend.no_truncation()
         backend.no_padding()
         eos_id = _appended_id(backend, path)
@@ -64,9 +64,10 @@ class Tokenizer:
 
     @functools.cached_property
     def vocabulary(self) -> str:
-        """A digest of the tokens that the model has a row for, and of their ids: data of one fits models of the same.
+        """A digest of the tokens that have a row in the model, and of their ids.
 
-        It is equal for relatives whose files differ, in a chat template for example.
+        Data tokenised for one model fits any model with the same digest. It is equal for related models whose files
+        differ, in a chat template for example.
         """
         tokens = sorted(item for item in self.backend.get_vocab().items() if item[1] not in self.without_row)
         return hashlib.blake2b(json.dumps(tokens).encode(), digest_size=16).hexdigest()
@@ -75,14 +76,14 @@ class Tokenizer:
         """Token ids of every text, EOS last.
 
         Args:
-            texts: the texts, prompts already in front of them. An empty one becomes the EOS alone.
+            texts: the texts, with prompts already prepended. An empty one becomes the EOS alone.
             max_length: a longer text keeps its first ``max_length - 1`` tokens, and the EOS.
 
         Returns:
             An int32 array per text, and how many texts were truncated.
 
         Raises:
-            InputError: ``max_length`` is below 1, or a text has a token that the model has no row for.
+            InputError: ``max_length`` is below 1, or a text contains a token that the model has no row for.
         """
         if max_length < 1:
             raise InputError(f"max_length must be at least 1 (the EOS), not {max_length}")
@@ -96,14 +97,14 @@ class Tokenizer:
         return sequences, truncated
 
     def _ids(self, texts: list[str]) -> Iterator[list[int]]:
-        """The ids of each text, untruncated. A few texts at a time: they take the tokenizer 16 times their bytes."""
+        """The untruncated ids of each text. A few texts at a time: the tokenizer takes 16 times their bytes."""
         for start in range(0, len(texts), _TEXTS_AT_ONCE):
             encodings = self.backend.encode_batch_fast(texts[start : start + _TEXTS_AT_ONCE], add_special_tokens=False)
             yield from (encoding.ids for encoding in encodings)
 
 
 def truncated(tokens: np.ndarray, max_length: int, eos_id: int) -> np.ndarray:
-    """What ``Tokenizer.encode`` has made of a text, as it would with a lower ``max_length``."""
+    """The tokens of a text from ``Tokenizer.encode``, truncated as it would with a lower ``max_length``."""
     return tokens if len(tokens) <= max_length else np.append(tokens[: max_length - 1], np.int32(eos_id))
 
 
@@ -127,7 +128,7 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
 
 
 def _appended_id(backend: tokenizers.Tokenizer, path: Path) -> int | None:
-    """The one special token that the tokenizer's own post-processing puts behind a text, if any."""
+    """The one special token that the tokenizer's post-processor appends to a text, if any."""
     added = backend.encode("", add_special_tokens=True).ids
     if not added:
         return None
@@ -139,10 +140,10 @@ def _appended_id(backend: tokenizers.Tokenizer, path: Path) -> int | None:
 
 
 def _without_row(backend: tokenizers.Tokenizer, largest_needed: int, path: Path) -> dict[int, str]:
-    """Added tokens that the model beside the tokenizer has no row for: JAX would read its last one, without a word."""
+    """Added tokens without a row in the model next to the tokenizer: JAX would silently read the last row for them."""
     file = path / "config.json"
     rows = read_json(file).get("vocab_size") if file.exists() else None
-    if not isinstance(rows, int):  # a tokenizer alone
+    if not isinstance(rows, int):  # a tokenizer without a model
         return {}
     largest = max(backend.get_vocab_size(with_added_tokens=False) - 1, largest_needed)
     if largest >= rows:

@@ -1,6 +1,6 @@
-"""The vocabulary table on a mesh: looked up where it rests, so that only tokens and their rows travel.
+"""The vocabulary table on a mesh: looked up where it is stored, so that only token ids and their rows are sent.
 
-The table is the largest parameter of the small models (61 % of the 80M), split over ``tensor`` by rows and over
+The table is the largest parameter of the small models (61 % of the 80M), sharded over ``tensor`` by rows and over
 ``fsdp`` by hidden size. Indexing it as one array would gather it on every device first.
 """
 
@@ -15,16 +15,16 @@ from f2llm_jax.axes import COMPUTE_RULES, STORAGE_RULES, partition_spec
 def lookup(table_vd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
     """``table_vd[tokens_bt]``, on the mesh of ``jax.set_mesh`` without gathering the table.
 
-    A device reads, for all rows of its fsdp group, the tokens that are in its part of the vocabulary, and zeros for
-    the others. An all-to-all over fsdp then trades rows for hidden size, and a sum over tensor puts the parts together.
-    Gradients go the same way back.
+    For all rows of its fsdp group, a device reads the tokens in its shard of the vocabulary, and zeros for the others.
+    An all-to-all over fsdp then trades rows for hidden size, and a sum over tensor combines the shards. Gradients take
+    the same path back.
 
     Args:
-        table_vd: [vocabulary, hidden], resting as ``STORAGE_RULES`` say.
-        tokens_bt: int32 [batch, length], split as ``COMPUTE_RULES`` say.
+        table_vd: [vocabulary, hidden], sharded as ``STORAGE_RULES`` say.
+        tokens_bt: int32 [batch, length], sharded as ``COMPUTE_RULES`` say.
 
     Returns:
-        [batch, length, hidden] in the table's dtype, split over rows only.
+        [batch, length, hidden] in the table's dtype, sharded over rows only.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
