@@ -96,7 +96,7 @@ def constrain(x: jax.Array, *names: str, rules: Mapping[str, MeshAxes] = COMPUTE
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather(weight: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """Brings a parameter into its compute sharding; its gradient goes back to the storage sharding.
+    """Moves a parameter to its compute sharding; its gradient returns to the storage sharding.
 
     The gradient of a plain constraint is the same constraint: every device would receive the full sum of a gradient of
     which it keeps one shard (an all-reduce over fsdp instead of a reduce-scatter, which sends half the bytes).

@@ -170,7 +170,7 @@ class _Terminated(BaseException):
 
 
 class _Termination:
-    """Ends its ``with`` block on SIGTERM, at any point; processes that encode together all end after the same unit.
+    """Ends its ``with`` block on SIGTERM, at any point; processes that encode together all stop after the same unit.
 
     Attributes:
         came: whether a SIGTERM was received.
@@ -324,7 +324,7 @@ class Team:
         return not self.joint or unit.number % self._processes.total == self._processes.number
 
     def wait_for_others(self, work: Output, progress: Progress) -> None:
-        """Waits until all shards exist, if JAX has joined the processes: it ends all soon after the first exits."""
+        """Waits until all shards exist, if JAX has joined the processes: soon after the first exits, it ends all."""
         while jax.distributed.is_initialized() and not work.all_finished:
             time.sleep(_WAIT_SECONDS)
             progress.advance(0)

@@ -389,7 +389,7 @@ def _row_numbers(unit: Unit) -> pyarrow.Array:
 
 
 def _texts(column: pyarrow.ChunkedArray, where: str, first: int, field: str) -> list[str]:
-    """The column as strings; the error for a value that is not one names its row."""
+    """The column as strings; a value that is not one is an InputError that names its row."""
     try:
         texts = column.to_pylist()
     except UnicodeDecodeError:

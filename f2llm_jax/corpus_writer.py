@@ -58,7 +58,7 @@ class Shard:
 
 
 def embedding_table(ids: pyarrow.Array, embeddings: np.ndarray) -> pyarrow.Table:
-    """A table of columns ``id`` and ``embedding``, the latter fixed-size lists from [n, dim]."""
+    """A table of columns ``id`` and ``embedding``, the latter a list of fixed size, from [n, dim]."""
     import pyarrow
 
     values = pyarrow.array(embeddings.reshape(-1))

@@ -355,7 +355,7 @@ class Encoder:
     ) -> jax.Array:
         """``compute(batch, dim)``; for the first batch of each shape, by one thread at a time.
 
-        That call compiles the programs or reads them from the cache, which with the 330M takes 200 MB each;
+        That call compiles the programs or reads them from the cache, which with the 330M takes 200 MB each time;
         ``say_compiling`` gets the number of the shape, from 1. The memory that is freed then goes back to the system.
         """
         shapes = (dim, *(array.shape for array in batch))

@@ -60,7 +60,7 @@ class Layerwise:
         return {"config": self.config, "dtype": self.dtype, "kernel": self.kernel}
 
     def programs(self, batch: AnyBatch) -> list[str]:
-        """The text of the compiled programs of a layer and of one for the ends only: it explains names in profiles."""
+        """The text of the compiled programs of a layer and of one for the ends only: to look up names of a profile."""
         segment_ids_bt = batch.segment_ids_bt
         inputs = _first(self._table_vd, batch.tokens_bt, segment_ids_bt, config=self.config)
         weights = self._layers[-1]

@@ -19,8 +19,8 @@ from f2llm_jax.errors import InputError
 from f2llm_jax.segments import PREFIX
 
 PACKED_LENGTH = 1024
-"""Length of a packed row on TPUs. Longer rows have less padding and compute more scores, of which only those within a
-text count."""
+"""Length of a packed row on TPUs. Longer rows have less padding, but compute more scores, of which only those within
+a text count."""
 
 GPU_PACKED_LENGTH = 512
 """Length of a packed row on GPUs, and the maximum for training batches on CPUs: cuDNN computes every score under the
@@ -130,9 +130,9 @@ class Packing:
         return max(self.batch_tokens // length // self.multiple, 1) * self.multiple
 
     def last_rows(self, length: int, rows: int) -> int:
-        """The number of rows of a batch for the last few ``rows``: eight steps per doubling, times ``multiple``.
+        """The number of rows of a batch for ``rows`` leftover ones: eight steps per doubling, times ``multiple``.
 
-        Short rows, which have many lengths, take two steps: a program is compiled for each number that occurs.
+        Two steps for short rows, which come in many lengths: a program is compiled for each number that occurs.
         """
         return min(self.rows(length), round_rows(rows, self.multiple, steps=2 if self.short_rows else 8))
 
@@ -146,10 +146,9 @@ class Packing:
 
 
 def row_slots(length: int, texts: int, *, short: bool) -> int:
-    """The slots of a row with at most ``texts`` texts: a power of four, times 16 if short (32 from 128 tokens on).
+    """The number of slots for at most ``texts`` texts per row: a power of four, times 16 if short (32 from 128 tokens).
 
-    Few slots, because the last layer computes all of them; and few different numbers, because a program is compiled for
-    each.
+    Few slots, because the last layer computes all of them; few distinct numbers, as a program is compiled for each.
     """
     slots = (32 if length >= 128 else 16) if short else 1
     while slots < texts:
@@ -200,7 +199,7 @@ def best_fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[Packe
 def choose_layout(layout: str, platform: str, chunk: list[np.ndarray], buckets: Buckets, packing: Packing) -> str:
     """The layout for texts like these: the one requested, or for "auto" the one that suits the platform best.
 
-    On CPUs that is packed, in short rows: hardly any token is padding, and hardly any score is between texts. On
+    On CPUs that is packed, in short rows: hardly any token is padding, and hardly any score spans two texts. On
     accelerators it is the one that computes fewer tokens: packed rows are long there, and win unless there are only a
     few short texts.
 
@@ -230,9 +229,9 @@ def packed(sequences: Iterable[list[np.ndarray]], packing: Packing, pad_id: int)
     If all texts of the first chunk begin alike, texts with that prefix go into rows that store it once.
 
     The texts of a chunk are placed longest first, each into the fullest row that it fits in (best fit decreasing). Rows
-    stay open across chunks: of each length, the emptiest ones, less than two batches of them, wait for texts that fill
-    them. Short rows left at the end are batched so that the least is computed: rows of different lengths share a batch
-    if the padding costs less than a separate batch.
+    stay open across chunks: of each length, the emptiest ones, fewer than two batches of them, wait for texts that fill
+    them. Short rows left at the end are batched for the least computation: rows of different lengths share a batch if
+    the padding costs less than a separate batch.
 
     Args:
         sequences: the texts in chunks, each a list of int32 token arrays.

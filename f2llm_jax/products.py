@@ -33,7 +33,7 @@ def product(spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike, 
 
     Args:
         spec: such as ``mi,oi->mo``: every letter occurs in two or all of the three terms, once in each; each operand
-            has a letter of its own, and at least one letter is summed over.
+            has a letter that the other lacks, and at least one letter is summed over.
         a, b: of any float dtype; their gradients have the same.
         dtype: the dtype of the operands, here and in the gradient.
         may_round: the result only feeds another product, so it may be rounded to ``dtype``. On accelerators it is: they
@@ -64,7 +64,7 @@ def _on_one_cpu() -> bool:
 def _matrices(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """The einsum as plain matrix products, one for each combination of the letters that all three terms share.
 
-    XLA's CPU compiler multiplies bfloat16 operands as such only if they are laid out as matrices. It folds a
+    XLA's CPU compiler multiplies bfloat16 operands in bfloat16 only if they are laid out as matrices. It folds a
     transposition before a product into the product, and multiplies the result in float32: 33 ms for the gradient of a
     projection of 2048 x 320 from 4,096 rows on two cores with AMX, where a copy in the other order and the fast product
     take 12 ms. The explicit layouts and the merged axes prevent this.
@@ -171,7 +171,7 @@ def int8_rows(x: jax.Array, summed: int) -> tuple[jax.Array, jax.Array]:
         summed: number of trailing axes that form a row: those that a product sums over.
 
     Returns:
-        int8 like x, and the float32 scale of each row; their product is about x.
+        int8 like x, and the float32 scale of each row; x is approximately their product.
     """
     x = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x), axis=tuple(range(-summed, 0)), keepdims=True)
@@ -196,7 +196,7 @@ def int8_product(x_mi: jax.Array, weight_oi: jax.Array, scale_o: jax.Array) -> j
 
 
 def to_bits(x: jax.Array) -> jax.Array:
-    """A bfloat16 array as uint16 of the same bits, others unchanged: for what a loop over layers saves of each.
+    """A bfloat16 array as uint16 of the same bits, others unchanged: for what a loop over layers saves of each layer.
 
     XLA's CPU compiler cannot slice bfloat16 arrays: it would convert the whole stack to float32 and back for every
     layer.
