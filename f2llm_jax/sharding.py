@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
-from jax.experimental.mesh_utils import create_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from f2llm_jax.axes import COMPUTE_RULES, MESH_AXES, STORAGE_RULES, check_axes, partition_spec
@@ -23,20 +23,38 @@ BATCH_SPEC = PartitionSpec(COMPUTE_RULES["batch"])
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with the axes of this package.
 
+    Of several TPU slices, which only the data centre's network connects, each holds a part of ``data``: what ``fsdp``
+    and ``tensor`` exchange stays within a slice.
+
     Args:
         data, fsdp, tensor: sizes of the axes.
         devices: which devices; default ``jax.devices()``.
 
     Raises:
-        InputError: there are not exactly data · fsdp · tensor devices.
+        InputError: there are not exactly data · fsdp · tensor devices, or ``data`` is no multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
     needed = data * fsdp * tensor
     if len(devices) != needed:
         raise InputError(f"a mesh data={data} fsdp={fsdp} tensor={tensor} takes {needed} devices, not {len(devices)}")
+    slices = _tpu_slices(devices)
+    if data % slices:
+        raise InputError(
+            f"a mesh data={data} fsdp={fsdp} tensor={tensor} does not divide over {slices} TPU slices: "
+            f"data must be a multiple of {slices}"
+        )
     # jax.make_mesh does not split an axis of a v4, v5p or v6e slice: it refuses fsdp=8 on 2x2x4 chips.
-    grid = create_device_mesh((data, fsdp, tensor), devices, allow_split_physical_axes=True)
+    if slices == 1:
+        grid = create_device_mesh((data, fsdp, tensor), devices, allow_split_physical_axes=True)
+    else:
+        within, over = (data // slices, fsdp, tensor), (slices, 1, 1)
+        grid = create_hybrid_device_mesh(within, over, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _tpu_slices(devices: Sequence[jax.Device]) -> int:
+    """How many slices the devices are of. On GPUs, where a slice is mostly a host, any axis may reach over several."""
+    return len({getattr(device, "slice_index", 0) if device.platform == "tpu" else 0 for device in devices})
 
 
 def put_batch(batch: AnyBatch, mesh: Mesh) -> AnyBatch:

@@ -15,6 +15,20 @@ from f2llm_jax.configs.models import MODELS
 from f2llm_jax.errors import InputError
 from f2llm_jax.sharding import padded_config, param_shardings
 
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What JAX reads of a device to lay out a mesh."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    process_index: int = 0
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+
+
 TEXTS = ["the quick brown fox", "", "한국어 العربية", "Z" * 100, "over the lazy dog " * 9]
 
 MESHES = {
@@ -37,6 +51,27 @@ def test_a_mesh_takes_all_devices(axes):
     with pytest.raises(InputError, match="not 8"):
         f2llm_jax.make_mesh(**axes)
     f2llm_jax.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+
+def two_slices(platform: str = "tpu") -> list[Chip]:
+    """Of 2x2 chips each, as jax.devices() lists them."""
+    places = [(x, y, 0) for y in range(2) for x in range(2)]
+    return [Chip(4 * s + n, s, place, s, platform=platform) for s in range(2) for n, place in enumerate(places)]
+
+
+@pytest.mark.parametrize("axes", [(2, 4, 1), (4, 1, 2), (8, 1, 1), (2, 2, 2)])
+def test_of_several_slices_each_holds_a_part_of_data(axes):
+    mesh = f2llm_jax.make_mesh(*axes, devices=two_slices())
+    assert mesh.devices.shape == axes
+    first, second = ({chip.slice_index for chip in half.flat} for half in np.split(mesh.devices, 2))
+    assert (first, second) == ({0}, {1})
+    assert len(set(mesh.devices.flat)) == 8
+
+
+def test_data_divides_over_the_slices():
+    with pytest.raises(InputError, match="data=1 fsdp=8 tensor=1 does not divide over 2 TPU slices: data must be"):
+        f2llm_jax.make_mesh(fsdp=8, devices=two_slices())
+    assert f2llm_jax.make_mesh(fsdp=8, devices=two_slices("gpu")).shape["fsdp"] == 8
 
 
 @pytest.mark.parametrize("size", MODELS)
