@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pyarrow
 import pytest
@@ -19,7 +20,8 @@ from pyarrow import parquet
 from releases import TINY
 
 import f2llm_jax as f2llm
-from f2llm_jax.cli import COMMANDS, main
+from f2llm_jax.cli import COMMANDS, main, make_parser
+from f2llm_jax.commands import load_model
 from f2llm_jax.dtypes import FILE_OUTPUTS
 from f2llm_jax.files import new_file
 
@@ -561,6 +563,47 @@ def test_nearest_puts_what_is_no_number_last():
     np.testing.assert_array_equal(scores_qk, [[2, -math.inf, math.nan, math.nan]])
     with pytest.raises(f2llm.InputError, match="top must be at least 1, not 0"):
         f2llm.nearest(np.float32([[1]]), [document_nd], 0)
+
+
+# --- several devices
+
+
+def test_encode_on_a_mesh_gives_the_same(tiny_release, corpus, expected, tmp_path, capsys):
+    assert encode(tiny_release, corpus, tmp_path / "out.npy", "--mesh", "data=2,fsdp=2,tensor=2") == 0
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, rtol=0, atol=1e-6)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_mesh_takes_all_devices(tiny_release, corpus, tmp_path, capsys):
+    message = error_of(capsys, encode(tiny_release, corpus, tmp_path / "out.npy", "--mesh", "data=4"))
+    assert "a mesh data=4 fsdp=1 tensor=1 takes 4 devices, not 8" in message
+    options = ["encode", "--model", str(tiny_release), "--corpus", str(corpus), "--out", str(tmp_path / "out")]
+    assert "--mesh all is for --input: --corpus by itself has" in error_of(capsys, main([*options, "--mesh", "all"]))
+
+
+@pytest.mark.parametrize(
+    ("platform", "options", "said"),
+    [
+        ("tpu", [], ["float32; --dtype bfloat16 is about six times as fast on TPUs", "one of 8 TPU devices is used; "]),
+        ("gpu", [], ["float32; --dtype bfloat16 is several times as fast on GPUs", "one of 8 GPU devices is used; "]),
+        ("tpu", ["--dtype", "bfloat16"], ["one of 8 TPU devices is used; --mesh all uses all of them"]),
+        ("tpu", ["--dtype", "float32", "--mesh", "all"], []),
+        ("cpu", [], []),
+    ],
+)
+@pytest.mark.parametrize("command", ["encode", "search"])
+def test_accelerators_that_are_left_idle_are_named(command, platform, options, said, corpus, capsys, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("f2llm_jax.encoder.load", lambda *args, **given: loaded.append(given))
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    own = ["--input", str(corpus)] if command == "encode" else ["--corpus", str(corpus), "--query", "q"]
+    args = make_parser().parse_args([command, "--model", "m", *own, *options])
+    load_model(args)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(said)
+    assert all(line.startswith(f"f2llm: {start}") for line, start in zip(lines, said, strict=True))
+    dtype = options[1] if options else "float32"
+    assert [(given["dtype"], given["mesh"] is None) for given in loaded] == [(dtype, "--mesh" not in options)]
 
 
 # --- info

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+import jax
 import numpy as np
 import pyarrow
 import pytest
@@ -285,6 +286,23 @@ def test_the_same_model_is_compared_at_the_same_revision_and_instructed_alike(mo
     assert main(["evaluate", "a/b", "--bitext", "x", "--revision", "r", "--instructions-of", "i", *others]) == 0
     own, same, other = ((options.get("revision"), options.get("instructions_of")) for options in loaded.values())
     assert own == same == ("r", "i") and other == (None, None)
+
+
+def test_the_mesh_is_for_models_of_this_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    loaded = []
+    monkeypatch.setattr(embedders, "find_embedder", lambda *_: None)
+    monkeypatch.setattr(own_data, "evaluate_bitext", lambda models, *_, **__: list(models))
+    monkeypatch.setattr(own_data, "evaluate_retrieval", lambda models, *_, **__: list(models))
+    monkeypatch.setattr(evaluate, "_show", lambda *_: None)
+    monkeypatch.setattr(embedders, "load_embedder", lambda name, **options: loaded.append((name, options["mesh"])))
+    others = ["--bitext", "x", "--retrieval", "y", "--compare", "st:a/b", "--compare", "c/d"]
+    mesh = f2llm.make_mesh(data=2, fsdp=4)
+    assert main(["evaluate", "a/b", *others, "--mesh", "data=2,fsdp=4"]) == 0
+    assert loaded == [("a/b", mesh), ("st:a/b", None), ("c/d", mesh)] * 2
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert main(["evaluate", "a/b", *others]) == 0
+    assert capsys.readouterr().err == "f2llm: one of 8 TPU devices is used; --mesh all uses all of them\n"
 
 
 def test_a_limit_on_tokens_is_for_all_models(tiny_release: Path):

@@ -398,3 +398,13 @@ def test_mteb_command(
     file = next(tmp_path.glob("results/*/*/experiments/embed_dim_8/FewQuestions.json"))
     score = json.loads(file.read_text())["scores"]["test"][0]["main_score"]
     assert f"FewQuestions  {score:.4f}" in capsys.readouterr().out
+
+
+def test_mteb_command_on_a_mesh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    asked = []
+    monkeypatch.setattr(mteb_adapter, "mteb_tasks", lambda *_: [])
+    monkeypatch.setattr(mteb_adapter, "mteb_model", lambda _, **options: asked.append(options["mesh"]))
+    monkeypatch.setattr(mteb_adapter, "evaluate_mteb", lambda *_, **__: None)
+    monkeypatch.setattr(mteb_adapter, "mteb_table", lambda _: "")
+    assert main(["evaluate", "m", "--mteb", "t", "--results", str(tmp_path), "--mesh", "all"]) == 0
+    assert asked == [f2llm.make_mesh(data=8)]

@@ -20,16 +20,19 @@ if TYPE_CHECKING:
     from f2llm_jax.distributed import Processes
     from f2llm_jax.encoder import Encoder
 
+ALL_DEVICES = "all"
+"""The mesh of --mesh that has all devices along ``data``."""
+
+# By the data sheets. A TPU multiplies float32 in six passes of bfloat16, a GPU without its tensor cores.
+FASTER_IN_BFLOAT16 = {"tpu": "about six times as fast on TPUs", "gpu": "several times as fast on GPUs"}
+
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """What ``load_model`` needs, and the limits of a call of ``Encoder.encode``."""
     parser.add_argument("--model", required=True, metavar="M", help="release folder, converted folder or hub id")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
     parser.add_argument(
-        "--dtype",
-        default="float32",
-        choices=DTYPES,
-        help="of weights and of what they are multiplied with; default: %(default)s",
+        "--dtype", choices=DTYPES, help="of weights and of what they are multiplied with; default: float32"
     )
     parser.add_argument("--dim", type=int, help="Matryoshka size: keep the first DIM values; default: all")
     parser.add_argument("--max-length", type=int, metavar="N", help="cut texts to N tokens; default: the model's limit")
@@ -102,30 +105,74 @@ def mesh_sizes(text: str) -> dict[str, int]:
     return {axis: sizes.get(axis, 1) for axis in MESH_AXES}
 
 
-def add_mesh(parser: argparse.ArgumentParser) -> None:
+def mesh_or_all(text: str) -> dict[str, int] | str:
+    """As ``mesh_sizes``, or ``all``: a copy of the model on each of the devices, whose number only JAX knows."""
+    return text if text == ALL_DEVICES else mesh_sizes(text)
+
+
+def add_mesh(parser: argparse.ArgumentParser, default: str = "one device") -> None:
     """The argument for ``mesh_of``."""
     parser.add_argument(
         "--mesh",
-        type=mesh_sizes,
+        type=mesh_or_all,
         metavar="AXIS=N,…",
-        help="devices to spread over, such as data=2,fsdp=4,tensor=1; default: one device",
+        help=f"devices to spread over, such as data=2,fsdp=4,tensor=1; all: data over all of them; default: {default}",
     )
 
 
 def mesh_of(args: argparse.Namespace) -> Mesh | None:
+    """The mesh that ``--mesh`` asks for; without it none, and a note if that leaves accelerators idle."""
+    import jax
+
     from f2llm_jax.sharding import make_mesh
 
-    return None if args.mesh is None else make_mesh(**args.mesh)
+    if args.mesh == ALL_DEVICES:
+        return make_mesh(data=jax.device_count())
+    if args.mesh is not None:
+        return make_mesh(**args.mesh)
+    platform, count = jax.default_backend(), jax.device_count()
+    if platform != "cpu" and count > 1:
+        note(f"one of {count} {platform.upper()} devices is used; --mesh all uses all of them")
+    return None
+
+
+def add_settings(parser: argparse.ArgumentParser, of: str = "") -> None:
+    """Changes of a recipe, for ``train.config.override``."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="settings",
+        help=f"{of}change a value of the recipe",
+    )
 
 
 def show_progress(args: argparse.Namespace) -> bool:
     return args.progress or (sys.stderr.isatty() and not args.quiet)
 
 
+def note(text: str) -> None:
+    """A line for people, on standard error."""
+    print(f"f2llm: {text}", file=sys.stderr)
+
+
+def dtype_of(args: argparse.Namespace) -> str:
+    """``--dtype`` of ``add_model``; without it float32, and a note where that is slow."""
+    if args.dtype is not None:
+        return args.dtype
+    import jax
+
+    if (faster := FASTER_IN_BFLOAT16.get(jax.default_backend())) is not None:
+        note(f"float32; --dtype bfloat16 is {faster}")
+    return "float32"
+
+
 def load_model(args: argparse.Namespace) -> Encoder:
+    """The model that the arguments of ``add_model`` and ``add_mesh`` ask for."""
     from f2llm_jax.encoder import load
 
-    return load(args.model, dtype=args.dtype, revision=args.revision)
+    return load(args.model, dtype=dtype_of(args), mesh=mesh_of(args), revision=args.revision)
 
 
 @contextlib.contextmanager

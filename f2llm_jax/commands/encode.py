@@ -31,14 +31,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from f2llm_jax.commands import (
+    ALL_DEVICES,
     add_fields,
+    add_mesh,
     add_model,
     add_processes,
     add_progress,
     add_prompt,
     check_output,
+    dtype_of,
     load_model,
-    mesh_sizes,
     positive,
     show_progress,
     start_processes,
@@ -68,21 +70,16 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "--output-type", default="float32", choices=FILE_OUTPUTS, help="of the embeddings; default: %(default)s"
     )
     parser.add_argument("--ranges", type=Path, metavar="FILE.npy", help="for int8: the ranges of an earlier output")
+    add_mesh(parser, default="one device; with --corpus, whose mesh is that of one copy of the model, a copy on each")
     add_progress(parser)
     group = parser.add_argument_group("for --corpus")
     group.add_argument("--out", type=Path, metavar="DIR", help="folder for shards and manifest")
     group.add_argument("--id-field", metavar="NAME", help="column or key of the ids; default: the row number")
     group.add_argument("--shard-rows", type=positive, metavar="N", help="rows of a shard at most; default: 16384")
-    group.add_argument(
-        "--mesh",
-        type=mesh_sizes,
-        metavar="data=D,fsdp=F,tensor=T",
-        help="devices of a copy of the model; default: one, and a copy on each device",
-    )
     add_processes(parser)
 
 
-CORPUS_ONLY = ("out", "id_field", "shard_rows", "mesh", "coordinator", "processes", "process_id", "distributed")
+CORPUS_ONLY = ("out", "id_field", "shard_rows", "coordinator", "processes", "process_id", "distributed")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -100,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
 def _run_corpus(args: argparse.Namespace) -> int:
     if args.out is None:
         raise InputError("where to? --out DIR gets the shards of --corpus")
+    if args.mesh == ALL_DEVICES:
+        raise InputError("--mesh all is for --input: --corpus by itself has a copy of the model on every device")
     if args.output is not None or args.force:
         raise InputError("--output and --force are for --input; --corpus writes to --out DIR, and replaces nothing")
     if args.output_type == "int8" and args.ranges is None:
@@ -115,7 +114,7 @@ def _run_corpus(args: argparse.Namespace) -> int:
         args.out,
         processes=processes,
         mesh=args.mesh,
-        dtype=args.dtype,
+        dtype=dtype_of(args),
         revision=args.revision,
         field=args.field,
         id_field=args.id_field,

@@ -22,16 +22,19 @@ earlier run are replaced.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from f2llm_jax.commands import add_progress, positive, show_progress
+from f2llm_jax.commands import add_mesh, add_progress, mesh_of, positive, show_progress
 from f2llm_jax.dtypes import DTYPES
 from f2llm_jax.errors import InputError
 from f2llm_jax.files import local_path
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from f2llm_jax.evaluation.embedders import Embedder
     from f2llm_jax.evaluation.own_data import Report
 
@@ -89,6 +92,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="whose instructions in MTEB's registry to use; default: MODEL's own, or F2LLM-v2's if it is not there",
     )
+    add_mesh(parser)
     add_progress(parser)
 
 
@@ -102,13 +106,16 @@ def run(args: argparse.Namespace) -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.results = local_path(args.results)
+    # Made once, when the first model is loaded that runs on it: JAX takes most of a GPU's memory when it starts, which
+    # models of sentence-transformers alone need themselves.
+    mesh = functools.cache(lambda: mesh_of(args))
     if args.mteb or args.benchmark:
-        _run_mteb(args)
+        _run_mteb(args, mesh)
     if args.retrieval or args.bitext:
-        _run_own_data(args)
+        _run_own_data(args, mesh)
 
 
-def _run_mteb(args: argparse.Namespace) -> None:
+def _run_mteb(args: argparse.Namespace, mesh: Callable[[], Mesh | None]) -> None:
     from f2llm_jax.evaluation.mteb_adapter import evaluate_mteb, mteb_model, mteb_table, mteb_tasks
 
     tasks = mteb_tasks(args.mteb, args.benchmark)
@@ -118,13 +125,14 @@ def _run_mteb(args: argparse.Namespace) -> None:
         dim=args.dim,
         max_length=args.max_length,
         batch_tokens=args.batch_tokens,
+        mesh=mesh(),
         revision=args.revision,
         instructions_of=args.instructions_of,
     )
     print(mteb_table(evaluate_mteb(model, tasks, args.results, show_progress=show_progress(args))))
 
 
-def _run_own_data(args: argparse.Namespace) -> None:
+def _run_own_data(args: argparse.Namespace, mesh: Callable[[], Mesh | None]) -> None:
     from f2llm_jax.evaluation import optional
     from f2llm_jax.evaluation.own_data import evaluate_bitext, evaluate_retrieval, parse_dims
 
@@ -134,7 +142,7 @@ def _run_own_data(args: argparse.Namespace) -> None:
         _show(
             args,
             evaluate_retrieval(
-                _models(args),
+                _models(args, mesh),
                 args.retrieval,
                 split=args.split,
                 judged_only=args.judged_only,
@@ -144,10 +152,10 @@ def _run_own_data(args: argparse.Namespace) -> None:
         )
     if args.bitext:
         columns = tuple(args.columns) if args.columns else None
-        _show(args, evaluate_bitext(_models(args), args.bitext, columns=columns, dims=dims, outputs=outputs))
+        _show(args, evaluate_bitext(_models(args, mesh), args.bitext, columns=columns, dims=dims, outputs=outputs))
 
 
-def _models(args: argparse.Namespace) -> Iterator[Embedder]:
+def _models(args: argparse.Namespace, mesh: Callable[[], Mesh | None]) -> Iterator[Embedder]:
     """MODEL and what it is compared with, loaded one after the other; all are looked for before the first."""
     from f2llm_jax.evaluation.embedders import SENTENCE_TRANSFORMERS, find_embedder, load_embedder
 
@@ -162,6 +170,7 @@ def _models(args: argparse.Namespace) -> Iterator[Embedder]:
         load_embedder(
             name,
             dtype=args.dtype,
+            mesh=None if name.startswith(SENTENCE_TRANSFORMERS) else mesh(),
             max_length=args.max_length,
             batch_tokens=args.batch_tokens,
             show_progress=show_progress(args),

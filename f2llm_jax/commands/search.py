@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from f2llm_jax.commands import (
     add_fields,
+    add_mesh,
     add_model,
     add_progress,
     add_prompt,
@@ -73,6 +74,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="a line of JSON a query: query, results of rank, score, row, id, text"
     )
+    add_mesh(parser)
     add_progress(parser)
 
 

@@ -20,7 +20,7 @@ import contextlib
 import signal
 from typing import TYPE_CHECKING
 
-from f2llm_jax.commands import add_processes, add_progress, needs_extra, show_progress, start_processes
+from f2llm_jax.commands import add_processes, add_progress, add_settings, needs_extra, show_progress, start_processes
 from f2llm_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="Python file, or name of a recipe")
     parser.add_argument("--out", metavar="OUT", help="folder of the run")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="change a value of the recipe"
-    )
+    add_settings(parser)
     parser.add_argument(
         "--resume", choices=("auto", "never"), default="never", help="go on with the run in OUT; default: %(default)s"
     )
