@@ -295,7 +295,7 @@ def _compile(job: Job, topology: Topology, candidate: Candidate, devices: list[A
         work=work,
         collectives=counted.collectives,
         seconds={
-            "compute": work.flops / topology.chip.rate(job.itemsize),
+            "compute": candidate.estimate.flops.seconds(topology.chip, job.itemsize),
             "hbm": work.program_hbm_bytes / topology.chip.hbm_bandwidth,
             "ici": sum(collective_seconds(x, mesh, topology) for x in counted.collectives),
         },

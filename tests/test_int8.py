@@ -144,8 +144,8 @@ def test_int8_is_of_weights_alone(tiny, tiny_release):
         f2llm_jax.embed(tiny.params, batch, config=tiny.config, dtype="int8")
     with pytest.raises(InputError, match="float32, bfloat16, not 'int8'"):
         load_params(open_checkpoint(tiny_release), tiny.config, dtype="int8")
-    with pytest.raises(InputError, match="float32 or bfloat16, not 'int8'"):
-        EncodeJob(config=tiny.config, dtype="int8")
+    with pytest.raises(InputError, match="float32, bfloat16, int8, not 'int4'"):
+        EncodeJob(config=tiny.config, dtype="int4")
 
 
 def test_no_other_dtype_is_taken(real_release):

@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from releases import TINY
 
+import f2llm_jax
 from f2llm_jax import batching, packing
 from f2llm_jax.batching import Buckets
 from f2llm_jax.cli import main
@@ -186,11 +187,33 @@ def test_training_passes_are_those_of_the_program(chunk_rows, remat, few_layers,
         ("v5e", "the shape of a v5e slice is 2 numbers, as in v5e:4x4"),
         ("v5p:4x4", "the shape of a v5p slice is 3 numbers"),
         ("v6e:0x4", "the shape of a v6e slice"),
+        ("v5e-16", r"no accelerator type v5e-N is known; there are v4-N, v5litepod-N, v5p-N, v6e-N, and shapes"),
+        ("v5p-24", r"the shape of '24' is not known, only of v5p-8, 16, .*, 12288; others are written as in v5p:2x2x4"),
     ],
 )
 def test_a_slice_that_does_not_exist_is_refused(text, message):
     with pytest.raises(InputError, match=message):
         parse_topology(text)
+
+
+@pytest.mark.parametrize(
+    ("accelerator_type", "topology"),
+    [
+        ("v5litepod-16", "v5e:4x4"),
+        ("v5litepod-8", "v5e:2x4"),
+        ("v6e-256", "v6e:16x16"),
+        ("v5p-32", "v5p:2x2x4"),
+        ("v4-8", "v4:2x2x1"),
+    ],
+)
+def test_slices_by_the_names_of_gcloud(accelerator_type, topology):
+    assert parse_topology(accelerator_type) == parse_topology(topology)
+
+
+@pytest.mark.parametrize("kind", chips.ACCELERATOR_TYPES)
+def test_a_name_of_gcloud_counts_cores(kind):
+    for number in chips.ACCELERATOR_TYPES[kind][1]:
+        assert parse_topology(f"{kind}-{number}").size * (2 if kind in ("v4", "v5p") else 1) == number
 
 
 def test_links_that_reach_a_group():
@@ -241,11 +264,47 @@ def test_states_of_a_teacher_are_a_part_of_the_batch(monkeypatch):
         assert set(program.state) == {"parameters", "optimizer"}
 
 
+def test_settings_of_a_recipe_are_planned(monkeypatch):
+    jobs = []
+    monkeypatch.setattr("f2llm_jax.plan.make_plan", lambda job, *args, **options: jobs.append(job))
+    monkeypatch.setattr("f2llm_jax.planning.report.describe", str)
+    settings = ["--set", "data.batch_size=64", "--set", "data.max_length=256", "--set", "teacher=none"]
+    for options in ([], settings, [*settings, "--length", "128"]):
+        with pytest.raises(AttributeError, match="fits"):  # there is no plan
+            main(["plan", "80M", "--topology", "v5litepod-16", "--do", "train", *options])
+    assert [(job.recipe.data.batch_size, job.length) for job in jobs] == [(512, 1024), (64, 256), (64, 128)]
+    assert [job.teacher is None for job in jobs] == [False, True, True]
+
+
 def test_float32_products_take_six_bfloat16_ones():
     estimate = counts.estimate_encode(TINY, counts.Axes(1, 1, 1), rows=8, length=64, slots=4, itemsize=4)
     seconds = {itemsize: estimate.seconds(parse_topology("v5e:4x4"), itemsize) for itemsize in (2, 4)}
     assert seconds[4] == pytest.approx((6 * seconds[2][0], *seconds[2][1:]))
     assert EncodeJob(config=TINY, dtype="float32").itemsize == 4
+
+
+def test_int8_is_of_projections():
+    flops = counts.Flops(projections=394e12 * 3, attention=197e12, end_attention=197e12)
+    chip = {name: parse_topology(chips.CHIPS[name].example).chip for name in ("v4", "v5e")}
+    assert flops.seconds(chip["v5e"], 1) == pytest.approx(3 + 2)
+    assert flops.seconds(chip["v5e"], 2) == pytest.approx(6 + 2)
+    assert flops.seconds(chip["v4"], 1) == flops.seconds(chip["v4"], 2)
+    config, one = MODELS["0.6B"], counts.Axes(1, 1, 1)
+    memory = {
+        size: counts.estimate_encode(config, one, rows=8, length=64, slots=4, itemsize=size).memory_bytes
+        for size in (1, 2)
+    }
+    assert memory[2] - memory[1] == config.num_hidden_layers * counts.layer_weights(config)
+
+
+def test_int8_is_planned_as_it_is_loaded(tiny_release):
+    mesh = make_mesh(2, 2, 2)
+    loaded = f2llm_jax.load(tiny_release, dtype="int8", mesh=mesh).params
+    planned = encode_program(TINY, mesh, rows=2, length=64, slots=None, dtype="int8").state["parameters"]
+    assert jax.tree.structure(planned) == jax.tree.structure(loaded)
+    for ours, theirs in zip(jax.tree.leaves(planned), jax.tree.leaves(loaded), strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
 
 
 @pytest.mark.parametrize("length", [8, 100, 341, 350, 512, 600, 1024, 1025, 1100, 2048, 2100, 3000, 4000, 40960])
@@ -282,6 +341,14 @@ def test_a_kernel_that_tpus_do_not_have_is_named():
     ("arguments", "message"),
     [
         (["--recipe", "tiny"], "--recipe is for --do train"),
+        (["--set", "data.batch_size=64"], "--set is for --do train"),
+        (
+            ["--do", "train", "--set", "data.batch=64"],
+            "there is no setting 'data.batch'; nearest: ",
+        ),
+        (["--do", "train", "--set", "mesh.fsdp=2"], "--set mesh.fsdp=2: a plan takes it from --mesh"),
+        (["--do", "train", "--set", "model=x"], "--set model=x: a plan takes it from MODEL"),
+        (["--topology", "v5litepod-5"], "the shape of '5' is not known"),
         (["--do", "train", "--dtype", "float32"], "--dtype is for --do encode"),
         (["--length", "50000"], "length must be within 1..40960, not 50000"),
         (["--topology", "v7:4x4"], "no chip 'v7' is known"),

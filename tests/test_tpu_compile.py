@@ -9,12 +9,14 @@ import dataclasses
 import functools
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from releases import TINY
 
 from f2llm_jax.cli import main
 from f2llm_jax.configs.models import MODELS
@@ -26,6 +28,7 @@ from f2llm_jax.planning.counts import Axes
 from f2llm_jax.planning.hlo import read_program, total_by_kind
 from f2llm_jax.planning.jobs import EncodeJob, TrainJob
 from f2llm_jax.planning.programs import AbstractProgram
+from f2llm_jax.planning.report import describe
 from f2llm_jax.sharding import make_mesh
 from f2llm_jax.train.config import TrainConfig, load_recipe
 
@@ -122,6 +125,23 @@ def test_rows_of_many_short_texts_compute_all_positions():
     assert result.work.kernels["tpu_custom_call"] == config.num_hidden_layers
     scores = result.batch_tokens * (length // text) * config.num_attention_heads
     assert result.memory.temporaries < 4 * scores
+
+
+def test_projections_of_int8_multiply_int8(monkeypatch):
+    programs = []
+
+    def compiled(program: AbstractProgram):
+        programs.append(compile_program(program))
+        return programs[-1]
+
+    monkeypatch.setattr("f2llm_jax.plan.compile_program", compiled)
+    job = EncodeJob(config=TINY, length=128, batch_tokens=1024, dtype="int8")
+    result = make_plan(job, parse_topology("v6e:1x1"), Axes(1, 1, 1))
+    assert result.work is not None and result.work.flops_ratio == pytest.approx(1, abs=0.005)
+    assert "arithmetic at 918 to 1836 TFLOP/s" in describe(result)
+    ((_, text),) = programs
+    products = re.findall(r"= (\w+)\[\S* convolution\(", text)
+    assert products.count("s32") == 2 * 7  # in the loop over layers, and in the last layer
 
 
 def mlp_gradients(size: str) -> dict[str, int]:

@@ -4,33 +4,48 @@ Compiles the real program for the slice with the TPU compiler. Memory and collec
 estimates: the longest of what arithmetic, memory traffic and exchange would take at the rates of the data sheet.
 Without --mesh, tries the meshes that look best until one fits.
 
+With --dtype int8 projections are counted at the chip's rate for int8, twice that for bfloat16 on v5e, v5p and v6e;
+attention's products stay in bfloat16.
+
 Training is planned for batches of retrieval, 7 negatives a query; those of clustering have 9.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
-from f2llm_jax.commands import mesh_sizes, needs_extra, positive
+from f2llm_jax.commands import add_settings, mesh_sizes, needs_extra, note, positive
+from f2llm_jax.dtypes import DTYPES
 from f2llm_jax.errors import InputError
 
 if TYPE_CHECKING:
     from f2llm_jax.config import ModelConfig
     from f2llm_jax.plan import Candidate
     from f2llm_jax.planning.jobs import Job
+    from f2llm_jax.train.config import TrainConfig
+
+# Tokens of a text, as the released models were trained with.
+LENGTH = 1024
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a size (80M … 14B), release folder, converted folder or hub id")
-    parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="the slice, for example v5e:4x4")
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="CHIP:SHAPE",
+        help="the slice, for example v5e:4x4, or as gcloud names it: v5litepod-16, v6e-16, v5p-32 (which has 16 chips)",
+    )
     parser.add_argument("--do", default="encode", choices=("encode", "train"), help="default: %(default)s")
     parser.add_argument(
         "--mesh", type=mesh_sizes, metavar="AXIS=N,…", help="for example data=2,fsdp=8; default: the best found"
     )
     parser.add_argument(
-        "--length", type=positive, default=1024, metavar="N", help="tokens of a text; default: %(default)s"
+        "--length",
+        type=positive,
+        metavar="N",
+        help="tokens of a text; default: 1024 for encode, the recipe's data.max_length for train",
     )
     parser.add_argument(
         "--batch-tokens",
@@ -39,7 +54,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
         help="tokens computed at a time on all chips; default: 32,768 a device for encode, what fits for train",
     )
     parser.add_argument("--recipe", metavar="R", help="for train; default: stage 2 of the model's size")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="for encode; default: bfloat16")
+    add_settings(parser, of="for train: ")
+    parser.add_argument("--dtype", choices=DTYPES, help="for encode; default: bfloat16")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
@@ -65,19 +81,39 @@ def _job(args: argparse.Namespace) -> Job:
     from f2llm_jax.planning.jobs import EncodeJob, TrainJob
 
     config = read_config(args.model)
-    asked = {"config": config, "length": args.length, "batch_tokens": args.batch_tokens}
     if args.do == "encode":
-        if args.recipe is not None:
-            raise InputError("--recipe is for --do train, not for --do encode")
-        return EncodeJob(**asked, dtype=args.dtype or "bfloat16")
+        for name, given in (("recipe", args.recipe), ("set", args.settings)):
+            if given:
+                raise InputError(f"--{name} is for --do train, not for --do encode")
+        return EncodeJob(
+            config=config,
+            length=args.length or LENGTH,
+            batch_tokens=args.batch_tokens,
+            dtype=args.dtype or "bfloat16",
+        )
     if args.dtype is not None:
         raise InputError("--dtype is for --do encode; a recipe says what training computes in")
-    with needs_extra("train"):
-        from f2llm_jax.train.config import load_recipe
-    recipe = load_recipe(args.recipe or _recipe_of(config, args.model))
+    recipe = _recipe(args, config)
     # A teacher whose states are read from disk is never loaded.
     teacher = None if recipe.teacher is None or recipe.teacher_states is not None else read_config(recipe.teacher)
-    return TrainJob(**asked, recipe=recipe, teacher=teacher)
+    return TrainJob(
+        config=config,
+        length=args.length or recipe.data.max_length,
+        batch_tokens=args.batch_tokens,
+        recipe=recipe,
+        teacher=teacher,
+    )
+
+
+def _recipe(args: argparse.Namespace, config: ModelConfig) -> TrainConfig:
+    """The recipe, with the changes of --set."""
+    for setting in args.settings:
+        key = setting.partition("=")[0]
+        if key == "model" or key.startswith("mesh."):
+            raise InputError(f"--set {setting}: a plan takes it from {'MODEL' if key == 'model' else '--mesh'}")
+    with needs_extra("train"):
+        from f2llm_jax.train.config import load_recipe, override
+    return override(load_recipe(args.recipe or _recipe_of(config, args.model)), args.settings)
 
 
 def read_config(model: str) -> ModelConfig:
@@ -103,4 +139,4 @@ def _recipe_of(config: ModelConfig, model: str) -> str:
 
 
 def _say_what_is_tried(candidate: Candidate) -> None:
-    print(f"f2llm: compiling for {candidate.mesh}, {candidate.rows_at_once:,} rows at a time", file=sys.stderr)
+    note(f"compiling for {candidate.mesh}, {candidate.rows_at_once:,} rows at a time")

@@ -1,9 +1,10 @@
 """TPU chips and slices of them, without having any: what libtpu compiles for, and how fast it is on paper.
 
-Peak rates, HBM and ICI bandwidth are those of Google's pages on each chip (docs.cloud.google.com/tpu/docs/v4, v5e, v5p,
-v6e, tpu7x); the bandwidth of one ICI link is that of "How to Scale Your Model", jax-ml.github.io/scaling-book/tpus,
-which is what a link carries of its nominal rate. The HBM a program may use is what libtpu 0.0.42.1 says when it refuses
-one that is too large: it keeps a part of the chip's memory for itself.
+Peak rates, HBM and ICI bandwidth, and the shapes that numbers of cores stand for, are those of Google's pages on each
+chip (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x). The bandwidth of one ICI link, which is what it carries
+of its nominal rate, and the v5p's rate for int8 are those of "How to Scale Your Model",
+jax-ml.github.io/scaling-book/tpus. The HBM a program may use is what libtpu 0.0.42.1 says when it refuses one that is
+too large: it keeps a part of the chip's memory for itself.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Chip:
         kind: what JAX calls its devices.
         hbm_bytes: what a program may use of a device's memory.
         flops: bfloat16 FLOP/s at peak, of a device.
+        int8: how many times as fast products of int8 are; 1 where no rate for them is stated.
         hbm_bandwidth: bytes/s, of a device.
         link_bandwidth: bytes/s that one ICI link carries in one direction.
         ring: an axis of the slice that is a multiple of this many chips is closed to a ring.
@@ -42,6 +44,7 @@ class Chip:
     kind: str
     hbm_bytes: float
     flops: float
+    int8: int
     hbm_bandwidth: float
     link_bandwidth: float
     ring: int
@@ -54,20 +57,35 @@ class Chip:
 
         Those of float32 are computed in ``Precision.HIGHEST``: on TPUs in 6 bfloat16 passes (``jax.lax.Precision``).
         """
-        return self.flops / 6 if itemsize == 4 else self.flops
+        return {1: self.int8 * self.flops, 2: self.flops, 4: self.flops / 6}[itemsize]
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
         # By default libtpu makes a device of each of a v4's two cores; Cloud TPU runs them as one.
-        Chip("v4", "TPU v4", 30.75 * GIB, 275e12, 1228e9, 4.5e10, 4, 1, "megacore", "v4:2x2x4"),
-        Chip("v5e", "TPU v5 lite", 15.75 * GIB, 197e12, 819e9, 4.5e10, 16, 1, None, "v5e:4x4"),
-        Chip("v5p", "TPU v5", 95.73 * GIB, 459e12, 2765e9, 9e10, 4, 1, None, "v5p:2x2x4"),
-        Chip("v6e", "TPU v6 lite", 31.24 * GIB, 918e12, 1638e9, 9e10, 16, 1, None, "v6e:4x4"),
-        Chip("tpu7x", "TPU7x", 94.74 * GIB, 2307e12 / 2, 7380e9 / 2, 9e10, 4, 2, None, "tpu7x:2x2x4"),
+        Chip("v4", "TPU v4", 30.75 * GIB, 275e12, 1, 1228e9, 4.5e10, 4, 1, "megacore", "v4:2x2x4"),
+        Chip("v5e", "TPU v5 lite", 15.75 * GIB, 197e12, 2, 819e9, 4.5e10, 16, 1, None, "v5e:4x4"),
+        Chip("v5p", "TPU v5", 95.73 * GIB, 459e12, 2, 2765e9, 9e10, 4, 1, None, "v5p:2x2x4"),
+        Chip("v6e", "TPU v6 lite", 31.24 * GIB, 918e12, 2, 1638e9, 9e10, 16, 1, None, "v6e:4x4"),
+        Chip("tpu7x", "TPU7x", 94.74 * GIB, 2307e12 / 2, 1, 7380e9 / 2, 9e10, 4, 2, None, "tpu7x:2x2x4"),
     )
 }
+
+_SQUARES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_CUBES = {
+    **{8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8", 512: "4x8x8"},
+    **{1024: "8x8x8", 2048: "8x8x16", 4096: "8x16x16"},
+}
+
+ACCELERATOR_TYPES = {
+    "v4": ("v4", _CUBES),
+    "v5litepod": ("v5e", _SQUARES),
+    "v5p": ("v5p", {**_CUBES, 8192: "16x16x16", 12288: "16x16x24"}),
+    "v6e": ("v6e", _SQUARES),
+}
+"""{gcloud's name: (chip, {number in the name: the shape that it stands for})}. The number is of TensorCores, of which a
+v4 and a v5p have two."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +126,13 @@ class Topology:
 
 
 def parse_topology(text: str) -> Topology:
-    """``v5e:4x4`` as a Topology.
+    """``v5e:4x4``, or ``v5litepod-16`` as gcloud names it, as a Topology.
 
     Raises:
-        InputError: no such chip, or not a shape of two axes (v5e, v6e) or three.
+        InputError: no such chip, or not a shape of two axes (v5e, v6e) or three; or no such accelerator type.
     """
+    if "-" in text:
+        text = _shape_of(text)
     name, _, shape = text.partition(":")
     examples = ", ".join(chip.example for chip in CHIPS.values())
     if name not in CHIPS:
@@ -124,6 +144,23 @@ def parse_topology(text: str) -> Topology:
     if not re.fullmatch("x".join([r"[1-9]\d*"] * axes), shape):
         raise InputError(f"--topology {text}: the shape of a {name} slice is {axes} numbers, as in {chip.example}")
     return Topology(chip, tuple(map(int, shape.split("x"))))
+
+
+def _shape_of(accelerator_type: str) -> str:
+    """``v5litepod-16`` as ``v5e:4x4``."""
+    kind, _, number = accelerator_type.partition("-")
+    if kind not in ACCELERATOR_TYPES:
+        raise InputError(
+            f"--topology {accelerator_type}: no accelerator type {kind}-N is known; there are "
+            f"{', '.join(f'{name}-N' for name in ACCELERATOR_TYPES)}, and shapes, as in {CHIPS['v5e'].example}"
+        )
+    name, shapes = ACCELERATOR_TYPES[kind]
+    if number not in map(str, shapes):
+        raise InputError(
+            f"--topology {accelerator_type}: the shape of {number!r} is not known, only of {kind}-"
+            f"{', '.join(map(str, shapes))}; others are written as in {CHIPS[name].example}"
+        )
+    return f"{name}:{shapes[int(number)]}"
 
 
 # Else libtpu waits for the metadata server of a TPU machine, complains that it is on none, and refuses a second process

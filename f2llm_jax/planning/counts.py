@@ -3,6 +3,8 @@
 FLOPs are exact for the matrix products. Memory traffic, ICI traffic and memory are estimates: they rank meshes, and
 stand beside what the compiled program says. Dimensions: d hidden, n query heads, k key/value heads, h head_dim,
 f intermediate; all numbers are those of one device.
+
+``itemsize`` is that of the operands of projections. Of int8 only they are: all else is bfloat16 then.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from f2llm_jax.config import ModelConfig
 from f2llm_jax.embedding import ends_are_few
 from f2llm_jax.losses import matryoshka_weights
 from f2llm_jax.model import has_few_layers
-from f2llm_jax.planning.chips import Topology
+from f2llm_jax.planning.chips import Chip, Topology
 
 FLOAT32 = 4
 
@@ -59,6 +61,11 @@ class Flops:
     def total(self) -> float:
         return sum(dataclasses.astuple(self))
 
+    def seconds(self, chip: Chip, itemsize: int) -> float:
+        """At the chip's peak rates."""
+        others = self.total - self.projections
+        return self.projections / chip.rate(itemsize) + others / chip.rate(value_size(itemsize))
+
     def __add__(self, other: Flops) -> Flops:
         return Flops(*map(sum, zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
@@ -83,10 +90,19 @@ class Estimate:
     memory_bytes: float
 
     def seconds(self, topology: Topology, itemsize: int) -> tuple[float, float, float]:
-        """Compute, HBM, ICI; of products whose operands have so many bytes."""
+        """Compute, HBM, ICI; of projections whose operands have so many bytes."""
         chip = topology.chip
         everywhere = topology.ici_bandwidth([(0,) * len(topology.shape), tuple(size - 1 for size in topology.shape)])
-        return self.flops.total / chip.rate(itemsize), self.hbm_bytes / chip.hbm_bandwidth, self.ici_bytes / everywhere
+        return (
+            self.flops.seconds(chip, itemsize),
+            self.hbm_bytes / chip.hbm_bandwidth,
+            self.ici_bytes / everywhere,
+        )
+
+
+def value_size(itemsize: int) -> int:
+    """Bytes of what is no operand of a projection."""
+    return max(itemsize, 2)
 
 
 def layer_weights(config: ModelConfig) -> int:
@@ -103,6 +119,12 @@ def key_value_weights(config: ModelConfig) -> int:
 def parameters(config: ModelConfig) -> int:
     """Elements of the table and the projections; what the norms hold is negligible."""
     return config.vocab_size * config.hidden_size + config.num_hidden_layers * layer_weights(config)
+
+
+def parameter_bytes(config: ModelConfig, itemsize: int) -> int:
+    """Of ``parameters``."""
+    layers = config.num_hidden_layers * layer_weights(config)
+    return value_size(itemsize) * (parameters(config) - layers) + itemsize * layers
 
 
 def forward_flops(config: ModelConfig, texts: int, length: int) -> Flops:
@@ -216,6 +238,8 @@ def loss_flops(hidden: int, queries: int, negatives: int, mrl_dims: tuple[int, .
 
 def layer_traffic(config: ModelConfig, tokens: float, tensor: int, itemsize: int) -> float:
     """HBM bytes of a layer's forward pass: what its products and what is fused around them read and write."""
+    weights = itemsize * layer_weights(config) / tensor
+    itemsize = value_size(itemsize)
     d, f = config.hidden_size, config.intermediate_size / tensor
     q = config.num_attention_heads * config.head_dim / tensor
     kv = config.num_key_value_heads * config.head_dim / tensor
@@ -231,7 +255,7 @@ def layer_traffic(config: ModelConfig, tokens: float, tensor: int, itemsize: int
         + 2 * itemsize * d + 3 * itemsize * f  # gate and up
         + itemsize * f + 2 * FLOAT32 * d  # down projection and residual
     )  # fmt: skip
-    return tokens * (attention + mlp) + itemsize * layer_weights(config) / tensor
+    return tokens * (attention + mlp) + weights
 
 
 def layer_exchange(config: ModelConfig, tokens: float, axes: Axes, itemsize: int) -> tuple[float, float]:
@@ -243,6 +267,7 @@ def layer_exchange(config: ModelConfig, tokens: float, axes: Axes, itemsize: int
 
 def working_set(config: ModelConfig, tokens: float, tensor: int, itemsize: int) -> float:
     """Bytes alive at once inside a layer: the residual stream and the widest of what is made from it."""
+    itemsize = value_size(itemsize)
     d, f = config.hidden_size, config.intermediate_size / tensor
     heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim / tensor
     return tokens * (2 * FLOAT32 * d + itemsize * d + max((FLOAT32 + 2 * itemsize) * f, (2 * FLOAT32) * heads))
@@ -259,7 +284,7 @@ def estimate_encode(config: ModelConfig, axes: Axes, *, rows: int, length: int, 
         flops=flops / axes.size,
         hbm_bytes=layers * layer_traffic(config, tokens, axes.tensor, itemsize),
         ici_bytes=layers * (gather + reduce) + lookup,
-        memory_bytes=itemsize * parameters(config) / (axes.fsdp * axes.tensor)
+        memory_bytes=parameter_bytes(config, itemsize) / (axes.fsdp * axes.tensor)
         + gathered
         + working_set(config, tokens, axes.tensor, itemsize),
     )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from f2llm_jax.batching import BATCH_TOKENS, Buckets
 from f2llm_jax.config import ModelConfig
+from f2llm_jax.dtypes import DTYPES
 from f2llm_jax.errors import InputError
 from f2llm_jax.packing import Packing, row_slots
 from f2llm_jax.planning.counts import ATTENTION_BACKWARD, Axes, Estimate, TrainWork, estimate_encode, estimate_train
@@ -51,7 +52,7 @@ class Job(ABC):
     @property
     @abstractmethod
     def itemsize(self) -> int:
-        """Bytes of an operand of products."""
+        """Bytes of an operand of projections."""
 
     @property
     @abstractmethod
@@ -107,7 +108,7 @@ class EncodeJob(Job):
     """A batch of texts, in the rows that an ``Encoder`` chooses by default.
 
     Attributes:
-        dtype: ``bfloat16`` or ``float32``.
+        dtype: as for ``load``.
     """
 
     do = "encode"
@@ -115,8 +116,8 @@ class EncodeJob(Job):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dtype not in ("float32", "bfloat16"):
-            raise InputError(f"dtype must be float32 or bfloat16, not {self.dtype!r}")
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
 
     @property
     def itemsize(self) -> int:

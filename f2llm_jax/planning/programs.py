@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from f2llm_jax.config import ModelConfig
+from f2llm_jax.convert.table import tensor_table
+from f2llm_jax.dtypes import float_dtype
 from f2llm_jax.embedding import AnyBatch, Batch, PackedBatch, embed
 from f2llm_jax.model import Params, abstract_params
 from f2llm_jax.sharding import BATCH_SPEC, padded_config, param_shardings
@@ -48,7 +51,7 @@ def encode_program(
         mesh: of compile-only devices.
         rows, length: of the batch.
         slots: for texts in each packed row; None for a text a row.
-        dtype: of the parameters and of the operands of products.
+        dtype: as for ``load``.
     """
     config = padded_config(config, mesh)
     params = _params(config, mesh, dtype)
@@ -63,7 +66,7 @@ def encode_program(
 
     def lower() -> Any:
         with jax.set_mesh(mesh):
-            return compute.lower(params, batch, config=config, dtype=jnp.dtype(dtype))
+            return compute.lower(params, batch, config=config, dtype=jnp.dtype(float_dtype(dtype)))
 
     return AbstractProgram(lower, {"parameters": params})
 
@@ -136,10 +139,25 @@ def train_program(
 
 
 def _params(config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
-    def put(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> Any:
-        return _array(shape.shape, dtype, sharding)
+    def place(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> Any:
+        return _array(shape.shape, float_dtype(dtype), sharding)
 
-    return jax.tree.map(put, nn.unbox(abstract_params(config)), param_shardings(config, mesh))
+    params = jax.tree.map(place, nn.unbox(abstract_params(config)), param_shardings(config, mesh))
+    return _int8_projections(params, config) if dtype == "int8" else params
+
+
+def _int8_projections(params: Params, config: ModelConfig) -> Params:
+    """The parameters with int8 projections and their scales, as ``convert.load.load_params`` makes them."""
+    flat = flatten_dict(params, sep=".")
+    for tensor in tensor_table(config):
+        if tensor.inputs:
+            weight = flat[tensor.path]
+            outputs = weight.ndim - tensor.inputs
+            of_scale = NamedSharding(weight.sharding.mesh, PartitionSpec(*weight.sharding.spec[:outputs]))
+            flat[tensor.path] = _array(weight.shape, jnp.int8, weight.sharding)
+            scale = _array(weight.shape[:outputs], jnp.float32, of_scale)
+            flat[tensor.path.removesuffix("weight") + "scale"] = scale
+    return unflatten_dict(flat, sep=".")
 
 
 def _array(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, sharding: jax.sharding.Sharding) -> Any:

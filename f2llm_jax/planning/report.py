@@ -10,6 +10,7 @@ from f2llm_jax.configs.datasets import NEGATIVES
 from f2llm_jax.model import count_parameters
 from f2llm_jax.plan import Plan
 from f2llm_jax.planning.chips import GIB
+from f2llm_jax.planning.counts import value_size
 from f2llm_jax.planning.hlo import Collective, total_by_kind
 from f2llm_jax.planning.jobs import Job, TrainJob
 
@@ -73,7 +74,7 @@ def _speed(plan: Plan) -> list[str]:
     else:
         lines += [
             _step(
-                f"arithmetic at {chip.rate(plan.job.itemsize) / 1e12:.0f} TFLOP/s",
+                f"arithmetic at {_rates(plan)} TFLOP/s",
                 f"{work.flops / 1e12:,.2f} TFLOP",
                 plan.seconds["compute"],
             ),
@@ -107,6 +108,12 @@ def _speed(plan: Plan) -> list[str]:
             lines += [f"  {kind:20}{times:8,} times {nbytes / 1e9:12,.3f} GB"]
         lines += ["  largest:", *_largest(plan.collectives)]
     return lines
+
+
+def _rates(plan: Plan) -> str:
+    """TFLOP/s of all products, or, of int8, of attention's and of the projections'."""
+    sizes = {value_size(plan.job.itemsize), plan.job.itemsize}
+    return " to ".join(f"{rate / 1e12:.0f}" for rate in sorted({plan.topology.chip.rate(size) for size in sizes}))
 
 
 def _largest(collectives: Sequence[Collective], count: int = 4) -> list[str]:
