@@ -18,6 +18,7 @@ from pathlib import Path
 
 from f2llm_jax.commands import (
     add_fields,
+    add_mesh,
     add_model,
     add_progress,
     add_prompt,
@@ -32,6 +33,7 @@ from f2llm_jax.texts import read_texts
 
 def declare(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
+    add_mesh(parser)
     parser.add_argument("--raw", required=True, type=Path, metavar="FILE", help="a .parquet file of query and passage")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the .parquet file to write")
     parser.add_argument("--force", action="store_true", help="replace an output that exists")
