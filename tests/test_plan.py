@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from releases import TINY
 
 import f2llm_jax
-from f2llm_jax import batching, packing
+from f2llm_jax import batching, packing, plan
 from f2llm_jax.batching import Buckets
 from f2llm_jax.cli import main
 from f2llm_jax.configs.models import MODELS
@@ -25,7 +25,7 @@ from f2llm_jax.model import count_parameters, init_params
 from f2llm_jax.plan import needed_bytes
 from f2llm_jax.planning import chips, counts
 from f2llm_jax.planning.chips import parse_topology
-from f2llm_jax.planning.hlo import read_program
+from f2llm_jax.planning.hlo import Collective, Program, read_program
 from f2llm_jax.planning.jobs import EncodeJob, TrainJob
 from f2llm_jax.planning.programs import encode_program
 from f2llm_jax.sharding import make_mesh
@@ -225,6 +225,91 @@ def test_links_that_reach_a_group():
     assert pod.ici_bandwidth([(x, 0, 0) for x in range(16)]) == 2 * link  # a ring
     assert pod.ici_bandwidth(row) == link  # a part of one
     assert torus.ici_bandwidth(square) == 4 * torus.chip.link_bandwidth
+    # Rings of v5e and v6e are those of an axis; of the others they are those of whole cubes.
+    flat, bar = parse_topology("v6e:8x16"), parse_topology("v5p:2x2x4")
+    assert flat.ici_bandwidth([(0, y, 0) for y in range(16)]) == 2 * flat.chip.link_bandwidth
+    assert flat.ici_bandwidth([(x, 0, 0) for x in range(8)]) == flat.chip.link_bandwidth
+    assert bar.ici_bandwidth([(0, 0, z) for z in range(4)]) == bar.chip.link_bandwidth
+    assert parse_topology("tpu7x:4x4x8").rings == (True, True, True)
+    assert parse_topology("v4:4x4x2").rings == (False, False, False)
+
+
+@pytest.mark.parametrize(("slice_name", "links"), [("v5e:4x4", 2), ("v5e:8x16", 3), ("v4:2x2x4", 3), ("v4:4x4x4", 6)])
+def test_an_estimate_takes_all_links_of_the_slice(slice_name, links):
+    topology = parse_topology(slice_name)
+    estimate = counts.Estimate(counts.Flops(0, 0), hbm_bytes=0, ici_bytes=1e9, memory_bytes=0)
+    assert estimate.seconds(topology, 2)[2] == pytest.approx(1e9 / (links * topology.chip.link_bandwidth))
+
+
+def test_a_layer_exchanges_its_weights_over_fsdp_and_its_results_over_tensor():
+    # Of 82,944 weights in bfloat16 a quarter on each part of tensor, of which 7 of 8 parts come from elsewhere; and of
+    # two results of 100 x 96 numbers in float32 3 of 4 parts, there and back.
+    weights = 96 * 32 * (4 + 2 + 2 + 4) + 3 * 96 * 160
+    assert counts.layer_weights(TINY) == weights == 82_944
+    exchange = counts.layer_exchange(TINY, 100, counts.Axes(data=2, fsdp=8, tensor=4), itemsize=2)
+    assert exchange == (82_944 * 2 / 4 * 7 / 8, 2 * (100 * 96 * 4 * 3 / 4 * 2))
+    assert counts.layer_exchange(TINY, 100, counts.Axes(16, 1, 1), itemsize=2) == (0, 0)
+
+
+# A slice of two chips by two, and a program in which pairs of them exchange; v5e has links of 45 GB/s.
+SQUARE = SimpleNamespace(devices=np.array([SimpleNamespace(coords=(x, y, 0)) for x in (0, 1) for y in (0, 1)]))
+ACROSS = Collective("all-gather", (8,), nbytes=900, groups=np.array([[0, 3], [1, 2]]), times=5, source="")
+MIXED = Collective("all-reduce", (8,), nbytes=600, groups=np.array([[0, 3], [1, 0]]), times=2, source="")
+
+
+def test_a_collective_takes_as_long_as_its_slowest_group():
+    topology = parse_topology("v5e:2x2")
+    assert plan.collective_seconds(ACROSS, SQUARE, topology) == pytest.approx(900 / 2 * 5 / 9e10)
+    assert plan.collective_seconds(MIXED, SQUARE, topology) == pytest.approx(2 * 600 / 2 * 2 / 4.5e10)
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Plans a program of these counts on that slice: 4e12 FLOPs in float32, and 3e9 bytes by estimate, 5e9 counted."""
+    job = SimpleNamespace(
+        program=lambda mesh, rows: SimpleNamespace(state_bytes=lambda: {"parameters": 10}),
+        texts=lambda rows: 7 * rows,
+        row_length=64,
+        length=48,
+        itemsize=4,
+    )
+    estimate = counts.Estimate(counts.Flops(3e12, 1e12), hbm_bytes=3e9, ici_bytes=6e9, memory_bytes=0)
+    monkeypatch.setattr(plan, "make_mesh", lambda *_, **__: SQUARE)
+    monkeypatch.setattr(plan, "read_program", lambda _: Program(1e12, 1e12, 5e9, [ACROSS, MIXED]))
+
+    def compile_with(result):
+        monkeypatch.setattr(plan, "compile_program", lambda _: result)
+        candidate = plan.Candidate(counts.Axes(4, 1, 1), 8, estimate)
+        return plan._compile(job, parse_topology("v5e:2x2"), candidate, [])
+
+    return compile_with
+
+
+def test_a_plan_is_made_of_what_the_program_says(planned):
+    stats = SimpleNamespace(
+        argument_size_in_bytes=100,
+        temp_size_in_bytes=20,
+        output_size_in_bytes=50,
+        alias_size_in_bytes=47,
+        generated_code_size_in_bytes=4,
+    )
+    compiled = SimpleNamespace(memory_analysis=lambda: stats, cost_analysis=lambda: {"flops": 2e12})
+    made = planned((compiled, "a program"))
+    ici = 900 / 2 * 5 / 9e10 + 2 * 600 / 2 * 2 / 4.5e10
+    assert made.seconds == pytest.approx({"compute": 4e12 / (197e12 / 6), "hbm": 5e9 / 819e9, "ici": ici})
+    assert (made.bound, made.step_seconds) == ("compute", made.seconds["compute"])
+    assert made.texts_per_second == pytest.approx(7 * 8 / made.step_seconds)
+    assert made.tokens_per_second == pytest.approx(48 * 7 * 8 / made.step_seconds)
+    assert (made.batch_tokens, made.memory.total, made.fits) == (8 * 64, 100 + 20 + 3 + 4, True)
+    assert (made.work.flops, made.work.compiler_ratio, made.work.ici_bytes) == (4e12, 0.5, 900 / 2 * 5 + 600 * 2)
+    for slowest in made.seconds:
+        assert dataclasses.replace(made, seconds={**made.seconds, slowest: 9.0}).bound == slowest
+
+
+def test_of_a_program_that_is_not_seen_times_are_estimated(planned):
+    made = planned((2**40, None))
+    assert made.seconds == pytest.approx({"compute": 4e12 / (197e12 / 6), "hbm": 3e9 / 819e9, "ici": 6e9 / 9e10})
+    assert (made.memory.total, made.fits, made.work) == (2**40, False, None)
 
 
 def test_without_libtpu_the_error_says_what_to_install(monkeypatch, capsys):
@@ -351,12 +436,32 @@ def test_a_kernel_that_tpus_do_not_have_is_named():
         (["--topology", "v5litepod-5"], "the shape of '5' is not known"),
         (["--do", "train", "--dtype", "float32"], "--dtype is for --do encode"),
         (["--length", "50000"], "length must be within 1..40960, not 50000"),
+        (["--do", "train", "--length", "1025"], "within 1..1024, the recipe's data.max_length, not 1025"),
         (["--topology", "v7:4x4"], "no chip 'v7' is known"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(arguments, message, capsys):
     assert main(["plan", "80M", "--topology", "v5e:4x4", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "length"),
+    [
+        ([], 1024),
+        (["--length", "2000"], 2000),
+        (["--do", "train"], 1024),
+        (["--do", "train", "--recipe", "tiny"], 128),
+        (["--do", "train", "--recipe", "tiny", "--length", "77"], 77),
+    ],
+)
+def test_training_is_planned_for_the_length_of_the_recipe(arguments, length, monkeypatch):
+    jobs = []
+    monkeypatch.setattr("f2llm_jax.plan.make_plan", lambda job, *args, **options: jobs.append(job))
+    monkeypatch.setattr("f2llm_jax.planning.report.describe", str)
+    with pytest.raises(AttributeError, match="fits"):  # there is no plan
+        main(["plan", "80M", "--topology", "v5e:4x4", *arguments])
+    assert jobs[0].length == length
 
 
 @pytest.mark.parametrize("mesh", ["data=2,model=8", "data=x"])

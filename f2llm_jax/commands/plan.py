@@ -81,28 +81,18 @@ def _job(args: argparse.Namespace) -> Job:
     from f2llm_jax.planning.jobs import EncodeJob, TrainJob
 
     config = read_config(args.model)
+    asked = {"config": config, "batch_tokens": args.batch_tokens}
     if args.do == "encode":
         for name, given in (("recipe", args.recipe), ("set", args.settings)):
             if given:
                 raise InputError(f"--{name} is for --do train, not for --do encode")
-        return EncodeJob(
-            config=config,
-            length=args.length or LENGTH,
-            batch_tokens=args.batch_tokens,
-            dtype=args.dtype or "bfloat16",
-        )
+        return EncodeJob(**asked, length=args.length or LENGTH, dtype=args.dtype or "bfloat16")
     if args.dtype is not None:
         raise InputError("--dtype is for --do encode; a recipe says what training computes in")
     recipe = _recipe(args, config)
     # A teacher whose states are read from disk is never loaded.
     teacher = None if recipe.teacher is None or recipe.teacher_states is not None else read_config(recipe.teacher)
-    return TrainJob(
-        config=config,
-        length=args.length or recipe.data.max_length,
-        batch_tokens=args.batch_tokens,
-        recipe=recipe,
-        teacher=teacher,
-    )
+    return TrainJob(**asked, length=args.length or recipe.data.max_length, recipe=recipe, teacher=teacher)
 
 
 def _recipe(args: argparse.Namespace, config: ModelConfig) -> TrainConfig:

@@ -34,7 +34,8 @@ class Chip:
         int8: how many times as fast products of int8 are; 1 where no rate for them is stated.
         hbm_bandwidth: bytes/s, of a device.
         link_bandwidth: bytes/s that one ICI link carries in one direction.
-        ring: an axis of the slice that is a multiple of this many chips is closed to a ring.
+        ring: an axis of the slice that is a multiple of this many chips is closed to a ring; of slices with three axes
+            only if all of them are such multiples, since it is the faces of whole cubes that are linked.
         devices: JAX devices of a chip. Those of TPU7x are its two halves.
         config: libtpu's name for the way its cores are used; None for the default.
         example: a topology.
@@ -109,6 +110,12 @@ class Topology:
         """JAX devices."""
         return math.prod(self.shape) * self.chip.devices
 
+    @property
+    def rings(self) -> tuple[bool, ...]:
+        """Of each axis, whether its two ends are linked."""
+        multiples = tuple(size % self.chip.ring == 0 for size in self.shape)
+        return multiples if len(self.shape) == 2 else (all(multiples),) * len(self.shape)
+
     def ici_bandwidth(self, coordinates: Iterable[tuple[int, ...]]) -> float:
         """Bytes/s at which a device of a group takes in what the others of the group hold.
 
@@ -119,9 +126,10 @@ class Topology:
             coordinates: where the group's chips are.
         """
         links = 0
-        for size, places in zip(self.shape, zip(*coordinates, strict=True), strict=False):
+        # The devices of a flat slice have a third coordinate, too, which is 0.
+        for size, ring, places in zip(self.shape, self.rings, zip(*coordinates, strict=True), strict=False):
             if (reached := len(set(places))) > 1:
-                links += 2 if reached == size > 2 and size % self.chip.ring == 0 else 1
+                links += 2 if ring and reached == size else 1
         return self.chip.link_bandwidth * max(links, 1)
 
 

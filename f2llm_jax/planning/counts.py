@@ -10,6 +10,7 @@ f intermediate; all numbers are those of one device.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import NamedTuple
 
@@ -92,7 +93,7 @@ class Estimate:
     def seconds(self, topology: Topology, itemsize: int) -> tuple[float, float, float]:
         """Compute, HBM, ICI; of projections whose operands have so many bytes."""
         chip = topology.chip
-        everywhere = topology.ici_bandwidth([(0,) * len(topology.shape), tuple(size - 1 for size in topology.shape)])
+        everywhere = topology.ici_bandwidth(itertools.product(*map(range, topology.shape)))
         return (
             self.flops.seconds(chip, itemsize),
             self.hbm_bytes / chip.hbm_bandwidth,

@@ -183,6 +183,9 @@ class TrainJob(Job):
             raise InputError(
                 f"the recipe's compute.kernel is {self.recipe.compute.kernel!r}, which TPUs do not have; take auto"
             )
+        longest = self.recipe.data.max_length
+        if self.length > longest:
+            raise InputError(f"length must be within 1..{longest}, the recipe's data.max_length, not {self.length}")
 
     @property
     def models(self) -> tuple[ModelConfig, ...]:
