@@ -165,13 +165,13 @@ def on_xquad(source: Path, language: str, folder: Path, words: F2LLMEmbedder, no
     """A report on one language: every size and output of one model, the full size of the other."""
     corpus = parquet.read_table(source / f"{language}_corpus.parquet")
     queries = parquet.read_table(source / f"{language}_queries.parquet")
-    numbers = pyarrow.array(range(len(queries)))
+    ids = pyarrow.array([f"q{number}" for number in range(len(queries))])  # no ids of documents
     beir = folder / language
     (beir / "qrels").mkdir(parents=True)
     parquet.write_table(corpus.rename_columns(["_id", "text"]), beir / "corpus.parquet")
-    parquet.write_table(pyarrow.table({"_id": numbers, "text": queries["query"]}), beir / "queries.parquet")
+    parquet.write_table(pyarrow.table({"_id": ids, "text": queries["query"]}), beir / "queries.parquet")
     parquet.write_table(
-        pyarrow.table({"query-id": numbers, "corpus-id": queries["corpus_id"], "score": [1] * len(queries)}),
+        pyarrow.table({"query-id": ids, "corpus-id": queries["corpus_id"], "score": [1] * len(queries)}),
         beir / "qrels" / "test.parquet",
     )
     report = evaluate_retrieval([words], beir, dims=CONFIG.matryoshka_dims, outputs=OUTPUTS)

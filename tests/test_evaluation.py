@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 import tracemalloc
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,7 +24,7 @@ import f2llm_jax as f2llm
 from f2llm_jax import search
 from f2llm_jax.cli import main
 from f2llm_jax.commands import evaluate
-from f2llm_jax.evaluation import embedders, own_data, ranking
+from f2llm_jax.evaluation import embedders, metrics, own_data, ranking
 from f2llm_jax.evaluation.data import read_bitext, read_retrieval
 from f2llm_jax.evaluation.embedders import F2LLMEmbedder, load_embedder, role_prompts, translation_prompt
 from f2llm_jax.evaluation.metrics import RETRIEVAL_METRICS, bitext_scores, retrieval_scores
@@ -177,6 +179,11 @@ def test_rankings_are_exact_in_any_blocks(output: str, dim: int, vectors, monkey
         np.testing.assert_array_equal(part, again)
 
 
+def test_the_help_says_how_many_are_scored_again():
+    retrieval, bitext = (ranking.RESCORE_FACTOR * top for top in (metrics.DEPTH, metrics.MARGIN_NEIGHBOURS))
+    assert f"binary search for {retrieval} candidates (--bitext: {bitext})," in str(evaluate.__doc__)
+
+
 def test_fewer_documents_than_asked_for(vectors):
     scores, numbers = rank(vectors[0], vectors[1][:3], 100, dim=24)
     assert scores.shape == numbers.shape == (30, 3)
@@ -228,6 +235,59 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytes
     assert peak < 50e6
 
 
+def on_a_circle(folder: Path, relevant: int) -> tuple[Fixed, Path]:
+    """Two queries, the first of which is the document nearest to both, and the number of the one that answers them."""
+    angles = np.arange(110) / 100
+    documents = {f"d{i}": str(i) for i in range(110)}
+    qrels = [(query, f"d{relevant}", 1) for query in ("d0", "other")]
+    folder = write_beir(folder, documents, {"d0": "0", "other": "0"}, qrels)
+    return Fixed(np.stack([np.cos(angles), np.sin(angles)], axis=1)), folder
+
+
+def test_a_query_can_be_kept_out_of_its_own_ranking(tmp_path: Path, recwarn: pytest.WarningsRecorder):
+    model, folder = on_a_circle(tmp_path / "data", relevant=1)
+    (row,) = evaluate_retrieval([model], folder, ignore_identical_ids=True).rows
+    assert not recwarn.list
+    assert row.scores["mrr@10"] == (1 + 1 / 2) / 2  # the second query is no document
+    with pytest.warns(UserWarning, match=r"1 of 2 queries have the id of a document, the first is 'd0'; .*--ignore"):
+        (row,) = evaluate_retrieval([model], folder).rows
+    assert row.scores["mrr@10"] == 1 / 2
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_without_the_query_itself_a_ranking_is_as_deep(output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    runs = []
+    monkeypatch.setattr(
+        own_data, "retrieval_scores", lambda qrels, run: runs.append(run) or retrieval_scores(qrels, run)
+    )
+    model, folder = on_a_circle(tmp_path / "data", relevant=100)
+    (row,) = evaluate_retrieval([model], folder, outputs=[output], ignore_identical_ids=True).rows
+    assert {query: len(found) for query, found in runs[0].items()} == {"d0": 100, "other": 100}
+    assert "d0" not in runs[0]["d0"] and "d0" in runs[0]["other"]
+    if output == "float32":
+        assert list(runs[0]["d0"]) == [f"d{i}" for i in range(1, 101)]
+        assert row.scores["recall@100"] == 1 / 2
+
+
+@pytest.mark.parametrize("score", ["retrieval", "bitext"])
+def test_a_model_is_let_go_of_before_the_next_is_loaded(score: str, tmp_path: Path):
+    loaded: list[weakref.ref] = []
+
+    def models() -> Iterator[Fixed]:
+        for name in ("first", "second"):
+            assert all(model() is None for model in loaded)
+            model = Fixed(np.eye(2), name)
+            loaded.append(weakref.ref(model))
+            yield model
+            del model
+
+    if score == "retrieval":
+        evaluate_retrieval(models(), write_beir(tmp_path / "data", {"a": "0", "b": "1"}, {"1": "0"}, [("1", "a", 1)]))
+    else:
+        evaluate_bitext(models(), write_jsonl(tmp_path / "pairs.jsonl", [{"a": "0", "b": "1"}]))
+    assert len(loaded) == 2
+
+
 def test_sizes_that_only_the_other_model_lacks_are_left_out(tmp_path: Path):
     folder = write_beir(tmp_path / "data", {"a": "0", "b": "1"}, {"1": "0"}, [("1", "a", 1)])
     large, small = Fixed(np.eye(2, 8), "large"), Fixed(np.eye(2, 4), "small")
@@ -276,14 +336,17 @@ def test_ours_and_sentence_transformers_agree(saved: dict[str, str] | None, copi
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
 
 
-def test_the_same_model_is_compared_at_the_same_revision_and_instructed_alike(monkeypatch: pytest.MonkeyPatch):
+def test_the_same_model_is_compared_at_the_same_revision_and_instructed_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     loaded = {}
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"a": "0", "b": "1"}])
     monkeypatch.setattr(embedders, "find_embedder", lambda *_: None)
-    monkeypatch.setattr(own_data, "evaluate_bitext", lambda models, *_, **__: list(models))
+    monkeypatch.setattr(own_data, "score_bitext", lambda models, *_, **__: list(models))
     monkeypatch.setattr(evaluate, "_show", lambda *_: None)
     monkeypatch.setattr(embedders, "load_embedder", lambda name, **options: loaded.update({name: options}))
     others = ["--compare", "st:a/b", "--compare", "st:c/d"]
-    assert main(["evaluate", "a/b", "--bitext", "x", "--revision", "r", "--instructions-of", "i", *others]) == 0
+    assert main(["evaluate", "a/b", "--bitext", str(pairs), "--revision", "r", "--instructions-of", "i", *others]) == 0
     own, same, other = ((options.get("revision"), options.get("instructions_of")) for options in loaded.values())
     assert own == same == ("r", "i") and other == (None, None)
 
@@ -291,8 +354,10 @@ def test_the_same_model_is_compared_at_the_same_revision_and_instructed_alike(mo
 def test_the_mesh_is_for_models_of_this_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     loaded = []
     monkeypatch.setattr(embedders, "find_embedder", lambda *_: None)
-    monkeypatch.setattr(own_data, "evaluate_bitext", lambda models, *_, **__: list(models))
-    monkeypatch.setattr(own_data, "evaluate_retrieval", lambda models, *_, **__: list(models))
+    monkeypatch.setattr(own_data, "score_bitext", lambda models, *_, **__: list(models))
+    monkeypatch.setattr(own_data, "score_retrieval", lambda models, *_, **__: list(models))
+    monkeypatch.setattr("f2llm_jax.evaluation.data.read_bitext", lambda *_, **__: None)
+    monkeypatch.setattr("f2llm_jax.evaluation.data.read_retrieval", lambda *_, **__: None)
     monkeypatch.setattr(evaluate, "_show", lambda *_: None)
     monkeypatch.setattr(embedders, "load_embedder", lambda name, **options: loaded.append((name, options["mesh"])))
     others = ["--bitext", "x", "--retrieval", "y", "--compare", "st:a/b", "--compare", "c/d"]
@@ -303,6 +368,14 @@ def test_the_mesh_is_for_models_of_this_package(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert main(["evaluate", "a/b", *others]) == 0
     assert capsys.readouterr().err == "f2llm: one of 8 TPU devices is used; --mesh all uses all of them\n"
+
+
+def test_the_home_folder_is_found_by_sentence_transformers_too(tiny_release: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tiny_release.parent))
+    name = f"st:~/{tiny_release.name}"
+    embedders.find_embedder(name)
+    model = load_embedder(name, dtype="float32")
+    assert (model.name, model.dim) == (name, 96)
 
 
 def test_a_limit_on_tokens_is_for_all_models(tiny_release: Path):
@@ -581,6 +654,7 @@ def test_bad_bitext_and_options(tmp_path: Path):
         (["--benchmark", "b", "--compare", "x"], "--compare is for --retrieval or --bitext"),
         (["--bitext", "pairs.tsv", "--split", "dev"], "--split is for --retrieval"),
         (["--bitext", "pairs.tsv", "--judged-only"], "--judged-only is for --retrieval"),
+        (["--bitext", "pairs.tsv", "--ignore-identical-ids"], "--ignore-identical-ids is for --retrieval"),
         (["--retrieval", "data", "--columns", "a", "b"], "--columns is for --bitext"),
         (["--retrieval", "data", "--dim", "8"], "--dim is for --mteb or --benchmark"),
         (
@@ -596,6 +670,40 @@ def test_bad_arguments_are_refused_before_any_work(
 ):
     assert main(["evaluate", str(tiny_release), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dims", "8,x"], "a dimension is a whole number above 0, or full, not 'x'"),
+        (["--outputs", "float32,int4"], "no output 'int4'"),
+        (["--compare", "no/such/model"], "no/such/model is neither a folder nor a hub id"),
+        (["--split", "dev"], "one file .*dev with an ending of"),
+        (["--bitext", "none.tsv"], "none.tsv does not exist"),
+    ],
+)
+def test_data_is_read_before_the_first_model_is_loaded(
+    arguments: list[str],
+    message: str,
+    tiny_release: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    folder = write_beir(tmp_path / "data")
+    monkeypatch.setattr(evaluate, "_run_mteb", lambda *_: pytest.fail("it began with MTEB"))
+    monkeypatch.setattr(embedders, "load_embedder", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert main(["evaluate", str(tiny_release), "--mteb", "STS17", "--retrieval", str(folder), *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_option_reaches_the_ranking(tiny_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    _, folder = on_a_circle(tmp_path / "data", relevant=1)
+    scored = []
+    monkeypatch.setattr(own_data, "score_retrieval", lambda models, name, data, **_: scored.append((name, data)))
+    monkeypatch.setattr(evaluate, "_show", lambda *_: None)
+    assert main(["evaluate", str(tiny_release), "--retrieval", str(folder), "--ignore-identical-ids"]) == 0
+    assert [(name, data.ignore_identical_ids) for name, data in scored] == [(str(folder), True)]
 
 
 def test_what_scores_and_plots_is_asked_for_before_any_work(

@@ -6,12 +6,13 @@ Needs the extra [eval]: pip install 'f2llm-jax[eval]'.
 MTEB's layout, and a run that was stopped goes on where it was.
 
 --retrieval takes a folder in BEIR's layout: corpus (_id, title, text), queries (_id, text) and qrels/test (query-id,
-corpus-id, score), each as .jsonl, .parquet, .tsv or .csv. --bitext takes a file with two columns of translations. Both
+corpus-id, score), each as .jsonl, .parquet, .tsv or .csv. Where queries are documents of the corpus, as in ArguAna,
+--ignore-identical-ids leaves each out of its own ranking. --bitext takes a file with two columns of translations. Both
 encode once, and score every size of --dims and every output of --outputs from that:
   float32   cosine similarity
   int8      documents a byte per dimension
   binary    queries and documents a bit per dimension, Hamming distance
-  rescored  binary search for four times as many, ordered by the float query and the documents' bits
+  rescored  binary search for 400 candidates (--bitext: 16), ordered by the float query and the documents' bits
 In the table, dtype is what the model computes in (--dtype), output which of these was compared. M and st:M have the
 same prompts: those that M was saved with; for translations its BitextMining, or else MTEB's instruction. Where models
 have different ones, the table says what each puts before its texts.
@@ -25,7 +26,7 @@ import argparse
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from f2llm_jax.commands import add_mesh, add_progress, mesh_of, positive, show_progress
 from f2llm_jax.dtypes import DTYPES
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 # What an option is for, where it is not for all.
 USES = {
     **dict.fromkeys(("dims", "outputs", "compare"), ("retrieval", "bitext")),
-    **dict.fromkeys(("split", "judged_only"), ("retrieval",)),
+    **dict.fromkeys(("split", "judged_only", "ignore_identical_ids"), ("retrieval",)),
     "columns": ("bitext",),
     "dim": ("mteb", "benchmark"),
     "instructions_of": ("mteb", "benchmark", "bitext"),
@@ -71,6 +72,11 @@ def declare(parser: argparse.ArgumentParser) -> None:
     )
     own.add_argument("--split", help=f"which judgements of --retrieval; default: {DEFAULTS['split']}")
     own.add_argument("--judged-only", action="store_true", help="of --retrieval, leave out queries without a judgement")
+    own.add_argument(
+        "--ignore-identical-ids",
+        action="store_true",
+        help="of --retrieval, leave a document of a query's own id out of its ranking",
+    )
     own.add_argument("--columns", nargs=2, metavar=("A", "B"), help="of --bitext, if it has more than two")
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
@@ -109,10 +115,11 @@ def run(args: argparse.Namespace) -> None:
     # Made once, when the first model is loaded that runs on it: JAX takes most of a GPU's memory when it starts, which
     # models of sentence-transformers alone need themselves.
     mesh = functools.cache(lambda: mesh_of(args))
+    evaluations = _own_data(args, mesh) if args.retrieval or args.bitext else []
     if args.mteb or args.benchmark:
         _run_mteb(args, mesh)
-    if args.retrieval or args.bitext:
-        _run_own_data(args, mesh)
+    for evaluate in evaluations:
+        _show(args, evaluate())
 
 
 def _run_mteb(args: argparse.Namespace, mesh: Callable[[], Mesh | None]) -> None:
@@ -132,27 +139,29 @@ def _run_mteb(args: argparse.Namespace, mesh: Callable[[], Mesh | None]) -> None
     print(mteb_table(evaluate_mteb(model, tasks, args.results, show_progress=show_progress(args))))
 
 
-def _run_own_data(args: argparse.Namespace, mesh: Callable[[], Mesh | None]) -> None:
+def _own_data(args: argparse.Namespace, mesh: Callable[[], Mesh | None]) -> list[Callable[[], Report]]:
+    """What is to be evaluated on data of one's own; all of it is read, and models looked for, before anything is."""
     from f2llm_jax.evaluation import optional
-    from f2llm_jax.evaluation.own_data import evaluate_bitext, evaluate_retrieval, parse_dims
+    from f2llm_jax.evaluation.data import read_bitext, read_retrieval
+    from f2llm_jax.evaluation.own_data import parse_dims, parse_outputs, score_bitext, score_retrieval
 
     optional("matplotlib")  # for the plot, at the end of the work
-    dims, outputs = parse_dims(args.dims), args.outputs.split(",")
+    settings: dict[str, Any] = {"dims": parse_dims(args.dims), "outputs": parse_outputs(args.outputs)}
+    evaluations = []
     if args.retrieval:
-        _show(
-            args,
-            evaluate_retrieval(
-                _models(args, mesh),
-                args.retrieval,
-                split=args.split,
-                judged_only=args.judged_only,
-                dims=dims,
-                outputs=outputs,
-            ),
+        models = _models(args, mesh)
+        data = read_retrieval(
+            args.retrieval,
+            split=args.split,
+            judged_only=args.judged_only,
+            ignore_identical_ids=args.ignore_identical_ids,
         )
+        evaluations.append(functools.partial(score_retrieval, models, str(args.retrieval), data, **settings))
     if args.bitext:
-        columns = tuple(args.columns) if args.columns else None
-        _show(args, evaluate_bitext(_models(args, mesh), args.bitext, columns=columns, dims=dims, outputs=outputs))
+        models = _models(args, mesh)
+        pairs = read_bitext(args.bitext, columns=tuple(args.columns) if args.columns else None)
+        evaluations.append(functools.partial(score_bitext, models, str(args.bitext), pairs, **settings))
+    return evaluations
 
 
 def _models(args: argparse.Namespace, mesh: Callable[[], Mesh | None]) -> Iterator[Embedder]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ class RetrievalData:
         document_ids: of the corpus, in its order.
         qrels: {query id: {document id: grade}}; grades above 0 are relevant.
         corpus_file: where the texts of the corpus are.
+        ignore_identical_ids: a document of a query's own id is not in its ranking.
     """
 
     query_ids: list[str]
@@ -36,6 +38,7 @@ class RetrievalData:
     document_ids: list[str]
     qrels: dict[str, dict[str, int]]
     corpus_file: Path
+    ignore_identical_ids: bool = False
 
     def documents(self) -> Iterator[str]:
         """The texts of the corpus in the order of ``document_ids``: title and text joined as MTEB joins them."""
@@ -43,7 +46,9 @@ class RetrievalData:
             yield text
 
 
-def read_retrieval(folder: str | Path, *, split: str = "test", judged_only: bool = False) -> RetrievalData:
+def read_retrieval(
+    folder: str | Path, *, split: str = "test", judged_only: bool = False, ignore_identical_ids: bool = False
+) -> RetrievalData:
     """Reads a retrieval set in BEIR's layout, and checks all of it before anything is encoded.
 
     The folder holds ``corpus`` (``_id``, ``title`` if there is one, ``text``), ``queries`` (``_id``, ``text``) and
@@ -54,6 +59,8 @@ def read_retrieval(folder: str | Path, *, split: str = "test", judged_only: bool
         split: which judgements.
         judged_only: leave out queries without a judgement, as BEIR and MTEB do: their query files hold those of all
             splits. By default such a query is an error.
+        ignore_identical_ids: leave a document of a query's own id out of its ranking, as BEIR does, and MTEB for tasks
+            whose queries are documents (ArguAna, Quora). Without it, there is a warning if there is such a document.
 
     Raises:
         InputError: a file or column is missing, an id appears twice, the corpus is empty, a query has no judgement, or
@@ -78,7 +85,21 @@ def read_retrieval(folder: str | Path, *, split: str = "test", judged_only: bool
             f"first is {unjudged[0]!r}; to leave them out as BEIR does, ask for judged queries only"
         )
     query_ids = [query for query in query_ids if query in qrels]
-    return RetrievalData(query_ids, [queries[query] for query in query_ids], document_ids, qrels, corpus_file)
+    if not ignore_identical_ids:
+        _warn_of_identical_ids(query_ids, document_ids, folder)
+    texts = [queries[query] for query in query_ids]
+    return RetrievalData(query_ids, texts, document_ids, qrels, corpus_file, ignore_identical_ids)
+
+
+def _warn_of_identical_ids(query_ids: Sequence[str], document_ids: Sequence[str], folder: Path) -> None:
+    documents = set(document_ids)
+    identical = [query for query in query_ids if query in documents]
+    if identical:
+        warnings.warn(
+            f"{folder}: {len(identical)} of {len(query_ids)} queries have the id of a document, the first is "
+            f"{identical[0]!r}; if they are the same texts, --ignore-identical-ids leaves them out of their rankings",
+            stacklevel=3,
+        )
 
 
 def read_bitext(file: str | Path, *, columns: tuple[str, str] | None = None) -> tuple[list[str], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -78,6 +79,7 @@ class SentenceTransformersEmbedder:
     ):
         sentence_transformers = optional("sentence_transformers")
         self.name = SENTENCE_TRANSFORMERS + name
+        name = os.path.expanduser(name)  # which sentence-transformers would ask the hub for
         self._release, self._revision = name, revision
         self._instructions_of = instructions_of
         self._options = options

@@ -78,32 +78,55 @@ def evaluate_retrieval(
     *,
     split: str = "test",
     judged_only: bool = False,
+    ignore_identical_ids: bool = False,
     dims: Sequence[int | None] = (None,),
     outputs: Sequence[str] = ("float32",),
 ) -> Report:
-    """Retrieval on a folder in BEIR's layout: nDCG@10, MRR@10, recall at 1, 10 and 100.
+    """``score_retrieval`` on a folder in BEIR's layout.
+
+    Args:
+        models, dims, outputs: as for ``score_retrieval``.
+        folder, split, judged_only, ignore_identical_ids: as for ``read_retrieval``.
+
+    Raises:
+        InputError: the data cannot be used (see ``read_retrieval``), or a size or output is out of range.
+    """
+    data = read_retrieval(folder, split=split, judged_only=judged_only, ignore_identical_ids=ignore_identical_ids)
+    return score_retrieval(models, str(folder), data, dims=dims, outputs=outputs)
+
+
+def score_retrieval(
+    models: Iterable[Embedder],
+    name: str,
+    data: RetrievalData,
+    *,
+    dims: Sequence[int | None] = (None,),
+    outputs: Sequence[str] = ("float32",),
+) -> Report:
+    """Retrieval: nDCG@10, MRR@10, recall at 1, 10 and 100.
 
     Each model encodes queries and documents once, at its full size. The embeddings of the documents lie in a temporary
     file (documents · size · 4 bytes); memory is that of the queries, the ids and one block.
 
     Args:
-        models: from ``load_embedder``; each is used before the next is asked for, so an iterator can load them one by
-            one.
-        folder, split, judged_only: as for ``read_retrieval``.
+        models: from ``load_embedder``; each is used, and let go of, before the next is asked for, so an iterator can
+            load them one by one.
+        name: of the data, for the report.
+        data: from ``read_retrieval``.
         dims: sizes to cut to, None for the full one. Not above that of the first model; those above another one's are
             left out there, with a warning.
         outputs: which of ``ranking.OUTPUTS``.
 
     Raises:
-        InputError: the data cannot be used (see ``read_retrieval``), or a size or output is out of range.
+        InputError: a size or output is out of range.
     """
     optional("pytrec_eval")  # for the scores, after all the encoding
-    data = read_retrieval(folder, split=split, judged_only=judged_only)
     sizes = {
         "queries": len(data.query_ids),
         "documents": len(data.document_ids),
         "judgements": sum(map(len, data.qrels.values())),
     }
+    depth = DEPTH + data.ignore_identical_ids  # one of them may be left out
     rows: list[Row] = []
     prompts = {}
     for model in models:
@@ -112,10 +135,11 @@ def evaluate_retrieval(
         with tempfile.TemporaryFile() as file:
             documents_nd = _encode_to_disk(model, data.documents(), file)
             for output, dim in settings:
-                found = rank(queries_qd, documents_nd, DEPTH, dim=dim, output=output)
+                found = rank(queries_qd, documents_nd, depth, dim=dim, output=output)
                 rows.append(_row(model, output, dim, retrieval_scores(data.qrels, _run(data, *found))))
         prompts[model.name] = {role: model.prompts[role] for role in ("query", "document")}
-    return Report("retrieval", str(folder), RETRIEVAL_METRICS, sizes, prompts, rows)
+        del model  # before the next is loaded
+    return Report("retrieval", name, RETRIEVAL_METRICS, sizes, prompts, rows)
 
 
 def evaluate_bitext(
@@ -126,16 +150,36 @@ def evaluate_bitext(
     dims: Sequence[int | None] = (None,),
     outputs: Sequence[str] = ("float32",),
 ) -> Report:
-    """Bitext mining on a file of pairs: does each sentence find its translation among all?
+    """``score_bitext`` on a file of pairs.
 
     Args:
-        models, dims, outputs: as for ``evaluate_retrieval``.
+        models, dims, outputs: as for ``score_retrieval``.
         file, columns: as for ``read_bitext``.
 
     Raises:
         InputError: the data cannot be used (see ``read_bitext``), or a size or output is out of range.
     """
-    first, second = read_bitext(file, columns=columns)
+    return score_bitext(models, str(file), read_bitext(file, columns=columns), dims=dims, outputs=outputs)
+
+
+def score_bitext(
+    models: Iterable[Embedder],
+    name: str,
+    pairs: tuple[list[str], list[str]],
+    *,
+    dims: Sequence[int | None] = (None,),
+    outputs: Sequence[str] = ("float32",),
+) -> Report:
+    """Bitext mining: does each sentence find its translation among all?
+
+    Args:
+        models, name, dims, outputs: as for ``score_retrieval``.
+        pairs: from ``read_bitext``.
+
+    Raises:
+        InputError: a size or output is out of range.
+    """
+    first, second = pairs
     rows: list[Row] = []
     prompts = {}
     for model in models:
@@ -146,7 +190,8 @@ def evaluate_bitext(
             backward = rank(second_nd, first_nd, MARGIN_NEIGHBOURS, dim=dim, output=output)
             rows.append(_row(model, output, dim, bitext_scores(forward, backward)))
         prompts[model.name] = {"bitext": model.prompts["bitext"]}
-    return Report("bitext", str(file), BITEXT_METRICS, {"pairs": len(first)}, prompts, rows)
+        del model  # before the next is loaded
+    return Report("bitext", name, BITEXT_METRICS, {"pairs": len(first)}, prompts, rows)
 
 
 def parse_dims(text: str) -> list[int | None]:
@@ -164,13 +209,28 @@ def parse_dims(text: str) -> list[int | None]:
     return dims
 
 
+def parse_outputs(text: str) -> list[str]:
+    """Outputs from a command line, such as ``float32,int8``.
+
+    Raises:
+        InputError: one of them is none of ``ranking.OUTPUTS``.
+    """
+    outputs = [part.strip() for part in text.split(",")]
+    _check_outputs(outputs)
+    return outputs
+
+
+def _check_outputs(outputs: Sequence[str]) -> None:
+    for output in outputs:
+        if output not in OUTPUTS:
+            raise InputError(f"no output {output!r}; there are {', '.join(OUTPUTS)}")
+
+
 def _settings(
     model: Embedder, dims: Sequence[int | None], outputs: Sequence[str], *, strict: bool
 ) -> list[tuple[str, int]]:
     """Every output at every size, ascending. Sizes that a model does not have are left out unless ``strict``."""
-    for output in outputs:
-        if output not in OUTPUTS:
-            raise InputError(f"no output {output!r}; there are {', '.join(OUTPUTS)}")
+    _check_outputs(outputs)
     sizes = sorted({model.dim if dim is None else dim for dim in dims})
     too_large = [dim for dim in sizes if not 1 <= dim <= model.dim]
     if too_large and strict:
@@ -193,10 +253,14 @@ def _encode_to_disk(model: Embedder, documents: Iterator[str], file: BinaryIO) -
 
 
 def _run(data: RetrievalData, score_qk: np.ndarray, number_qk: np.ndarray) -> dict[str, dict[str, float]]:
-    return {
-        query: {data.document_ids[number]: float(score) for score, number in zip(score_k, number_k, strict=True)}
-        for query, score_k, number_k in zip(data.query_ids, score_qk, number_qk, strict=True)
-    }
+    """{query id: {document id: score}}, of each query the best ``DEPTH``."""
+    run = {}
+    for query, score_k, number_k in zip(data.query_ids, score_qk, number_qk, strict=True):
+        scores = {data.document_ids[number]: float(score) for score, number in zip(score_k, number_k, strict=True)}
+        if data.ignore_identical_ids:
+            scores.pop(query, None)
+        run[query] = dict(islice(scores.items(), DEPTH))
+    return run
 
 
 def _row(model: Embedder, output: str, dim: int, scores: dict[str, float]) -> Row:

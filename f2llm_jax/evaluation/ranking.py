@@ -12,7 +12,7 @@ from f2llm_jax.search import Score, nearest
 # Memory is that of a block of documents and its scores; at 4,096 dimensions 0.5 GB.
 DOCUMENT_BLOCK = 8192
 
-# Documents that are scored again after binary search, times those asked for: sentence-transformers' proportion.
+# Documents that are scored again after binary search, times those asked for.
 RESCORE_FACTOR = 4
 
 OUTPUTS = ("float32", "int8", "binary", "rescored")
