@@ -4,7 +4,7 @@
 
 makes a bfloat16 release of random weights in FOLDER, copies it, converts it to Flax and that back to a release, each
 from a cold page cache and until the bytes are on the disk, and compares the SHA-256 of every tensor before and after.
-At most two copies of the weights are on the disk at a time (2 x 28 GB for the 14B); all are deleted at the end.
+At most two copies of the weights are on the disk at a time (2 x 28 GB for the 14B); FOLDER is deleted at the end.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import processes
+from inputs import new_folder
 
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.configs.models import MODELS
@@ -40,12 +41,11 @@ class Step:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="on the disk to measure; it is made, and what is written deleted")
+    parser.add_argument("folder", type=Path, help="on the disk to measure; it is made, and deleted at the end")
     parser.add_argument("--size", default="80M", choices=MODELS)
     args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
     release, copy, flax, back = (args.folder / name for name in ("release", "copy", "flax", "back"))
-    try:
+    with new_folder(args.folder):
         sums, nbytes = write_random_release(release, MODELS[args.size])
         copying = measure("copy", ["cp", "-r", "--reflink=never", str(release), str(copy)], release, copy)
         shutil.rmtree(copy)
@@ -54,10 +54,6 @@ def main() -> None:
         to_hf = measure("Flax to release", converting(flax, back, "hf"), flax, back)
         shutil.rmtree(flax)
         identical = checksums(back) == sums
-    finally:
-        for path in (release, copy, flax, back):
-            shutil.rmtree(path, ignore_errors=True)
-            shutil.rmtree(path.with_name(path.name + ".incomplete"), ignore_errors=True)
     print("| size | step | weights, GB | seconds | x copying | peak resident, GB |")
     print("|---|---|---|---|---|---|")
     for step in (copying, to_flax, to_hf):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from pathlib import Path
 import jax
 import processes
 import pyarrow
-from inputs import read_texts, write_around
+from inputs import new_folder, read_texts, write_around
 from pyarrow import parquet
 
 import f2llm_jax
@@ -35,13 +34,12 @@ LOAD = "import sys, f2llm_jax, f2llm_jax.cli; f2llm_jax.load(sys.argv[1])"
 def main() -> None:
     data = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="for texts and embeddings; deleted at the end")
+    parser.add_argument("folder", type=Path, help="for texts and embeddings; it is made, and deleted at the end")
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--few", type=int, default=262_144, help="rows of the run to compare with")
     parser.add_argument("--data", type=Path, default=data, help="the folder with tokenizer and texts")
     args = parser.parse_args()
-    args.folder.mkdir(parents=True)
-    try:
+    with new_folder(args.folder):
         model = write_model(args.folder / "model", args.data / "qwen3-tokenizer")
         loaded = processes.run([sys.executable, "-c", LOAD, str(model)])
         print(f"model loaded: {loaded / 1e6:.0f} MB resident")
@@ -56,8 +54,6 @@ def main() -> None:
             seconds = time.perf_counter() - start
             size = sum(file.stat().st_size for file in out.rglob("*.parquet"))
             print(f"| {rows:,} | {seconds:.1f} | {(peak - loaded) / 1e6:.0f} | {size / 1e6:.0f} |", flush=True)
-    finally:
-        shutil.rmtree(args.folder)
 
 
 def write_model(folder: Path, tokenizer: Path) -> Path:

@@ -232,8 +232,8 @@ def compare(
     tune: bool,
     data: Path,
     cache: Path,
-) -> list[Row]:
-    """A row for each kind of texts and engine of a model size."""
+) -> tuple[list[Row], dict[str, int]]:
+    """A row for each kind of texts and engine of a model size, and {engine: the most bytes that its process had}."""
     release = cache / size
     _in_process(write_release, release, size, data / "qwen3-tokenizer")
     if device == "cpu" and not (release / EXPORT).exists():
@@ -251,9 +251,11 @@ def compare(
         for texts in workload
         for engine in engines
     }
+    peaks: dict[str, int] = {}
     for group in [list(engines)] if device == "gpu" else _groups(engines, release):
-        _compare_together(group, workload, rows, release, device, rounds, repeats)
-    return list(rows.values())
+        for engine, peak in _compare_together(group, workload, rows, release, device, rounds, repeats).items():
+            peaks[engine] = max(peak, peaks.get(engine, 0))
+    return list(rows.values()), peaks
 
 
 def _in_process(function: Any, *arguments: Any) -> None:
@@ -306,7 +308,8 @@ def _compare_together(
     device: str,
     rounds: int,
     repeats: int,
-) -> None:
+) -> dict[str, int]:
+    """Fills the rows of some engines; returns the most bytes that each one's process had, over all kinds of texts."""
     note(f"loading and warming {', '.join(group)}")
     workers = {engine: Worker(engine, release, device) for engine in group}
     ceiling = Worker("ceiling", release, device)
@@ -333,12 +336,10 @@ def _compare_together(
             f"{texts.kind}: "
             + ", ".join(f"{engine} {len(texts.texts) / rows[texts.kind, engine].seconds:.1f}/s" for engine in group)
         )
-    for engine, worker in workers.items():
-        peak = worker.ask("peak")
-        for texts in workload:
-            rows[texts.kind, engine].peaks.append(peak)
+    peaks = {engine: worker.ask("peak") for engine, worker in workers.items()}
+    for worker in (*workers.values(), ceiling):
         worker.close()
-    ceiling.close()
+    return peaks
 
 
 class Row:
@@ -356,7 +357,6 @@ class Row:
         self.turns: list[Turn] = []
         self.ceilings: list[float] = []
         self.ratios: list[float] = []
-        self.peaks: list[int] = []
 
     def check(self, embeddings: np.ndarray) -> None:
         """Keeps the least cosine with the exact embeddings; engines that compute something else do not take part."""
@@ -395,7 +395,6 @@ class Row:
             "ceiling_gflops": statistics.median(self.ceilings) / 1e9,
             "ceiling_share": statistics.median(shares),
             "cosine": self.cosine,
-            "peak_bytes": max(self.peaks),
             "f2llm_speed_ratio": statistics.median(self.ratios) if self.ratios else None,
             "seconds": [turn.seconds for turn in self.turns],
             "cpu_seconds": [turn.cpu_seconds for turn in self.turns],
@@ -456,7 +455,7 @@ def speed_table(rows: list[dict[str, Any]]) -> str:
     """Every row, in the order measured."""
     header = (
         "model", "texts", "tokens", "engine", "setting", "texts/s", "±", "tokens/s", "GFLOP/s", "of ceiling", "cosine",
-        "peak MB", "f2llm is", "texts/core-s", "others",
+        "f2llm is", "texts/core-s", "others",
     )  # fmt: skip
     lines = []
     for row in rows:
@@ -475,7 +474,6 @@ def speed_table(rows: list[dict[str, Any]]) -> str:
                 f"{row['gflops']:.0f}",
                 f"{row['ceiling_share']:.0%}",
                 f"{row['cosine']:.6f}",
-                f"{row['peak_bytes'] / 1e6:.0f}",
                 "" if ratio is None or row["engine"] in OURS.values() else f"{ratio:.2f} x",
                 f"{row['count'] / statistics.median(row['cpu_seconds']):.1f}",
                 f"{row['others']:.0%}",
@@ -506,12 +504,21 @@ def summary_table(rows: list[dict[str, Any]]) -> str:
                 f"{torch['f2llm_speed_ratio']:.2f} x" if torch else "",
                 f"{best['f2llm_speed_ratio']:.2f} x ({best['engine']})" if best else "",
                 f"{own['ceiling_share']:.0%} of {own['ceiling_gflops']:.0f} GFLOP/s",
-                f"{own['peak_bytes'] / torch['peak_bytes']:.2f} x" if torch else "",
                 f"{own['cosine']:.6f}",
             )
         )
-    header = ("model", "texts", "dtype", "speed / torch", "speed / best peer", "of ceiling", "memory / torch", "cosine")
+    header = ("model", "texts", "dtype", "speed / torch", "speed / best peer", "of ceiling", "cosine")
     return table(header, lines)
+
+
+def memory_table(memory: list[dict[str, Any]]) -> str:
+    """The most memory of each engine's process, beside that of torch in the same dtype. It has seen all the texts."""
+    peaks = {(entry["size"], entry["engine"]): entry["peak_bytes"] for entry in memory}
+    lines = []
+    for (size, engine), peak in peaks.items():
+        torch = peaks.get((size, "torch-fp32" if ENGINES[engine].dtype == "float32" else "torch-bf16"))
+        lines.append((size, engine, f"{peak / 1e6:.0f}", f"{peak / torch:.2f} x" if torch else ""))
+    return table(("model", "engine", "peak MB", "memory / torch"), lines)
 
 
 def first_table(rows: list[dict[str, Any]]) -> str:
@@ -586,8 +593,9 @@ def main() -> None:
     compared = machine(device, "jax", "torch", "sentence-transformers", "transformers", *peers)
     print(compared, flush=True)
     rows: list[dict[str, Any]] = []
+    memory: list[dict[str, Any]] = []
     for size in arguments.sizes or ([] if arguments.first else _SIZES[device]):
-        measured = compare(
+        measured, peaks = compare(
             size,
             arguments.texts,
             arguments.engines or _ENGINES[device],
@@ -600,13 +608,15 @@ def main() -> None:
             cache=arguments.cache,
         )
         rows += [row.values() for row in measured]
+        memory += [{"size": size, "engine": engine, "peak_bytes": peak} for engine, peak in peaks.items()]
     if rows:
-        print("\n" + speed_table(rows) + "\n\n" + summary_table(rows), flush=True)
+        print("\n" + "\n\n".join((speed_table(rows), summary_table(rows), memory_table(memory))), flush=True)
     first = first_results(arguments.first, arguments.rounds, arguments.data, arguments.cache) if arguments.first else []
     if first:
         print("\n" + first_table(first))
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": compared, "rows": rows, "first": first}, indent=2))
+        results = {"machine": compared, "rows": rows, "memory": memory, "first": first}
+        arguments.json.write_text(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""What the benchmarks run on: random models of the real shapes, and real texts of several lengths."""
+"""What the benchmarks run on: random models of the real shapes, real texts of several lengths, and room on the disk."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,19 @@ from f2llm_jax.configs.models import MODELS
 SIZES = tuple(MODELS)
 
 QUERY_PROMPT = "Instruct: Given a question, retrieve passages that can help answer the question.\nQuery: "
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Makes a folder for a with block, and deletes it with all that it then holds; one that exists is refused."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise SystemExit(f"{folder} exists; name one that does not: it is deleted at the end") from None
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder)
 
 
 def write_release(folder: Path, size: str, tokenizer: Path) -> Path:

@@ -3,7 +3,7 @@
     python benchmarks/prune.py FOLDER --tokenizer ../shared/data/qwen3-tokenizer
 
 makes a float32 0.6B release of random weights in FOLDER, prunes it with f2llm prune, and compares embeddings with
-sentence-transformers and with transformers alone. What is written is deleted at the end.
+sentence-transformers and with transformers alone. FOLDER is deleted at the end.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import processes
+from inputs import new_folder
 
 from f2llm_jax.configs.models import MODELS
 
@@ -34,18 +35,16 @@ SIZES = ("80M", "160M", "330M")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="it is made, and deleted at the end")
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--sizes", nargs="+", default=SIZES, choices=SIZES)
     args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
     source, pruned, texts = (args.folder / name for name in ("0.6B", "pruned", "texts.txt"))
-    texts.write_text("\n".join(text.replace("\n", " ") for text in TEXTS), encoding="utf-8")
-    try:
+    with new_folder(args.folder):
+        texts.write_text("\n".join(text.replace("\n", " ") for text in TEXTS), encoding="utf-8")
         print("| size | parameters | published | largest difference | seconds to prune | peak resident, GB |")
         print("|---|---|---|---|---|---|")
-        if not source.exists():
-            write_random(source, args.tokenizer)
+        write_random(source, args.tokenizer)
         for size in args.sizes:
             start = time.perf_counter()
             command = [sys.executable, "-m", "f2llm_jax.cli", "prune", str(source), str(pruned), "--to", size]
@@ -54,10 +53,6 @@ def main() -> None:
             found, difference = compare(pruned)
             published = {"80M": 80_084_288, "160M": 159_185_024, "330M": 334_349_184}[size]
             print(f"| {size} | {found:,} | {published:,} | {difference:.1e} | {seconds:.0f} | {peak:.1f} |", flush=True)
-    finally:
-        texts.unlink(missing_ok=True)
-        for path in (source, pruned):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def write_random(folder: Path, tokenizer: Path) -> None:
@@ -69,7 +64,7 @@ def write_random(folder: Path, tokenizer: Path) -> None:
 
     config = dataclasses.replace(MODELS["0.6B"], dtype="float32")
     like = folder.with_name("settings")
-    shutil.copytree(tokenizer, like, dirs_exist_ok=True)
+    shutil.copytree(tokenizer, like)
     (like / "config.json").write_text(json.dumps(config.to_hf()), encoding="utf-8")
     params = jax.jit(init_params, static_argnames="config")(config, jax.random.key(0))
     # Norms away from one, so that a wrong one shows.
