@@ -23,7 +23,7 @@ import f2llm_jax
 from f2llm_jax.configs.models import MODELS
 from f2llm_jax.convert import conversion, staging
 from f2llm_jax.convert.conversion import convert_release
-from f2llm_jax.convert.staging import Staging
+from f2llm_jax.convert.staging import Staging, Workplace
 from f2llm_jax.errors import F2LLMError, InputError, ReleaseError
 
 # A server that has JAX imported forks the processes to be killed.
@@ -67,6 +67,22 @@ def test_killed_and_resumed(release: Path, sums: Sums, tmp_path: Path, moment: s
         out = convert_release(release, out, to="flax")
     assert same(out, sums, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "back"}
+
+
+def test_all_is_on_disk_before_it_is_in_its_place_and_then_its_name_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Workplace(tmp_path / "out", {}, marker="config.json")
+    (place.folder / "inside").mkdir()
+    (place.folder / "inside" / "file").touch()
+    made = {path.stat().st_ino for path in (place.folder, *place.folder.rglob("*"))}
+    done: list[object] = []
+    rename = Path.rename
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(Path, "rename", lambda path, target: (done.append("rename"), rename(path, target)))
+    place.commit()
+    assert set(done[:3]) == made and len(made) == 3
+    assert done[3:] == ["rename", tmp_path.stat().st_ino]
 
 
 @pytest.mark.parametrize("renames", [1, 2])

@@ -25,7 +25,7 @@ from f2llm_jax.embedding import Batch
 from f2llm_jax.errors import InputError
 from f2llm_jax.model import abstract_params, count_parameters
 from f2llm_jax.train.prepare import prepare
-from f2llm_jax.train.prune import measure, prune, smaller_params
+from f2llm_jax.train.prune import Measured, Sums, channel_scores, measure, prune, smaller_params
 
 CALIBRATION = ["the quick brown fox", "jumps", "over the lazy dog and the meshes, in größter Eile", "東京", ""] * 4
 HELD_OUT = ["a passage about foxes", "dogs", "Instruct: retrieve\nQuery: lazy", "Größe 東"]
@@ -129,6 +129,21 @@ def test_the_first_layers_stay(tmp_path, calibration, tiny_release):
     assert report["layers"] == [0, 1] and report["change"] is None
     sums = tensor_sums(tiny_release)
     assert tensor_sums(tmp_path / "out") == {k: v for k, v in sums.items() if not k.startswith("layers.2.")}
+
+
+def test_how_much_a_channel_counts():
+    """By mean the first of three, by l2 the second, weighted the third; the output has no weights that read it."""
+    site = ([[5.0, 4.0, 3.0]], [[9.0, 25.0, 16.0]])  # roots 3, 5, 4
+    sites = {"layers.mlp.up_proj": Sums("embed", *map(np.array, site)), "": Sums("embed", np.ones(3), np.ones(3))}
+    sites["layers.mlp.down_proj"] = sites["layers.mlp.up_proj"]._replace(axis="mlp")
+    measured = Measured(1, 1, sites, np.zeros(1))
+    weights = dict.fromkeys(sites, np.array([[1.0, 1.0, 3.0]]))
+    shares = {"mean": [5 / 12, 4 / 12, 3 / 12], "l2": [3 / 12, 5 / 12, 4 / 12], "weighted": [3 / 20, 5 / 20, 12 / 20]}
+    for importance, share in shares.items():
+        mlp = channel_scores(measured, "mlp", importance, weights)
+        np.testing.assert_allclose(mlp, [share])
+        embed = channel_scores(measured, "embed", importance, weights)
+        np.testing.assert_allclose(embed, (np.array(share) + 1 / 3) / 2)
 
 
 # --- what is measured

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from f2llm_jax.cli import main
 from f2llm_jax.convert.conversion import convert_release
-from f2llm_jax.convert.verify import TEXTS, verify
+from f2llm_jax.convert.verify import TEXTS, Report, verify
 from f2llm_jax.errors import InputError, ReleaseError
 
 Q = "layers.1.self_attn.q_proj.weight"
@@ -68,6 +68,21 @@ def test_a_wrongly_rounded_copy_differs(release: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(release, tmp_path / "cut"))
     rewrite(folder, **cut)
     assert not verify(release, folder, embeddings=False).agree
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "difference", "agree"),
+    [
+        (("float32", "float32"), None, True),
+        (("float32", "float32"), 4e-6, True),
+        (("float32", "float32"), 1e-3, False),
+        (("bfloat16", "float32"), 1e-3, False),
+        (("float16", "float32"), 1e-3, True),
+        (("float16", "float32"), 1e-2, False),
+    ],
+)
+def test_embeddings_count(dtypes: tuple[str, str], difference: float | None, agree: bool) -> None:
+    assert Report(Path("a"), Path("b"), dtypes, 35, [], [], difference, 1.0).agree == agree
 
 
 def test_where_and_how_much(copy: Path, flax: Path) -> None:
