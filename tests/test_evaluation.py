@@ -227,7 +227,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(own_data, "ENCODE_BLOCK", 2048)
     monkeypatch.setattr(ranking, "DOCUMENT_BLOCK", 2048)
     count, dim = 50_000, 512  # 102 MB of embeddings
-    folder = write_beir(tmp_path / "data", {str(i): "" for i in range(count)}, {"1": ""}, [("1", "7", 1)])
+    folder = write_beir(tmp_path / "data", {str(i): "" for i in range(count)}, {"q": ""}, [("q", "7", 1)])
     tracemalloc.start()
     evaluate_retrieval([Endless(np.zeros((1, dim)))], folder, dims=[8, None], outputs=OUTPUTS)
     _, peak = tracemalloc.get_traced_memory()
@@ -276,7 +276,7 @@ def test_a_model_is_let_go_of_before_the_next_is_loaded(score: str, tmp_path: Pa
     def models() -> Iterator[Fixed]:
         for name in ("first", "second"):
             assert all(model() is None for model in loaded)
-            model = Fixed(np.eye(2), name)
+            model = Fixed(np.ones((2, 2)), name)
             loaded.append(weakref.ref(model))
             yield model
             del model

@@ -147,7 +147,7 @@ def _own_data(args: argparse.Namespace, mesh: Callable[[], Mesh | None]) -> list
 
     optional("matplotlib")  # for the plot, at the end of the work
     settings: dict[str, Any] = {"dims": parse_dims(args.dims), "outputs": parse_outputs(args.outputs)}
-    evaluations = []
+    evaluations: list[Callable[[], Report]] = []
     if args.retrieval:
         models = _models(args, mesh)
         data = read_retrieval(
