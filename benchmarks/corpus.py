@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ from pathlib import Path
 import jax
 import processes
 import pyarrow
-from inputs import new_folder, read_texts, write_around
+from inputs import new_folder, read_texts, write_params
 from pyarrow import parquet
 
 import f2llm_jax
@@ -58,17 +57,11 @@ def main() -> None:
 
 def write_model(folder: Path, tokenizer: Path) -> Path:
     """A random model of one narrow layer around the real vocabulary."""
-    from f2llm_jax.convert.export import export_release
-
     config = dataclasses.replace(
         MODELS["80M"], hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, head_dim=32, max_position_embeddings=512,
     )  # fmt: skip
-    like = folder.with_name("settings")
-    write_around(like, config, tokenizer)
-    (like / "config.json").write_text(json.dumps(config.to_hf()), encoding="utf-8")
-    params = f2llm_jax.init_params(config, jax.random.key(0))
-    return export_release(params, config, folder, like=like, dtype="float32")
+    return write_params(folder, f2llm_jax.init_params(config, jax.random.key(0)), config, tokenizer)
 
 
 def write_texts(folder: Path, rows: int, data: Path) -> None:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.configs.models import MODELS
+
+if TYPE_CHECKING:
+    import jax
+
+    from f2llm_jax.model import Params
 
 SIZES = tuple(MODELS)
 
@@ -32,71 +39,45 @@ def new_folder(folder: Path) -> Iterator[None]:
 
 
 def write_release(folder: Path, size: str, tokenizer: Path) -> Path:
-    """A release folder as F2LLM-v2's are laid out, with random bfloat16 weights; kept if it is there already.
-
-    Norm weights lie within 0.5 … 1.5, so that a wrong norm shows in the cosines.
-    """
-    if (folder / "modules.json").exists():
-        return folder
-    import torch
-    import transformers
-
-    config = MODELS[size]
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = transformers.Qwen3Model(transformers.Qwen3Config(**config.to_hf()))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    write_around(folder, config, tokenizer)
+    """A release of a released size with random bfloat16 weights; kept if it is there already."""
+    if not folder.exists():
+        config = MODELS[size]
+        write_params(folder, random_params(config), config, tokenizer, dtype="bfloat16")
     return folder
 
 
-def write_around(folder: Path, config: ModelConfig, tokenizer: Path) -> None:
-    """All of a release but config.json and the weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_tokenizer(tokenizer, folder)
-    _write_json(folder / "1_Pooling" / "config.json", _pooling(config))
-    (folder / "2_Normalize").mkdir(exist_ok=True)
-    prompts = {"query": QUERY_PROMPT, "document": ""}
-    _write_json(folder / "config_sentence_transformers.json", {"prompts": prompts, "similarity_fn_name": "cosine"})
-    # Last: a folder that has it is complete.
-    kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-    modules = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (path, kind) in enumerate(kinds)
-    ]
-    _write_json(folder / "modules.json", modules)
+def random_params(config: ModelConfig) -> Params:
+    """Float32; norm weights lie within 0.5 … 1.5, so that a wrong norm shows in the cosines."""
+    import jax
+    import jax.numpy as jnp
+
+    from f2llm_jax.model import init_params
+
+    def away_from_one(path: tuple[object, ...], x: jax.Array) -> jax.Array:
+        return x * jnp.linspace(0.5, 1.5, x.shape[-1]) if "norm" in str(path) else x
+
+    params = jax.jit(init_params, static_argnames="config")(config, jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(away_from_one, params)
 
 
-def _pooling(config: ModelConfig) -> dict[str, object]:
-    others = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens")
-    return {
-        "word_embedding_dimension": config.hidden_size,
-        "pooling_mode_lasttoken": True,
-        **{f"pooling_mode_{name}": False for name in others},
-        "include_prompt": True,
-    }
+def write_params(
+    folder: Path,
+    params: Params,
+    config: ModelConfig,
+    tokenizer: Path,
+    *,
+    dtype: str = "float32",
+    query_prompt: str = QUERY_PROMPT,
+) -> Path:
+    """Parameters as a release, laid out as F2LLM-v2's are, around a tokenizer."""
+    from f2llm_jax.convert.export import export_release
 
-
-def _write_tokenizer(source: Path, folder: Path) -> None:
-    """A copy that appends the EOS to every text itself, which sentence-transformers relies on."""
-    import tokenizers
-
-    shutil.copyfile(source / "tokenizer_config.json", folder / "tokenizer_config.json")
-    eos = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
-    backend = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"$A {eos}", pair=f"$A {eos} $B {eos}", special_tokens=[(eos, backend.token_to_id(eos))]
-    )
-    backend.save(str(folder / "tokenizer.json"))
-
-
-def _write_json(file: Path, value: object) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(value, indent=2), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as settings:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(tokenizer / name, Path(settings, name))
+        Path(settings, "config.json").write_text(json.dumps(config.to_hf()), encoding="utf-8")
+        prompts = {"query": query_prompt, "document": ""}
+        return export_release(params, config, folder, like=settings, dtype=dtype, prompts=prompts)
 
 
 TEXTS = ("short", "medium", "long", "mix")

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import shutil
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import processes
-from inputs import new_folder
+from inputs import new_folder, random_params, write_params
 
 from f2llm_jax.configs.models import MODELS
 
@@ -44,7 +42,8 @@ def main() -> None:
         texts.write_text("\n".join(text.replace("\n", " ") for text in TEXTS), encoding="utf-8")
         print("| size | parameters | published | largest difference | seconds to prune | peak resident, GB |")
         print("|---|---|---|---|---|---|")
-        write_random(source, args.tokenizer)
+        config = dataclasses.replace(MODELS["0.6B"], dtype="float32")
+        write_params(source, random_params(config), config, args.tokenizer)
         for size in args.sizes:
             start = time.perf_counter()
             command = [sys.executable, "-m", "f2llm_jax.cli", "prune", str(source), str(pruned), "--to", size]
@@ -53,26 +52,6 @@ def main() -> None:
             found, difference = compare(pruned)
             published = {"80M": 80_084_288, "160M": 159_185_024, "330M": 334_349_184}[size]
             print(f"| {size} | {found:,} | {published:,} | {difference:.1e} | {seconds:.0f} | {peak:.1f} |", flush=True)
-
-
-def write_random(folder: Path, tokenizer: Path) -> None:
-    import jax
-    import jax.numpy as jnp
-
-    from f2llm_jax.convert.export import export_release
-    from f2llm_jax.model import init_params
-
-    config = dataclasses.replace(MODELS["0.6B"], dtype="float32")
-    like = folder.with_name("settings")
-    shutil.copytree(tokenizer, like)
-    (like / "config.json").write_text(json.dumps(config.to_hf()), encoding="utf-8")
-    params = jax.jit(init_params, static_argnames="config")(config, jax.random.key(0))
-    # Norms away from one, so that a wrong one shows.
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, x: x * jnp.linspace(0.5, 1.5, x.shape[-1]) if "norm" in str(path) else x, params
-    )
-    export_release(params, config, folder, like=like)
-    shutil.rmtree(like)
 
 
 def compare(folder: Path) -> tuple[int, float]:

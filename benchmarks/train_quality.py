@@ -24,11 +24,11 @@ from statistics import fmean
 
 import jax
 import pyarrow
+from inputs import write_params
 from pyarrow import parquet
 
 import f2llm_jax
 from f2llm_jax.config import ModelConfig
-from f2llm_jax.convert.export import export_release
 from f2llm_jax.evaluation.embedders import Embedder, F2LLMEmbedder
 from f2llm_jax.evaluation.own_data import evaluate_bitext, evaluate_retrieval
 from f2llm_jax.model import count_parameters, init_params
@@ -95,11 +95,7 @@ def build_release(tokenizer: Path, folder: Path) -> Path:
     if folder.exists():
         return folder
     params = jax.jit(init_params, static_argnames="config")(CONFIG, jax.random.key(0))
-    with tempfile.TemporaryDirectory() as settings:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            os.symlink((tokenizer / name).resolve(), Path(settings, name))
-        Path(settings, "config.json").write_text(json.dumps(CONFIG.to_hf()), encoding="utf-8")
-        return export_release(params, CONFIG, folder, like=settings, prompts={"query": "", "document": ""})
+    return write_params(folder, params, CONFIG, tokenizer, query_prompt="")
 
 
 def train_one(start: Path, data: Path, work: Path, folder: Path, mrl_dims: tuple[int, ...], epochs: int) -> Path:
