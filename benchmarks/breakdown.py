@@ -18,8 +18,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from encode import table
 from inputs import SIZES, TEXTS, read_texts, write_release
+from tables import markdown
 
 KINDS = {
     "projections": r"_proj/.*dot_general|[qk]_norm/reduce_sum",
@@ -80,7 +80,9 @@ def main() -> None:
     milliseconds = profile(model, batch)
     whole = sum(milliseconds.values())
     print(f"a batch of {shape[0]} rows of {shape[1]} tokens, {whole:.1f} ms:\n")
-    print(table(("", "ms", "share"), [(kind, f"{ms:.1f}", f"{ms / whole:.0%}") for kind, ms in milliseconds.items()]))
+    print(
+        markdown(("", "ms", "share"), [(kind, f"{ms:.1f}", f"{ms / whole:.0%}") for kind, ms in milliseconds.items()])
+    )
 
 
 def profile(model: Any, batch: Any) -> dict[str, float]:

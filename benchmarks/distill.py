@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from pyarrow import parquet
+from tables import markdown
 from tqdm import tqdm
 
 import f2llm_jax
@@ -366,7 +367,9 @@ class Study:
             examples=STUDENT_STEPS * BATCH_SIZE,
             share=STUDENT_STEPS / per_epoch,
             table=markdown(
-                ["begins with weights", "distilled", "nDCG@10", "of each seed", "accuracy", "of each seed"], rows
+                ["begins with weights", "distilled", "nDCG@10", "of each seed", "accuracy", "of each seed"],
+                rows,
+                text=2,
             ),
             others="\n".join(others),
             effects=effects(arms),
@@ -497,11 +500,6 @@ def plot(
     panels[2].set(title="in-batch loss in training", xlabel="step")
     panels[2].legend()
     figure.savefig(file)
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", "---", *["---:"] * (len(header) - 2)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 if __name__ == "__main__":

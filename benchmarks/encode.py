@@ -27,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from engines import DEVICES, ENGINES, EXPORT, THREADS, Setting, export, serve
 from inputs import SIZES, TEXTS, read_texts, write_release
+from tables import markdown
 
 from f2llm_jax.configs.models import MODELS
 
@@ -440,17 +441,6 @@ def first_results(size: str, rounds: int, data: Path, cache: Path) -> list[dict[
     ]
 
 
-def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown, columns aligned."""
-    cells = [list(header), *map(list, lines)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
-    rule = ["-" * width for width in widths]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-        for line in [cells[0], rule, *cells[1:]]
-    )
-
-
 def speed_table(rows: list[dict[str, Any]]) -> str:
     """Every row, in the order measured."""
     header = (
@@ -479,7 +469,7 @@ def speed_table(rows: list[dict[str, Any]]) -> str:
                 f"{row['others']:.0%}",
             )
         )
-    return table(header, lines)
+    return markdown(header, lines)
 
 
 def summary_table(rows: list[dict[str, Any]]) -> str:
@@ -508,7 +498,7 @@ def summary_table(rows: list[dict[str, Any]]) -> str:
             )
         )
     header = ("model", "texts", "dtype", "speed / torch", "speed / best peer", "of ceiling", "cosine")
-    return table(header, lines)
+    return markdown(header, lines)
 
 
 def memory_table(memory: list[dict[str, Any]]) -> str:
@@ -518,7 +508,7 @@ def memory_table(memory: list[dict[str, Any]]) -> str:
     for (size, engine), peak in peaks.items():
         torch = peaks.get((size, "torch-fp32" if ENGINES[engine].dtype == "float32" else "torch-bf16"))
         lines.append((size, engine, f"{peak / 1e6:.0f}", f"{peak / torch:.2f} x" if torch else ""))
-    return table(("model", "engine", "peak MB", "memory / torch"), lines)
+    return markdown(("model", "engine", "peak MB", "memory / torch"), lines)
 
 
 def first_table(rows: list[dict[str, Any]]) -> str:
@@ -527,7 +517,7 @@ def first_table(rows: list[dict[str, Any]]) -> str:
         seconds = {row["engine"]: row["seconds"] for row in rows if row["dtype"] == dtype}
         ratio = f"{seconds['f2llm'] / seconds['torch']:.2f} x"
         lines.append((rows[0]["size"], dtype, *(f"{seconds[name]:.2f} s" for name in _FIRST), ratio))
-    return table(("model", "dtype", "sentence-transformers", "f2llm", "time / torch"), lines)
+    return markdown(("model", "dtype", "sentence-transformers", "f2llm", "time / torch"), lines)
 
 
 def machine(device: str, *packages: str) -> str:

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import pyarrow
 from pyarrow import parquet
+from tables import markdown
 
 from f2llm_jax.config import ModelConfig
 from f2llm_jax.encoder import Encoder
@@ -215,21 +216,17 @@ def page(retrieval: dict[str, Report], bitext: Sequence[Report], words: str, noi
         metrics=version("pytrec-eval-terrier"),
         machine=platform.machine(),
         dim=full,
-        languages=markdown(["language", *metrics, "random: ndcg@10"], by_language),
-        dims=markdown(["dimensions", *OUTPUTS], by_dim),
+        languages=markdown(["language", *metrics, "random: ndcg@10"], by_language, text=1),
+        dims=markdown(["dimensions", *OUTPUTS], by_dim, text=1),
         languages_of_bitext=len(bitext),
         pairs=f"{sum(report.sizes['pairs'] for report in bitext):,}",
-        bitext=markdown(["model", *bitext[0].metrics], by_model),
+        bitext=markdown(["model", *bitext[0].metrics], by_model, text=1),
         published=markdown(
             ["size", "with distillation", "without"],
             [[size, *(f"{value:.2f}" for value in values)] for size, values in PUBLISHED.items()],
+            text=1,
         ),
     )
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 if __name__ == "__main__":

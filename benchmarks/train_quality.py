@@ -26,6 +26,7 @@ import jax
 import pyarrow
 from inputs import write_params
 from pyarrow import parquet
+from tables import markdown
 
 import f2llm_jax
 from f2llm_jax.config import ModelConfig
@@ -268,9 +269,8 @@ def finding(scores: dict[str, dict[str, dict[str, float]]]) -> str:
 
 def table(scores: dict[str, dict[str, dict[str, float]]], metric: str) -> str:
     dims = list(scores["before"][metric])[::-1]
-    lines = [["", *dims], ["---"] * (len(dims) + 1)]
-    lines += [[name, *(f"{of[metric][dim]:.3f}" for dim in dims)] for name, of in scores.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rows = [[name, *(f"{of[metric][dim]:.3f}" for dim in dims)] for name, of in scores.items()]
+    return markdown(["", *dims], rows, text=1)
 
 
 def plot(scores: dict[str, dict[str, dict[str, float]]], file: Path) -> None:

@@ -54,6 +54,16 @@ def test_a_new_folder_is_gone_at_the_end(script: Callable, tmp_path: Path) -> No
     assert not folder.exists() and folder.parent.exists()
 
 
+def test_tables_are_aligned(script: Callable) -> None:
+    rows = [("bag of words", "0.1"), ("r", "10.25")]
+    assert script("tables").markdown(("model", "accuracy"), rows, text=1).split("\n") == [
+        "| model        | accuracy |",
+        "| ------------ | -------: |",
+        "| bag of words |      0.1 |",
+        "| r            |    10.25 |",
+    ]
+
+
 def test_memory_is_that_of_an_engine(script: Callable) -> None:
     peaks = {"torch-fp32": 200, "openvino-fp32": 150, "f2llm-fp32": 100, "f2llm-int8": 50}
     memory = [{"size": "80M", "engine": engine, "peak_bytes": peak * 10**6} for engine, peak in peaks.items()]
