@@ -5,7 +5,7 @@ This is the one table. Names are those of the released Parquet files, without th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
@@ -19,6 +19,8 @@ NEGATIVES: dict[Task, int] = {"retrieval": 7, "clustering": 9, "classification":
 # Queries per source in stage 2. A source is a dataset, unless --source groups several: 18M rows of 500 datasets stay
 # only if each has a cap of its own.
 STAGE_2_CAP = 80_000
+
+_SHOWN = 5  # unknown datasets that an error names
 
 TASKS: dict[Task, tuple[str, ...]] = {
     "classification": (
@@ -67,26 +69,40 @@ SETS: dict[str, tuple[str, ...]] = {
 }
 
 
-def task_of(dataset: str, own: Mapping[str, Task] | None = None) -> Task:
-    """The task type of a dataset.
+def tasks_of(datasets: Sequence[str], own: Mapping[str, Task] | None = None) -> dict[str, Task]:
+    """The task type of each dataset.
 
     Args:
-        dataset: its name.
+        datasets: their names.
         own: {glob or set: task} asked before the table.
 
     Raises:
-        InputError: neither knows the dataset.
+        InputError: neither knows some of the datasets; the message says what to type.
     """
-    for glob, task in (own or {}).items():
+    tasks = {dataset: _task_of(dataset, own or {}) for dataset in datasets}
+    known = {dataset: task for dataset, task in tasks.items() if task is not None}
+    unknown = [dataset for dataset in datasets if dataset not in known]
+    if unknown:
+        raise InputError(_unknown(unknown, globs=unknown if known or len(unknown) == 1 else ["*"]))
+    return known
+
+
+def _unknown(datasets: Sequence[str], globs: Sequence[str]) -> str:
+    names = ", ".join(map(repr, datasets[:_SHOWN])) + (", …" if datasets[_SHOWN:] else "")
+    subject = f"the dataset {names} is" if len(datasets) == 1 else f"{len(datasets)} datasets, {names}, are"
+    options = " ".join(f"--task '{glob}=retrieval'" for glob in globs[:_SHOWN])
+    others = " or ".join(task for task in get_args(Task) if task != "retrieval")
+    return (
+        f"{subject} unknown: say what to train for with {options} (or {others}), add names to TASKS in "
+        "configs/datasets.py, or leave datasets out with --exclude"
+    )
+
+
+def _task_of(dataset: str, own: Mapping[str, Task]) -> Task | None:
+    for glob, task in own.items():
         if matches(dataset, expand([glob])):
             return task
-    for task, globs in TASKS.items():
-        if matches(dataset, globs):
-            return task
-    raise InputError(
-        f"the dataset {dataset!r} is unknown: say what it is with --task '{dataset}=TASK' (TASK is "
-        f"{', '.join(get_args(Task))}), add its name to TASKS in configs/datasets.py, or leave it out with --exclude"
-    )
+    return next((task for task, globs in TASKS.items() if matches(dataset, globs)), None)
 
 
 def matches(dataset: str, globs: Iterable[str]) -> bool:

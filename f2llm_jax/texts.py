@@ -136,6 +136,26 @@ def check_unicode(text: str, where: str) -> str:
     return text
 
 
+def read_object(line: str, where: str) -> dict[Any, Any]:
+    """A line's JSON object; anything else is an InputError that says where it is."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+        raise InputError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: should be a JSON object, not of type {type(record).__name__}")
+    return record
+
+
+def field_of(record: dict[str, Any], field: str, where: str) -> Any:
+    """A record's value of a field; a record without it is an InputError that says where it is."""
+    if field not in record:
+        raise InputError(f"{where}: no field {field!r}; there are {', '.join(map(repr, record)) or 'none'}")
+    return record[field]
+
+
 def check_text(value: Any, where: str, field: str) -> str:
     """Returns the value if it is a text; anything else is an InputError that says where it is."""
     if not isinstance(value, str):
@@ -151,17 +171,8 @@ def json_objects(lines: Lines) -> Iterator[dict[Any, Any]]:
         InputError: a line is not a JSON object; the message names it.
     """
     for line in lines:
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{lines.where}: not valid JSON: {error.msg} at column {error.colno}") from None
-        except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
-            raise InputError(f"{lines.where}: not valid JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise InputError(f"{lines.where}: should be a JSON object, not of type {type(record).__name__}")
-        yield record
+        if line.strip():
+            yield read_object(line, lines.where)
 
 
 def _read(stream: BinaryIO, name: str, field: str, file_format: str) -> Texts:
@@ -189,9 +200,7 @@ def _jsonl_records(lines: Lines, field: str, id_field: str | None, start: Positi
     if start.offset:
         lines.seek(start)
     for record in json_objects(lines):
-        if field not in record:
-            raise InputError(f"{lines.where}: no field {field!r}; there are {', '.join(map(repr, record)) or 'none'}")
-        yield check_text(record[field], lines.where, field), record.get(id_field)
+        yield check_text(field_of(record, field, lines.where), lines.where, field), record.get(id_field)
 
 
 def _csv_records(lines: Lines, field: str, id_field: str | None, start: Position) -> Records:

@@ -1,4 +1,4 @@
-"""Raw training data for tests, in the released layout."""
+"""Raw training data for tests, in the released layout, and what is prepared of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+import tensorflow_datasets as tfds
 from pyarrow import parquet
+
+from f2llm_jax.train.prepare import prepare
+from f2llm_jax.train.records import Settings
 
 TEXT = "quick brown fox jumps over the lazy dog retrieves a passage about meshes and 東京 in größter Eile"
 
@@ -44,3 +48,27 @@ def write_raw(folder: Path, datasets: Mapping[str, list[dict[str, Any]]]) -> Pat
         schema = pyarrow.schema([(column, pyarrow.string()) for column in table[0]])
         parquet.write_table(pyarrow.Table.from_pylist(table, schema), folder / f"{name}.parquet")
     return folder
+
+
+def run(raw: Path, release: Path, out: Path, **options):
+    return prepare(raw, release, out, **{"workers": 1, **options})
+
+
+def source(out: Path, kind: str, split: str = "train"):
+    return tfds.builder_from_directory(out / kind / "1.0.0").as_data_source(split)
+
+
+def written(out: Path) -> list[dict]:
+    """Every example as token lists, of both splits, documents looked up."""
+    documents = [record["tokens"].tolist() for record in source(out, "documents")]
+    settings = Settings.read(out)
+    return [
+        {
+            "dataset": record["dataset"].decode(),
+            "query": record["query"].tolist(),
+            "documents": [documents[number] for number in (record["passage"], *record["negatives"])],
+        }
+        for split in ("train", "validation")
+        if any(dataset.examples[split] for dataset in settings.datasets)
+        for record in source(out, "examples", split)
+    ]

@@ -16,44 +16,19 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pytest
-import tensorflow_datasets as tfds
 from pyarrow import parquet
-from raw_data import rows, write_raw
+from raw_data import rows, run, source, write_raw, written
 from releases import QWEN_TOKENIZER, SHARED, skip_without_shared
 
 from f2llm_jax.cli import main
-from f2llm_jax.configs.datasets import SETS, TASKS, expand, matches, task_of
+from f2llm_jax.configs.datasets import SETS, TASKS, expand, matches, tasks_of
 from f2llm_jax.errors import InputError
 from f2llm_jax.tokens import Tokenizer
 from f2llm_jax.train.dedupe import Digests, number_documents
-from f2llm_jax.train.prepare import mix, prepare, split_off
-from f2llm_jax.train.raw import REASONS, faults, find_datasets, read_rows
+from f2llm_jax.train.prepare import mix, split_off
+from f2llm_jax.train.raw import REASONS, faults, open_dataset, read_rows
 from f2llm_jax.train.records import Records, Settings
 from f2llm_jax.train.units import usable_cores
-
-
-def run(raw: Path, release: Path, out: Path, **options):
-    return prepare(raw, release, out, **{"workers": 1, **options})
-
-
-def source(out: Path, kind: str, split: str = "train"):
-    return tfds.builder_from_directory(out / kind / "1.0.0").as_data_source(split)
-
-
-def written(out: Path) -> list[dict]:
-    """Every example as token lists, of both splits, documents looked up."""
-    documents = [record["tokens"].tolist() for record in source(out, "documents")]
-    settings = Settings.read(out)
-    return [
-        {
-            "dataset": record["dataset"].decode(),
-            "query": record["query"].tolist(),
-            "documents": [documents[number] for number in (record["passage"], *record["negatives"])],
-        }
-        for split in ("train", "validation")
-        if any(dataset.examples[split] for dataset in settings.datasets)
-        for record in source(out, "examples", split)
-    ]
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -167,7 +142,7 @@ def test_rows_read_together_may_have_no_text_that_is_unicode(tmp_path, kind, str
     bad = pyarrow.Array.from_buffers(kind, 4, binary.buffers())
     good = pyarrow.array(["a", "b", "c", "d"])
     parquet.write_table(pyarrow.table({"query": good, "passage": bad, "negative_1": good}), tmp_path / "aya.parquet")
-    (dataset,) = find_datasets(tmp_path)
+    dataset = open_dataset(tmp_path / "aya.parquet", negatives=24)
     ((_, columns),) = read_rows(dataset, strip_instructions=strip)
     assert [REASONS[fault - 1] for fault in faults(columns)] == ["empty_positive"] * 4
 
@@ -254,7 +229,11 @@ def test_an_unknown_dataset_is_an_error_that_says_how_to_add_it(tmp_path, tiny_r
     arguments = ["prepare", "--raw", str(tmp_path / "raw"), "--tokenizer", str(tiny_release), "--out"]
     assert main([*arguments, str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
-    assert "'my_data' is unknown" in message and "--task 'my_data=TASK'" in message and "configs/datasets.py" in message
+    assert (
+        "'my_data' is unknown" in message
+        and "--task 'my_data=retrieval'" in message
+        and "configs/datasets.py" in message
+    )
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.incomplete").exists()
     options = ["--task", "my_*=clustering", "--workers", "1", "--quiet"]
     assert main([*arguments, str(tmp_path / "out"), *options]) == 0
@@ -282,14 +261,14 @@ def test_an_unknown_dataset_is_an_error_that_says_how_to_add_it(tmp_path, tiny_r
     ],
 )
 def test_tasks_of_released_datasets(dataset, task):
-    assert task_of(dataset) == task
+    assert tasks_of([dataset]) == {dataset: task}
     assert [known for known, globs in TASKS.items() if matches(dataset, globs)] == [task]
 
 
 def test_a_task_of_ones_own_goes_before_the_tables():
     own = {"@overlapping": "clustering", "sib*": "classification"}
-    tasks = [task_of(name, own) for name in ("mkqa_de", "sib200", "xquad_en")]
-    assert tasks == ["clustering", "clustering", "retrieval"]
+    tasks = tasks_of(["mkqa_de", "sib200", "xquad_en"], own)
+    assert tasks == {"mkqa_de": "clustering", "sib200": "clustering", "xquad_en": "retrieval"}
 
 
 def test_bad_raw_folders_are_errors_that_leave_nothing(tmp_path, tiny_release):
@@ -297,13 +276,13 @@ def test_bad_raw_folders_are_errors_that_leave_nothing(tmp_path, tiny_release):
     with pytest.raises(InputError, match="not a folder"):
         run(raw, tiny_release, out)
     raw.mkdir()
-    with pytest.raises(InputError, match=r"no \.parquet files"):
+    with pytest.raises(InputError, match=r"no \.parquet or \.jsonl files"):
         run(raw, tiny_release, out)
     (raw / "xquad_en.parquet").write_bytes(b"PAR1 but not really")
     with pytest.raises(InputError, match="damaged"):
         run(raw, tiny_release, out)
-    parquet.write_table(pyarrow.table({"query": ["a"], "positive": ["b"]}), raw / "xquad_en.parquet")
-    with pytest.raises(InputError, match=r"no column 'passage'; it has query, positive"):
+    parquet.write_table(pyarrow.table({"query": ["a"], "answer": ["b"]}), raw / "xquad_en.parquet")
+    with pytest.raises(InputError, match=r"has the columns query, answer, which are of no known layout"):
         run(raw, tiny_release, out)
     parquet.write_table(pyarrow.table({"query": ["a"], "passage": [1]}), raw / "xquad_en.parquet")
     with pytest.raises(InputError, match="'passage' holds int64"):
@@ -312,7 +291,7 @@ def test_bad_raw_folders_are_errors_that_leave_nothing(tmp_path, tiny_release):
     with pytest.raises(InputError, match="every row"):
         run(raw, tiny_release, out)
     write_raw(raw, {"xquad_en": rows(3, negatives=0), "imdb": rows(3, negatives=0)})
-    with pytest.raises(InputError, match=r"imdb.parquet is for classification, .* no column negative_1: .*--exclude"):
+    with pytest.raises(InputError, match=r"'imdb' is for classification, .* and has none: .*--exclude"):
         run(raw, tiny_release, out)
     write_raw(raw, {"xquad_en": rows(2000)})
     data = bytearray((raw / "xquad_en.parquet").read_bytes())
@@ -352,7 +331,7 @@ def test_rows_are_read_the_same_from_any_layout_and_place(tmp_path):
     for name, options in {"one": {"row_group_size": 1000}, "many": {"row_group_size": 70}}.items():
         (tmp_path / name).mkdir()
         parquet.write_table(table, tmp_path / name / "xquad_en.parquet", **options)
-        (dataset,) = find_datasets(tmp_path / name)
+        dataset = open_dataset(tmp_path / name / "xquad_en.parquet", negatives=24)
         for first, last in ((0, 1000), (0, 1), (69, 71), (255, 700), (999, 1000)):
             read = list(read_rows(dataset, strip_instructions=False, first=first, last=last))
             assert read[0][0] == first
@@ -439,10 +418,10 @@ def _wait_for_the_end_of(group: int) -> None:
 
 READING = """
 from pathlib import Path
-from f2llm_jax.train.raw import digests, faults, find_datasets, read_rows
+from f2llm_jax.train.raw import digests, faults, open_dataset, read_rows
 
 def work(rows):
-    (dataset,) = find_datasets(Path("."))
+    dataset = open_dataset(Path("xquad_en.parquet"), negatives=24)
     assert dataset.rows == rows
     start = peak()
     for _, columns in read_rows(dataset, strip_instructions=False):

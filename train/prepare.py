@@ -1,6 +1,7 @@
-"""From raw Parquet files to tokenised training data: check, cap, number distinct documents, tokenise, write.
+"""From raw files to tokenised training data: check, cap, number distinct documents, tokenise, write.
 
-Three passes, each of them in units that survive a kill:
+Three passes, each of them in units that survive a kill; files in other layouts than the released Parquet are brought
+into it first, in temporary files (``f2llm_jax.train.layouts``).
 
 1. *Scan*: every row is read once; what is wrong with it and digests of its texts go to temporary files.
 2. *Number*: rows are chosen, and distinct documents numbered in the order of first occurrence.
@@ -18,7 +19,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -26,14 +27,15 @@ from typing import Any
 
 import numpy as np
 
-from f2llm_jax.configs.datasets import STAGE_2_CAP, Task, expand, matches, task_of
+from f2llm_jax.configs.datasets import STAGE_2_CAP, Task, expand, matches, tasks_of
 from f2llm_jax.convert.staging import Workplace, output_path
-from f2llm_jax.errors import InputError
+from f2llm_jax.errors import InputError, warn
 from f2llm_jax.release import find_release
 from f2llm_jax.tokens import Tokenizer
 from f2llm_jax.train.dedupe import Digests, number_documents
+from f2llm_jax.train.layouts import RELEASED, Conversion, Layout, find_layout, own_layout
 from f2llm_jax.train.prepare_units import Piece, Scan
-from f2llm_jax.train.raw import REASONS, RawDataset, find_datasets
+from f2llm_jax.train.raw import REASONS, RawDataset, find_files, open_dataset
 from f2llm_jax.train.records import (
     FORMAT,
     SETTINGS_FILE,
@@ -56,6 +58,9 @@ _VALIDATION_SHARE = 100
 
 _INDEX_ROWS = 1 << 16
 
+# A warning says so where a larger share of a dataset's rows is dropped.
+_MANY_DROPPED = 0.05
+
 
 def prepare(
     raw: str | Path,
@@ -68,6 +73,10 @@ def prepare(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     tasks: Mapping[str, Task] | None = None,
+    columns: Mapping[str, str] | None = None,
+    negatives: int = 24,
+    fill_negatives: bool = False,
+    query_prompt: str = "",
     max_length: int = 2048,
     seed: int = 0,
     workers: int | None = None,
@@ -78,7 +87,8 @@ def prepare(
     """Writes the training data of a stage. See ``f2llm_jax.train.records`` for what it looks like.
 
     Args:
-        raw: a folder of Parquet files, one per dataset.
+        raw: a folder of files, one per dataset: .parquet or .jsonl, in one of the layouts of
+            ``f2llm_jax.train.layouts``.
         tokenizer: a release folder or hub id.
         out: the folder to write; it appears when it is complete.
         stage: 1 strips instructions off all texts; 2 leaves them as they are.
@@ -87,6 +97,10 @@ def prepare(
         include, exclude: globs of datasets to take and to leave out. Here, in ``sources`` and in ``tasks``, ``@NAME``
             stands for the globs of a set of configs/datasets.py.
         tasks: {glob: task type}, asked before the table of datasets.
+        columns: the columns of files of another layout: {``query``, ``passage``, perhaps ``negatives``: name}.
+        negatives: of an example, at most; the first ones are taken.
+        fill_negatives: repeat a row's own negatives in place of missing ones, also in the released layout.
+        query_prompt: put it before every query that does not begin with it (after the stripping of stage 1).
         max_length: tokens of a text, EOS included; longer ones are truncated, and counted.
         seed: of the choice under a cap, and of the split.
         workers: processes; default one per core.
@@ -98,8 +112,8 @@ def prepare(
         The report, as in ``report.json``.
 
     Raises:
-        InputError: ``out`` exists, an unknown dataset, a glob that matches none, a file that is damaged or lacks a
-            column, a dataset without negatives that is not for retrieval, nothing left.
+        InputError: ``out`` exists, an unknown dataset, a glob that matches none, a file that is damaged or of no known
+            layout, a dataset without negatives that is not for retrieval, nothing left.
         ReleaseError: no such tokenizer.
     """
     if stage not in (1, 2):
@@ -108,11 +122,19 @@ def prepare(
         raise InputError(f"max_length must be within 1..{np.iinfo(np.uint16).max}, not {max_length}")
     if cap is not None and cap < 0:
         raise InputError(f"cap must be 0, for none, or more, not {cap}")
+    if negatives < 0:
+        raise InputError(f"negatives must be 0, for none, or more, not {negatives}")
     place = output_path(out)
-    datasets, excluded = _find(Path(raw).expanduser(), include, exclude, sources, list(tasks or ()))
+    files, excluded = _find(Path(raw).expanduser(), include, exclude, sources, list(tasks or ()))
     sources = expand(sources)
-    by_dataset = {dataset.name: task_of(dataset.name, tasks) for dataset in datasets}
-    _check_negatives(datasets, by_dataset)
+    by_dataset = tasks_of([file.stem for file in files], tasks)
+    layouts = _find_layouts(files, own_layout(columns))
+    released = {
+        file: open_dataset(file, negatives=negatives, fill_negatives=fill_negatives)
+        for file, layout in layouts.items()
+        if layout is None
+    }
+    _check_negatives(released.values(), by_dataset)
     release = find_release(tokenizer, weights=False)
     if cap is None:
         cap = STAGE_2_CAP if stage == 2 else 0
@@ -120,35 +142,55 @@ def prepare(
         workers = usable_cores()
     plan = {
         "format": FORMAT,
-        "raw": [[str(d.file.resolve()), d.file.stat().st_size, d.file.stat().st_mtime_ns] for d in datasets],
+        "raw": [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         "tokenizer": _fingerprint(release),
         "stage": stage,
         "cap": cap,
         "sources": list(sources),
+        "columns": dict(columns or {}),
+        "negatives": negatives,
+        "fill_negatives": fill_negatives,
+        "query_prompt": query_prompt,
         "max_length": max_length,
         "seed": seed,
     }
     run = functools.partial(run_units, tokenizer=release, workers=workers, show_progress=show_progress)
     workplace = Workplace(place, plan, marker=SETTINGS_FILE, force=force)
     with closing(workplace):
-        work = _Work(
-            folder=workplace.home,
-            datasets=datasets,
-            tasks=by_dataset,
-            excluded=excluded,
-            release=release,
-            stage=stage,
-            cap=cap,
-            sources=sources,
-            max_length=max_length,
-            seed=seed,
-        )
+        converted = workplace.home / "converted"
+        conversions = [
+            Conversion(file, layout, negatives, converted / file.stem)
+            for file, layout in layouts.items()
+            if layout is not None
+        ]
         try:
+            run(conversions, label="convert", unit="B")
+            found = released | {conversion.file: conversion.dataset() for conversion in conversions}
+            datasets = [found[file] for file in files]
+            _check_negatives(datasets, by_dataset)
+            work = _Work(
+                folder=workplace.home,
+                datasets=datasets,
+                layouts={file.stem: (layout or RELEASED).name for file, layout in layouts.items()},
+                tasks=by_dataset,
+                excluded=excluded,
+                release=release,
+                stage=stage,
+                cap=cap,
+                sources=sources,
+                query_prompt=query_prompt,
+                max_length=max_length,
+                seed=seed,
+            )
             run(work.scans(), label="scan")
             work.number(memory)
             pieces = work.pieces()
             if not pieces:
-                raise InputError(f"every row in {raw} is bad; f2llm prepare --help says what is checked")
+                largest = max(datasets, key=lambda dataset: dataset.rows)
+                raise InputError(f"every row in {raw} is bad: {work.describe_dropped(largest)}")
+            for dataset in datasets:
+                if sum(work.dropped(dataset).values()) > _MANY_DROPPED * dataset.rows:
+                    warn(work.describe_dropped(dataset))
             run(pieces, label="tokenise")
         except InputError:  # about the raw data: once that is mended, this is no work to go on with
             workplace.discard()
@@ -160,28 +202,36 @@ def prepare(
 
 def _find(
     raw: Path, include: Sequence[str], exclude: Sequence[str], sources: Sequence[str], tasks: Sequence[str]
-) -> tuple[list[RawDataset], list[str]]:
-    """The datasets to take, and the names of those that are left out."""
-    found = find_datasets(raw)
+) -> tuple[list[Path], list[str]]:
+    """The files to take, and the names of the datasets that are left out."""
+    found = find_files(raw)
     for option, globs in {"include": include, "exclude": exclude, "source": sources, "task": tasks}.items():
         for glob in globs:
             if option == "exclude" and glob.startswith("@"):  # a set may be left out where it is not
                 continue
-            if not any(matches(dataset.name, expand([glob])) for dataset in found):
+            if not any(matches(file.stem, expand([glob])) for file in found):
                 raise InputError(f"--{option} {glob} matches none of the {len(found)} datasets in {raw}")
     include, exclude = expand(include), expand(exclude)
-    datasets = [dataset for dataset in found if matches(dataset.name, include) and not matches(dataset.name, exclude)]
-    if not datasets:
+    files = [file for file in found if matches(file.stem, include) and not matches(file.stem, exclude)]
+    if not files:
         raise InputError(f"none of the {len(found)} datasets in {raw} is left after --include and --exclude")
-    return datasets, [dataset.name for dataset in found if dataset not in datasets]
+    return files, [file.stem for file in found if file not in files]
 
 
-def _check_negatives(datasets: Sequence[RawDataset], tasks: Mapping[str, Task]) -> None:
+def _find_layouts(files: Sequence[Path], own: Layout | None) -> dict[Path, Layout | None]:
+    """The layout of each file; None for Parquet as it is released."""
+    layouts = {file: find_layout(file, own) for file in files}
+    if own is not None and own not in layouts.values():
+        raise InputError(f"no file of {files[0].parent} has the columns {own} of --columns")
+    return layouts
+
+
+def _check_negatives(datasets: Iterable[RawDataset], tasks: Mapping[str, Task]) -> None:
     """An InputError if there is nothing to train a dataset with: the in-batch loss is that of retrieval alone."""
     for dataset in datasets:
         if not dataset.negatives and (task := tasks[dataset.name]) != "retrieval":
             raise InputError(
-                f"{dataset.file} is for {task}, which trains with hard negatives alone, and has no column negative_1: "
+                f"the dataset {dataset.name!r} is for {task}, which trains with hard negatives alone, and has none: "
                 f"add negatives, leave it out with --exclude '{dataset.name}', or say --task '{dataset.name}=retrieval'"
             )
 
@@ -201,17 +251,43 @@ class _Work:
 
     folder: Path
     datasets: list[RawDataset]
+    layouts: dict[str, str]
     tasks: dict[str, Task]
     excluded: list[str]
     release: Path
     stage: int
     cap: int
     sources: tuple[str, ...]
+    query_prompt: str
     max_length: int
     seed: int
 
     def scans(self) -> list[Scan]:
-        return [Scan(dataset, self.stage == 1, self._scan(dataset)) for dataset in self.datasets]
+        strip = self.stage == 1
+        return [Scan(dataset, strip, self.query_prompt, self._scan(dataset)) for dataset in self.datasets]
+
+    def dropped(self, dataset: RawDataset) -> dict[str, int]:
+        """{reason: rows} of the rows that the scan found bad."""
+        faults = np.load(self._scan(dataset) / "faults.npy")
+        return dict(zip(REASONS, np.bincount(faults, minlength=1 + len(REASONS)).tolist()[1:], strict=True))
+
+    def describe_dropped(self, dataset: RawDataset) -> str:
+        """How many rows of a dataset are dropped, mostly why, and what helps."""
+        dropped = self.dropped(dataset)
+        total, (reason, count) = sum(dropped.values()), max(dropped.items(), key=lambda item: item[1])
+        if reason == "empty_negative" and dataset.negatives > 1 and not dataset.fill_negatives:
+            advice = "--fill-negatives repeats a row's other negatives in place of missing ones"
+        elif reason == "empty_negative":
+            advice = "they have no negative at all; --negatives 0 trains without any"
+        elif reason == "negative_is_positive":
+            advice = "take a row's passage out of its negatives; --negatives 0 trains without any"
+        else:
+            advice = "the text is missing or blank; --columns query=NAME,passage=NAME takes it from other columns"
+        share = f"{total / max(dataset.rows, 1):.1%}"
+        return (
+            f"{dataset.name}: {total:,} of {dataset.rows:,} rows ({share}) are dropped, most of them ({count:,}) as "
+            f"{reason}: {advice}"
+        )
 
     def _scan(self, dataset: RawDataset) -> Path:
         return self.folder / "scan" / dataset.name
@@ -287,6 +363,7 @@ class _Work:
                 piece = Piece(
                     dataset=dataset,
                     strip_instructions=self.stage == 1,
+                    query_prompt=self.query_prompt,
                     chosen=self._chosen,
                     first=first,
                     last=last,
@@ -304,6 +381,7 @@ class _Work:
         splits: dict[Split, list[Shard]] = {split: shards for split in SPLITS if (shards := _shards(pieces, split))}
         documents = _shards(pieces, "documents")
         tokenizer = Tokenizer.from_release(self.release)
+        queries = sum(piece.size for piece in pieces)
         settings = Settings(
             stage=self.stage,
             seed=self.seed,
@@ -313,6 +391,8 @@ class _Work:
             pad_id=tokenizer.pad_id,
             documents=sum(shard.records for shard in documents),
             datasets=datasets,
+            query_prompt=self.query_prompt or None,
+            instructed=sum(piece.done()["instructed_queries"] for piece in pieces) / queries,
         )
         self._write_lengths(pieces, settings, result)
         report = self._report(pieces, settings)
@@ -378,7 +458,7 @@ class _Work:
         }
 
     def _report_dataset(self, raw: RawDataset, prepared: Dataset, pieces: list[Piece]) -> dict[str, Any]:
-        scanned = np.bincount(np.load(self._scan(raw) / "faults.npy"), minlength=1 + len(REASONS)).tolist()
+        dropped = self.dropped(raw)
         done = [piece.done() for piece in pieces]
         kept = sum(prepared.examples.values())
         queries, documents = TokenCounts(), TokenCounts()
@@ -387,10 +467,11 @@ class _Work:
             documents.add(piece.lengths("document"))
         return {
             "name": raw.name,
+            "layout": self.layouts[raw.name],
             "task": prepared.task,
             "read": raw.rows,
-            "dropped": dict(zip(REASONS, scanned[1:], strict=True)),
-            "capped": scanned[0] - kept,
+            "dropped": dropped,
+            "capped": raw.rows - sum(dropped.values()) - kept,
             "kept": kept,
             **prepared.examples,
             "negatives": raw.negatives,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from f2llm_jax.tokens import Tokenizer
-from f2llm_jax.train.raw import RawDataset, digests, faults, read_rows
+from f2llm_jax.train.raw import INSTRUCTION, RawDataset, digests, faults, read_rows
 from f2llm_jax.train.records import SPLITS, Writer
 from f2llm_jax.train.units import Worker, new_folder
 
@@ -32,6 +32,7 @@ class Scan:
 
     dataset: RawDataset
     strip_instructions: bool
+    query_prompt: str
     folder: Path
 
     @property
@@ -43,7 +44,10 @@ class Scan:
         queries = np.zeros(self.dataset.rows, "<u8")
         with new_folder(self.folder) as folder:
             with (folder / "documents").open("wb") as stream:
-                for first, columns in read_rows(self.dataset, strip_instructions=self.strip_instructions):
+                read = read_rows(
+                    self.dataset, strip_instructions=self.strip_instructions, query_prompt=self.query_prompt
+                )
+                for first, columns in read:
                     part = slice(first, first + len(columns[0]))
                     digests_bc2 = digests(columns)
                     row_faults[part] = faults(columns)
@@ -64,6 +68,7 @@ class Piece:
 
     dataset: RawDataset
     strip_instructions: bool
+    query_prompt: str
     chosen: Path
     first: int
     last: int
@@ -96,20 +101,21 @@ class Piece:
     def run(self, worker: Worker) -> None:
         query_lengths: list[int] = []
         document_lengths: list[int] = []
-        truncated = {"truncated_queries": 0, "truncated_documents": 0}
+        sums = {"truncated_queries": 0, "truncated_documents": 0, "instructed_queries": 0}
         with new_folder(self.folder) as folder:
             writers = {split: Writer(folder / split) for split in SPLITS}
             documents = Writer(folder / "documents")
             for queries, new_texts, numbers, validation in self._read():
                 sequences, count = _encode(worker.tokenizer, queries, self.max_length)
-                truncated["truncated_queries"] += count
+                sums["truncated_queries"] += count
+                sums["instructed_queries"] += sum(query.startswith(INSTRUCTION) for query in queries)
                 query_lengths += map(len, sequences)
                 for query, row, is_validation in zip(sequences, numbers, validation, strict=True):
                     writers["validation" if is_validation else "train"].write(
                         {"dataset": self.dataset.name, "query": query, "passage": row[:1], "negatives": row[1:]}
                     )
                 sequences, count = _encode(worker.tokenizer, new_texts, self.max_length)
-                truncated["truncated_documents"] += count
+                sums["truncated_documents"] += count
                 document_lengths += map(len, sequences)
                 for tokens in sequences:
                     documents.write({"tokens": tokens})
@@ -120,7 +126,7 @@ class Piece:
                 counts[name] = {"records": writer.records, "bytes": writer.bytes}
             np.save(folder / "query_lengths.npy", np.array(query_lengths, "<u2"))
             np.save(folder / "document_lengths.npy", np.array(document_lengths, "<u2"))
-            (folder / "done.json").write_text(json.dumps({**counts, **truncated}), encoding="utf-8")
+            (folder / "done.json").write_text(json.dumps({**counts, **sums}), encoding="utf-8")
 
     def _read(self) -> Iterator[tuple[list[str], list[str], np.ndarray, np.ndarray]]:
         """Queries, the texts of documents not met before, int64 [rows, 1 + negatives] numbers, and the split."""
@@ -129,6 +135,7 @@ class Piece:
         read = read_rows(
             self.dataset,
             strip_instructions=self.strip_instructions,
+            query_prompt=self.query_prompt,
             first=int(rows[0]),
             last=int(rows[-1]) + 1,
         )

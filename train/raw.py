@@ -1,12 +1,14 @@
-"""The released training data on disk: a Parquet file per dataset, of texts in ``query``, ``passage``, ``negative_1`` …
+"""Training data in the released layout: a Parquet file per dataset, of texts in ``query``, ``passage``, ``negative_1``…
 
-Files of many GB may be a single row group, so they are read a few rows at a time, front to back.
+Files in other layouts are brought into this one first, by ``f2llm_jax.train.layouts``. Files of many GB may be a single
+row group, so they are read a few rows at a time, front to back.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,9 @@ from f2llm_jax.errors import InputError
 # Why a row is dropped, the first that holds. Empty means missing, white space alone, or not Unicode.
 REASONS = ("empty_query", "empty_positive", "empty_negative", "negative_is_positive")
 
-# The prefix that queries of the released data carry.
-_INSTRUCTION = r"\A(?s:Instruct: .*?\nQuery: ?)"
+# How a query with an instruction begins, and the whole prefix that queries of the released data carry.
+INSTRUCTION = "Instruct:"
+_PREFIX = r"\A(?s:Instruct: .*?\nQuery: ?)"
 
 # Rows held at a time: 26 texts each, of up to some 30 KB in long-document sets.
 _BATCH_ROWS = 256
@@ -31,6 +34,9 @@ _BATCH_ROWS = 256
 _BUFFER_BYTES = 1 << 18
 
 DIGEST_BYTES = 16
+
+# What a folder of raw data is looked through for.
+_EXTENSIONS = (".parquet", ".jsonl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,46 +48,56 @@ class RawDataset:
         file: the file.
         rows: how many there are.
         negatives: how many each row has.
+        fill_negatives: a negative that is empty is read as one of the row's others.
     """
 
     name: str
     file: Path
     rows: int
     negatives: int
+    fill_negatives: bool = False
 
     @property
     def columns(self) -> list[str]:
         return ["query", "passage", *(f"negative_{n}" for n in range(1, self.negatives + 1))]
 
 
-def find_datasets(folder: Path) -> list[RawDataset]:
-    """The datasets of a folder, by name.
+def find_files(folder: Path) -> list[Path]:
+    """The files of a folder, by the names of the datasets that they are.
 
     Raises:
-        InputError: no such folder, no Parquet file in it, or a file that is none or lacks a column.
+        InputError: no such folder, no file of raw data in it, or two of one name.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder")
-    files = sorted(folder.glob("*.parquet"), key=lambda file: file.stem)
+    found = (file for file in folder.iterdir() if file.suffix in _EXTENSIONS)
+    files = sorted(found, key=lambda file: (file.stem, file.suffix))
     if not files:
-        raise InputError(f"{folder} has no .parquet files")
-    return [find_dataset(file) for file in files]
+        raise InputError(f"{folder} has no {' or '.join(_EXTENSIONS)} files")
+    for file, other in itertools.pairwise(files):
+        if file.stem == other.stem:
+            raise InputError(f"{file} and {other} are both the dataset {file.stem!r}; rename one, or move it away")
+    return files
 
 
-def find_dataset(file: Path) -> RawDataset:
-    """The dataset of a file.
-
-    Raises:
-        InputError: it is no Parquet file, or lacks a column.
-        OSError: it cannot be read.
-    """
+def open_parquet(file: Path) -> parquet.ParquetFile:
+    """Opens a file to read it in bounded memory; an InputError if it is no Parquet file."""
     try:
-        with parquet.ParquetFile(file) as opened:
-            schema, rows = opened.schema_arrow, opened.metadata.num_rows
+        return parquet.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
     except pyarrow.ArrowException as error:
         raise InputError(f"{file} is not a Parquet file, or damaged: {error}") from None
-    negatives = sum(name.startswith("negative_") for name in schema.names)
-    dataset = RawDataset(file.stem, file, rows, negatives)
+
+
+def open_dataset(file: Path, *, negatives: int, fill_negatives: bool = False) -> RawDataset:
+    """The dataset in a Parquet file of the released layout, with at most so many negatives.
+
+    Raises:
+        InputError: the file is no Parquet file, or lacks a column.
+    """
+    with open_parquet(file) as opened:
+        schema, rows = opened.schema_arrow, opened.metadata.num_rows
+    found = sum(name.startswith("negative_") for name in schema.names)
+    dataset = RawDataset(file.stem, file, rows, min(found, negatives), fill_negatives)
     for name in dataset.columns:
         if name not in schema.names:
             raise InputError(f"{file} has no column {name!r}; it has {', '.join(schema.names)}")
@@ -97,13 +113,14 @@ def _is_text(kind: Any) -> bool:
 
 
 def read_rows(
-    dataset: RawDataset, *, strip_instructions: bool, first: int = 0, last: int | None = None
+    dataset: RawDataset, *, strip_instructions: bool, query_prompt: str = "", first: int = 0, last: int | None = None
 ) -> Iterator[tuple[int, list[Any]]]:
     """The rows ``first`` … ``last`` - 1 in small batches.
 
     Args:
         dataset: which.
         strip_instructions: take ``Instruct: …\\nQuery: `` off the front of every text.
+        query_prompt: put it before every query that does not begin with it, and is not empty.
         first, last: row numbers; default all rows.
 
     Yields:
@@ -115,14 +132,19 @@ def read_rows(
     """
     last = dataset.rows if last is None else last
     try:
-        with parquet.ParquetFile(dataset.file, buffer_size=_BUFFER_BYTES, pre_buffer=False) as opened:
+        with open_parquet(dataset.file) as opened:
             groups, row = _row_groups(opened, first, last)
             batches = opened.iter_batches(_BATCH_ROWS, row_groups=groups, columns=dataset.columns, use_threads=False)
             for batch in batches:
                 start, stop = max(first - row, 0), min(last - row, batch.num_rows)
                 if start < stop:
                     part = batch.slice(start, stop - start)
-                    yield row + start, [_texts(part.column(name), strip_instructions) for name in dataset.columns]
+                    columns = [_texts(part.column(name), strip_instructions) for name in dataset.columns]
+                    if query_prompt:
+                        columns[0] = _put_before(query_prompt, columns[0])
+                    if dataset.fill_negatives and dataset.negatives:
+                        columns[2:] = _fill(columns[2:])
+                    yield row + start, columns
                 row += batch.num_rows
                 if row >= last:
                     return
@@ -147,7 +169,7 @@ def _texts(column: Any, strip_instructions: bool) -> Any:
         values = column.cast(pyarrow.large_binary()).to_pylist()
         column = pyarrow.array(map(_decode, values), column.type)  # of nothing but None Arrow would make nulls
     if strip_instructions:
-        column = pc.replace_substring_regex(column, _INSTRUCTION, "", max_replacements=1)
+        column = pc.replace_substring_regex(column, _PREFIX, "", max_replacements=1)
     return column
 
 
@@ -156,6 +178,26 @@ def _decode(value: bytes | None) -> str | None:
         return None if value is None else value.decode()
     except UnicodeDecodeError:
         return None
+
+
+def _put_before(prompt: str, queries: Any) -> Any:
+    prompted = pc.binary_join_element_wise(pyarrow.scalar(prompt, queries.type), queries, "")
+    as_they_are = pc.or_(pc.starts_with(queries, prompt), pyarrow.array(_is_empty(queries)))
+    return pc.if_else(as_they_are, queries, prompted)
+
+
+def _fill(negatives: list[Any]) -> list[Any]:
+    """The columns with each row's empty cells filled from its others, in turn; a row without any stays empty."""
+    empty = np.array([_is_empty(column) for column in negatives])
+    rows = np.flatnonzero(empty.any(axis=0) & ~empty.all(axis=0))
+    if not len(rows):
+        return negatives
+    texts = [column.to_pylist() for column in negatives]
+    for row in rows:
+        own = itertools.cycle([texts[column][row] for column in np.flatnonzero(~empty[:, row])])
+        for column in np.flatnonzero(empty[:, row]):
+            texts[column][row] = next(own)
+    return [pyarrow.array(filled, column.type) for filled, column in zip(texts, negatives, strict=True)]
 
 
 def faults(columns: list[Any]) -> np.ndarray:

@@ -170,6 +170,8 @@ class Settings:
         vocabulary, eos_id, pad_id: of the tokenizer.
         documents: how many distinct ones there are.
         datasets: in the order of their examples.
+        query_prompt: what ``f2llm prepare --query-prompt`` put before every query; None if nothing was put.
+        instructed: share of the queries that begin with ``Instruct:``; None in data of versions that did not count.
     """
 
     stage: int
@@ -180,6 +182,8 @@ class Settings:
     pad_id: int
     documents: int
     datasets: list[Dataset]
+    query_prompt: str | None = None
+    instructed: float | None = None
 
     def cut_to(self, max_length: int, key: str = "max_length") -> int:
         """Tokens of a text where ``max_length`` are asked for; a warning if the data was prepared with less."""

@@ -59,6 +59,7 @@ def _markdown(report: dict[str, Any]) -> str:
     for dataset in report["datasets"]:
         for reason, count in dataset["dropped"].items():
             reasons[reason] = reasons.get(reason, 0) + count
+    others = [f"{d['name']} ({d['layout']})" for d in report["datasets"] if d["layout"] != "released"]
     lines = [
         f"# Training data of stage {report['stage']}",
         "",
@@ -70,6 +71,7 @@ def _markdown(report: dict[str, Any]) -> str:
         f"Truncated to {report['max_length']:,} tokens: {sums['truncated_queries']:,} queries, "
         f"{sums['truncated_documents']:,} documents.",
         f"Sources of several datasets: {'; '.join(report['grouped_sources']) or 'none'}.",
+        f"Other layouts: {', '.join(others) or 'none'}.",
         f"Excluded: {', '.join(report['excluded']) or 'none'}.",
         "",
         "| dataset | task | read | dropped | capped | train | validation | new documents "

@@ -36,7 +36,7 @@ class Worker:
 
     Attributes:
         tokenizer: of the release.
-        advance: to be called with the number of rows done, now and then.
+        advance: to be called with the number of rows (or whatever ``run_units`` counts) done, now and then.
     """
 
     def __init__(self, tokenizer: Tokenizer, advance: Callable[[int], Any]):
@@ -49,7 +49,7 @@ class Unit(Protocol):
 
     Attributes:
         folder: what it makes.
-        size: rows of work, for the progress bar.
+        size: rows of work, or whatever ``run_units`` counts, for the progress bar.
     """
 
     @property
@@ -61,33 +61,36 @@ class Unit(Protocol):
     def run(self, worker: Worker) -> None: ...
 
 
-def run_units(units: Sequence[Unit], tokenizer: Path, *, workers: int, label: str, show_progress: bool) -> None:
+def run_units(
+    units: Sequence[Unit], tokenizer: Path, *, workers: int, label: str, show_progress: bool, unit: str = "row"
+) -> None:
     """Runs the units that are not complete, the largest first.
 
     Args:
         units: the units; with several workers they are pickled.
         tokenizer: the release's folder.
         workers: processes; with 1 the work is done in this one.
-        label, show_progress: of the bar, which counts rows.
+        label, show_progress: of the bar.
+        unit: what ``size`` and ``advance`` count.
 
     Raises:
         F2LLMError: what a unit raised, or a worker was killed.
     """
-    todo = sorted((unit for unit in units if not unit.folder.exists()), key=lambda unit: -unit.size)
-    total = sum(unit.size for unit in units)
+    todo = sorted((part for part in units if not part.folder.exists()), key=lambda part: -part.size)
+    total = sum(part.size for part in units)
     with tqdm(
         total=total,
-        initial=total - sum(unit.size for unit in todo),
+        initial=total - sum(part.size for part in todo),
         desc=label,
-        unit="row",
+        unit=unit,
         unit_scale=True,
         disable=not show_progress,
     ) as bar:
         workers = min(workers, len(todo))
         if workers <= 1:
             worker = Worker(Tokenizer.from_release(tokenizer), bar.update)
-            for unit in todo:
-                unit.run(worker)
+            for part in todo:
+                part.run(worker)
         else:
             _run_in_processes(todo, tokenizer, workers, bar)
 

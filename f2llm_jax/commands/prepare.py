@@ -1,14 +1,25 @@
 """Turn raw training data into tokenised TensorFlow Datasets.
 
-Reads a folder of Parquet files, one per dataset, with columns query, passage and negative_1, negative_2, … Writes
+Reads a folder of .parquet and .jsonl files, one per dataset, with columns (in .jsonl, keys)
+  query, passage, negative_1, negative_2, …          the released data
+  anchor (or query), positive, negative(_1, _2, …)   sentence-transformers
+  query, pos, neg                                    FlagEmbedding: lists of texts
+  query, positive_passages, negative_passages        Tevatron: lists of {title, text}
+or those that --columns names; a row of several positives becomes a row for each. Writes
   OUT/examples/1.0.0   TFDS in ArrayRecord, splits train and validation (99/1): query tokens, numbers of documents
   OUT/documents/1.0.0  TFDS in ArrayRecord: the tokens of every distinct document, once
   OUT/report.md, .json what was read, dropped, capped and kept
 
-A row is dropped if its query, its passage or one of its negatives is empty, or a negative equals the passage. Every
-text ends with the EOS, also when it is truncated. --stage 1 takes `Instruct: …\\nQuery: ` off the front of all texts.
---stage 2 keeps texts as they are: queries of the released data carry their instructions; none are added to documents,
-as neither the data nor the paper says which tasks are symmetric.
+A row is dropped if its query, its passage or one of its negatives is empty, or a negative equals the passage. With
+--fill-negatives a row's other negatives are repeated in place of an empty one, as they always are where rows have
+lists of different lengths; a row without any is dropped if others have some. A line of .jsonl that is no such record
+is an error.
+
+Every text ends with the EOS, also when it is truncated. --stage 1 takes `Instruct: …\\nQuery: ` off the front of all
+texts. --stage 2 keeps texts as they are: queries of the released data carry their instructions; none are added to
+documents, as neither the data nor the paper says which tasks are symmetric. --query-prompt is put before queries that
+do not begin with it; a model that f2llm train exports has it as its query prompt, unless the recipe has another. In
+bash, --query-prompt $'Instruct: Find the answer.\\nQuery: ' has a line break.
 
 A dataset's task type comes from the table in configs/datasets.py, or from --task. GLOB is a dataset's name, with * for
 anything; @stage1 stands for the sources of stage 1, @overlapping for those that overlap MTEB (mkqa_*, sib200).
@@ -28,7 +39,7 @@ from f2llm_jax.configs.datasets import Task
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--raw", required=True, type=Path, metavar="DIR", help="a folder of .parquet files")
+    parser.add_argument("--raw", required=True, type=Path, metavar="DIR", help="a folder of .parquet and .jsonl files")
     parser.add_argument("--tokenizer", required=True, metavar="M", help="release folder, converted folder or hub id")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--stage", type=int, choices=(1, 2), default=2, help="default: %(default)s")
@@ -43,6 +54,14 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task", action="append", default=[], type=_task, metavar="GLOB=TASK", help="task type of datasets of your own"
     )
+    parser.add_argument(
+        "--columns", type=_columns, metavar="query=NAME,…", help="query=NAME,passage=NAME,negatives=NAME of other files"
+    )
+    parser.add_argument(
+        "--negatives", type=int, default=24, metavar="N", help="keep the first N of a row; default: %(default)s"
+    )
+    parser.add_argument("--fill-negatives", action="store_true", help="repeat a row's negatives in place of empty ones")
+    parser.add_argument("--query-prompt", default="", metavar="TEXT", help="a text to put before every query")
     parser.add_argument(
         "--max-length", type=positive, default=2048, metavar="N", help="cut texts to N tokens; default: %(default)s"
     )
@@ -70,6 +89,10 @@ def run(args: argparse.Namespace) -> None:
         include=args.include or ("*",),
         exclude=args.exclude,
         tasks=dict(args.task),
+        columns=args.columns,
+        negatives=args.negatives,
+        fill_negatives=args.fill_negatives,
+        query_prompt=args.query_prompt,
         max_length=args.max_length,
         seed=args.seed,
         workers=args.workers,
@@ -89,3 +112,10 @@ def _task(text: str) -> tuple[str, str]:
     if not separator or task not in get_args(Task):
         raise argparse.ArgumentTypeError(f"must be GLOB=TASK with TASK one of {', '.join(get_args(Task))}, not {text}")
     return glob, task
+
+
+def _columns(text: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(key and separator and name for key, separator, name in pairs):
+        raise argparse.ArgumentTypeError(f"must be query=NAME,passage=NAME,negatives=NAME, not {text}")
+    return {key: name for key, _, name in pairs}

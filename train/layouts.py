@@ -1,0 +1,286 @@
+"""Raw data in the layouts of other projects, brought into the released one: JSON Lines, and Parquet with other columns.
+
+``LAYOUTS`` is the one table of them. A positive or a negative is a text, or a list of them; a row of several positives
+becomes a row for each. Negatives are those of all its columns, in order: at most as many as asked for, and as many
+columns as the longest row has; a row with fewer repeats its own as it is read (``RawDataset.fill_negatives``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+from pyarrow import parquet
+
+from f2llm_jax.errors import InputError
+from f2llm_jax.texts import Lines, check_text, field_of, read_object
+from f2llm_jax.train.raw import RawDataset, open_parquet
+from f2llm_jax.train.units import Worker, new_folder
+
+_ROWS = "rows.parquet"
+
+# Rows held at a time while a Parquet file is read.
+_BATCH_ROWS = 256
+
+# A row group is written when its texts have this many characters.
+_GROUP_CHARACTERS = 1 << 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which column holds what.
+
+    Attributes:
+        name: of the layout, for reports.
+        query: the column of queries, a text each.
+        passage: of positives.
+        negatives: of negatives; also ``NEGATIVES_1``, ``NEGATIVES_2``, … There may be none.
+    """
+
+    name: str
+    query: str
+    passage: str
+    negatives: str | None = None
+
+    def __str__(self) -> str:
+        return ", ".join(filter(None, (self.query, self.passage, self.negatives)))
+
+    def fits(self, columns: list[str]) -> bool:
+        return self.query in columns and self.passage in columns
+
+    def rows(self, record: dict[str, Any], where: str) -> Iterator[tuple[str | None, str | None, list[str]]]:
+        """Query, passage and negatives of each row that a record makes; None for what is missing.
+
+        Raises:
+            InputError: the record lacks a column, or has something else than texts in it.
+        """
+        query = field_of(record, self.query, where)
+        if query is not None:
+            check_text(query, where, self.query)
+        passages = _texts(field_of(record, self.passage, where), where, self.passage)
+        negatives = [
+            text
+            for column in _negative_columns(self.negatives, tuple(record))
+            for text in _texts(record[column], where, column)
+            if text is not None and text.strip()
+        ]
+        for passage in passages or [None]:
+            yield query, passage, negatives
+
+
+LAYOUTS = (
+    Layout("released", "query", "passage", "negative"),
+    Layout("sentence-transformers", "anchor", "positive", "negative"),
+    Layout("sentence-transformers", "query", "positive", "negative"),
+    Layout("FlagEmbedding", "query", "pos", "neg"),
+    Layout("Tevatron", "query", "positive_passages", "negative_passages"),
+)
+RELEASED = LAYOUTS[0]
+
+
+@functools.lru_cache
+def _negative_columns(name: str | None, columns: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the columns that hold negatives: ``name`` itself, then ``name_1``, ``name_2``, …"""
+    numbers: dict[str, int] = {}
+    for column in columns:
+        base, _, number = column.rpartition("_")
+        if column == name:
+            numbers[column] = 0
+        elif base == name and number.isdecimal():
+            numbers[column] = int(number)
+    return tuple(sorted(numbers, key=numbers.__getitem__))
+
+
+def _texts(value: Any, where: str, column: str) -> list[str | None]:
+    """The texts of a cell: one, or a list of them, each a string or, as Tevatron has it, a ``title`` and a ``text``."""
+    if value is None:
+        return []
+    texts: list[str | None] = []
+    for part in value if isinstance(value, list) else [value]:
+        if isinstance(part, dict):
+            if not isinstance(text := part.get("text"), str):
+                raise InputError(f"{where}: field {column!r} has a passage without a 'text'")
+            part = f"{part.get('title') or ''} {text}".strip()
+        texts.append(None if part is None else check_text(part, where, column))
+    return texts
+
+
+def own_layout(columns: Mapping[str, str] | None) -> Layout | None:
+    """The layout that a user describes: {``query``, ``passage`` and perhaps ``negatives``: column}.
+
+    Raises:
+        InputError: other keys.
+    """
+    if columns is None:
+        return None
+    if not {"query", "passage"} <= set(columns) <= {"query", "passage", "negatives"}:
+        raise InputError(f"--columns takes query, passage and, if there are any, negatives, not {', '.join(columns)}")
+    return Layout("--columns", **columns)
+
+
+def find_layout(file: Path, own: Layout | None) -> Layout | None:
+    """The layout of a file, by its columns or the keys of its first line; None for Parquet as it is released.
+
+    Args:
+        file: .parquet or .jsonl.
+        own: a layout that goes before ``LAYOUTS``.
+
+    Raises:
+        InputError: the file is damaged or empty, its columns are of no known layout, or negatives that ``own`` has are
+            not among them.
+    """
+    schema = _schema(file) if file.suffix == ".parquet" else None
+    columns = schema.names if schema is not None else _first_keys(file)
+    layouts = LAYOUTS if own is None else (own, *LAYOUTS)
+    layout = next((layout for layout in layouts if layout.fits(columns)), None)
+    if layout is None:
+        known = "; ".join(map(str, layouts))
+        raise InputError(
+            f"{file} has the columns {', '.join(columns)}, which are of no known layout ({known}): say which they are "
+            "with --columns query=NAME,passage=NAME,negatives=NAME, or leave it out with --exclude"
+        )
+    if layout is own and own.negatives and not _negative_columns(own.negatives, tuple(columns)):
+        raise InputError(f"{file} has no column {own.negatives!r}, as --columns says; it has {', '.join(columns)}")
+    if schema is None or layout != RELEASED or "negative" in columns:
+        return layout
+    used = [RELEASED.query, RELEASED.passage, *_negative_columns(RELEASED.negatives, tuple(columns))]
+    return RELEASED if any(pyarrow.types.is_nested(schema.field(name).type) for name in used) else None
+
+
+def _schema(file: Path) -> pyarrow.Schema:
+    with open_parquet(file) as opened:
+        return opened.schema_arrow
+
+
+def _first_keys(file: Path) -> list[str]:
+    with file.open("rb") as stream:
+        for line in (lines := Lines(stream, str(file))):
+            if line.strip():
+                return list(read_object(line, lines.where))
+    raise InputError(f"{file} is empty")
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """A unit of the pass before the first: a file to write anew in the released layout.
+
+    It makes ``rows.parquet``, with null for what is missing, and counts in ``done.json``.
+
+    Attributes:
+        file, layout: what is read.
+        negatives: at most so many are kept.
+        folder: what it makes.
+    """
+
+    file: Path
+    layout: Layout
+    negatives: int
+    folder: Path
+
+    @property
+    def size(self) -> int:
+        """Bytes to read."""
+        return self.file.stat().st_size
+
+    def run(self, worker: Worker) -> None:
+        records = self._parquet_records if self.file.suffix == ".parquet" else self._jsonl_records
+        with new_folder(self.folder) as folder:
+            with _RowWriter(folder / _ROWS, self.negatives) as writer:
+                for where, record in records(worker):
+                    for query, passage, negatives in self.layout.rows(record, where):
+                        writer.write(query, passage, negatives[: self.negatives])
+            done = {"rows": writer.rows, "negatives": writer.longest}
+            (folder / "done.json").write_text(json.dumps(done), encoding="utf-8")
+
+    def _jsonl_records(self, worker: Worker) -> Iterator[tuple[str, dict[str, Any]]]:
+        read = 0
+        with self.file.open("rb") as stream:
+            lines = Lines(stream, str(self.file))
+            for line in lines:
+                if line.strip():
+                    yield lines.where, read_object(line, lines.where)
+                worker.advance(lines.position.offset - read)
+                read = lines.position.offset
+
+    def _parquet_records(self, worker: Worker) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Records, numbered from 0; the bytes of the file are spread evenly over them."""
+        row = read = 0
+        try:
+            with open_parquet(self.file) as opened:
+                names = opened.schema_arrow.names
+                negatives = _negative_columns(self.layout.negatives, tuple(names))
+                columns = [self.layout.query, self.layout.passage, *negatives]
+                for batch in opened.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
+                    yield from ((f"{self.file}, row {row + n}", r) for n, r in enumerate(self._as_dicts(batch, row)))
+                    row += batch.num_rows
+                    now = self.size * row // opened.metadata.num_rows
+                    worker.advance(now - read)
+                    read = now
+        except (pyarrow.ArrowException, OSError) as error:
+            raise InputError(f"{self.file} is damaged: {error}") from None
+
+    def _as_dicts(self, batch: pyarrow.RecordBatch, first: int) -> list[dict[str, Any]]:
+        try:
+            return batch.to_pylist()
+        except UnicodeDecodeError:
+            pass
+        for name in batch.schema.names:
+            for row, value in enumerate(batch.column(name)):
+                try:
+                    value.as_py()
+                except UnicodeDecodeError as error:
+                    raise InputError(
+                        f"{self.file}, row {first + row}: field {name!r} is not valid UTF-8: {error.reason}"
+                    ) from None
+        raise AssertionError("a batch is not Unicode, and all of its cells are")
+
+    def dataset(self) -> RawDataset:
+        """What was made of the file."""
+        done = json.loads((self.folder / "done.json").read_text(encoding="utf-8"))
+        return RawDataset(self.file.stem, self.folder / _ROWS, done["rows"], done["negatives"], fill_negatives=True)
+
+
+class _RowWriter:
+    """Writes rows of the released layout, some at a time.
+
+    Attributes:
+        rows: how many there are.
+        longest: negatives of the row that has most.
+    """
+
+    def __init__(self, file: Path, negatives: int):
+        names = ["query", "passage", *(f"negative_{n}" for n in range(1, negatives + 1))]
+        self.rows = self.longest = 0
+        self._schema = pyarrow.schema([(name, pyarrow.string()) for name in names])
+        self._writer = parquet.ParquetWriter(file, self._schema, write_statistics=False)
+        self._held: list[list[str | None]] = []
+        self._characters = 0
+
+    def __enter__(self) -> _RowWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._flush()
+        self._writer.close()
+
+    def write(self, query: str | None, passage: str | None, negatives: list[str]) -> None:
+        texts = [query, passage, *negatives]
+        self._held.append(texts + [None] * (len(self._schema) - len(texts)))
+        self._characters += sum(len(text or "") + 1 for text in texts)
+        self.rows += 1
+        self.longest = max(self.longest, len(negatives))
+        if self._characters >= _GROUP_CHARACTERS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._held:
+            return
+        columns = [[row[place] for row in self._held] for place in range(len(self._schema))]
+        arrays = [pyarrow.array(column, pyarrow.string()) for column in columns]
+        self._writer.write_table(pyarrow.Table.from_arrays(arrays, schema=self._schema))
+        self._held, self._characters = [], 0
