@@ -76,6 +76,7 @@ def test_recipes_are_the_published_ones(size):
         ("teacher=a=b", "teacher", "a=b"),
         ("teacher=none", "teacher", None),
         ("query_prompt=", "query_prompt", ""),
+        ("query_prompt=none", "query_prompt", None),
     ],
 )
 def test_values_are_parsed_by_type(setting, key, value):

@@ -112,7 +112,8 @@ class TrainConfig:
         teacher_states: a folder of ``f2llm teach``: the teacher's states are read there instead of computed in every
             step. They must be those of ``teacher``, if that is given.
         params_dtype: of the parameters and the optimizer's state; bfloat16 trains as the reference does.
-        query_prompt: of an exported release; empty keeps the prompts of ``model``.
+        query_prompt: of an exported release; empty for the one that the data was prepared with, or else the prompts of
+            ``model``; None for no prompt.
         epochs: passes over the data.
         max_steps: stop there, and let the learning rate end there; 0 for all epochs.
         seed: of the order of the data.
@@ -122,7 +123,7 @@ class TrainConfig:
     teacher: str | None = None
     teacher_states: str | None = None
     params_dtype: str = "float32"
-    query_prompt: str = ""
+    query_prompt: str | None = ""
     epochs: int = 2
     max_steps: int = 0
     seed: int = 0

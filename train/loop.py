@@ -337,7 +337,7 @@ def export_run(
     force: bool = False,
 ) -> Path:
     """Writes trained parameters as a release, by default in the dtype of the one training began with."""
-    prompts = {"query": config.query_prompt, "document": ""} if config.query_prompt else None
+    prompts = None if config.query_prompt == "" else {"query": config.query_prompt or "", "document": ""}
     return export_release(
         params,
         release.config,

@@ -1,20 +1,25 @@
-"""The loader that a config asks for."""
+"""What a config asks for of its data: the loader, and the query prompt."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
 
 from f2llm_jax.axes import batch_parts
 from f2llm_jax.config import ModelConfig
-from f2llm_jax.release import find_release
+from f2llm_jax.errors import warn
+from f2llm_jax.release import find_release, read_release
 from f2llm_jax.train.config import TrainConfig
 from f2llm_jax.train.data import DataLoader, Share, TrainBatches, TrainingData
 from f2llm_jax.train.packing import TrainPacking
 from f2llm_jax.train.placement import check_batch, make_train_mesh
 from f2llm_jax.train.records import Settings
 from f2llm_jax.train.teacher import check_tokenizer, open_store
+
+# Queries are taken to have no instructions where a smaller share of them begins with one.
+_FEW = 0.01
 
 
 def open_loader(config: TrainConfig) -> DataLoader:
@@ -51,3 +56,39 @@ def open_loader(config: TrainConfig) -> DataLoader:
         share=Share(jax.process_index(), jax.process_count()),
     )
     return DataLoader(batches, multiple=batch_parts(mesh), workers=config.data.workers)
+
+
+def with_query_prompt(config: TrainConfig) -> TrainConfig:
+    """The config with the query prompt that its data was prepared with, if it has none of its own.
+
+    Warns if the two differ, or if the queries were prepared without any, but the exported model will have one.
+
+    Raises:
+        InputError: there is no prepared data, or no such model.
+    """
+    settings = Settings.read(Path(config.data.path))
+    recorded = settings.query_prompt
+    if recorded is not None and config.query_prompt == "":
+        return dataclasses.replace(config, query_prompt=recorded)
+    if recorded is not None and config.query_prompt != recorded:
+        own = "none" if config.query_prompt is None else repr(config.query_prompt)
+        warn(
+            f"the exported model will have query_prompt={own}, but the queries in {config.data.path} were prepared "
+            f"with --query-prompt {recorded!r}: --set query_prompt= takes that"
+        )
+    if recorded is None and _without_instructions(settings):
+        prompt = config.query_prompt
+        if prompt == "":
+            prompt = read_release(find_release(config.model, weights=False)).prompts["query"]
+        if prompt:
+            warn(
+                f"the exported model will put {prompt!r} before queries, but only {settings.instructed:.1%} of those "
+                f"in {config.data.path} begin with an instruction: prepare them with f2llm prepare --query-prompt "
+                "TEXT, or export another prompt with --set query_prompt=TEXT, or none with --set query_prompt=none"
+            )
+    return config
+
+
+def _without_instructions(settings: Settings) -> bool:
+    """Whether queries lack instructions that they should have: stage 1 takes them off, for stage 2 to train them."""
+    return settings.stage != 1 and settings.instructed is not None and settings.instructed < _FEW
