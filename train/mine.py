@@ -23,7 +23,7 @@ from f2llm_jax.errors import InputError, warn, whole_number
 from f2llm_jax.files import local_path, new_file
 from f2llm_jax.release import pick_prompt
 from f2llm_jax.search import nearest
-from f2llm_jax.train.raw import faults, find_dataset, read_rows
+from f2llm_jax.train.raw import faults, open_dataset, read_rows
 
 # Passages embedded at a time, passages compared at a time, and queries embedded and compared with all at a time.
 _ENCODE_TEXTS = 65536
@@ -139,7 +139,7 @@ class Pairs:
         queries: dict[str, int] = {}
         documents: dict[str, int] = {}
         rows: list[tuple[int, int]] = []
-        dataset = dataclasses.replace(find_dataset(self.file), negatives=0)
+        dataset = open_dataset(self.file, negatives=0)
         for _, columns in read_rows(dataset, strip_instructions=False):
             for query, passage, fault in zip(*(column.to_pylist() for column in columns), faults(columns), strict=True):
                 if fault:
