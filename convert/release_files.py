@@ -25,8 +25,9 @@ _COPIED = (
     "LICENSE",
 )
 
-# Special ids that servers read from config.json, while this package takes them from the tokenizer.
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Of config.json, what servers read and this package does not: it takes special ids from the tokenizer, and cuts
+# embeddings to any size.
+_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "is_matryoshka")
 
 _MODULES = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
 
@@ -83,8 +84,8 @@ def write_release_files(
     _write_json(folder / "config_sentence_transformers.json", settings)
     write_text(folder / "README.md", _model_card(config))
     stated = read_json(like / "config.json")
-    token_ids = {name: stated[name] for name in _TOKEN_IDS if name in stated}
-    _write_json(folder / "config.json", {**config.to_hf(), **token_ids})
+    kept = {name: stated[name] for name in _KEPT if name in stated}
+    _write_json(folder / "config.json", {**kept, **config.to_hf()})
 
 
 def _write_tokenizer(file: Path, like: Path) -> None:

@@ -33,6 +33,9 @@ class ModelConfig:
     max_position_embeddings: int = 40960
     dtype: str = "bfloat16"
     """The dtype the weights were released in; the caller chooses the dtype they are loaded in."""
+    matryoshka_dimensions: tuple[int, ...] = dataclasses.field(default=(), repr=False, compare=False)
+    """The sizes of embeddings that ``config.json`` states, if any; no part of what the model computes. Use
+    ``matryoshka_dims``."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -43,6 +46,8 @@ class ModelConfig:
                 raise ValueError(f"{field.name} must be a positive number, not {value!r}")
             elif field.type == "str" and not isinstance(value, str):
                 raise ValueError(f"{field.name} must be a string, not {value!r}")
+        for dim in self.matryoshka_dimensions:
+            whole_number("every one of matryoshka_dimensions", dim)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -53,12 +58,13 @@ class ModelConfig:
 
     @property
     def matryoshka_dims(self) -> tuple[int, ...]:
-        """The recommended embedding sizes: powers of two from 8 below ``hidden_size``, and ``hidden_size`` itself.
+        """The recommended embedding sizes, ascending: those stated in ``config.json``, and ``hidden_size`` itself.
 
-        These are the sizes the family is trained at (paper arXiv:2603.19223, Matryoshka section).
+        Where none are stated, they are those the family is trained at, powers of two from 8 (paper arXiv:2603.19223,
+        Matryoshka section). Sizes above ``hidden_size``, which pruning leaves behind, are left out.
         """
-        powers = [2**n for n in range(3, 31) if 2**n < self.hidden_size]
-        return (*powers, self.hidden_size)
+        dims = self.matryoshka_dimensions or [2**n for n in range(3, 31)]
+        return (*sorted({dim for dim in dims if dim < self.hidden_size}), self.hidden_size)
 
     @classmethod
     def from_release(cls, path: str | Path) -> ModelConfig:
@@ -103,12 +109,16 @@ class ModelConfig:
         if missing:
             raise ReleaseError(f"{source}: missing {', '.join(missing)}")
         rope_theta = _rope_theta(values, source)
+        dims = values.get("matryoshka_dimensions") or []
+        if not isinstance(dims, list):
+            raise ReleaseError(f"{source}: matryoshka_dimensions must be a list, not {dims!r}")
         try:
             config = cls(
                 **{name: values[name] for name in required},
                 rope_theta=rope_theta,
                 max_position_embeddings=values.get("max_position_embeddings", cls.max_position_embeddings),
                 dtype=values.get("dtype") or values.get("torch_dtype") or "float32",
+                matryoshka_dimensions=tuple(dims),
             )
         except ValueError as error:
             raise ReleaseError(f"{source}: {error}") from error
@@ -119,10 +129,12 @@ class ModelConfig:
         """The contents of a ``config.json`` that transformers 4.51 and later, and 5, read as the same model.
 
         Keys that changed between the two are written in both spellings: ``rope_theta`` and ``rope_parameters``,
-        ``torch_dtype`` and ``dtype``.
+        ``torch_dtype`` and ``dtype``. Matryoshka sizes, if they are stated, are written as vLLM reads them.
         """
         sizes = dataclasses.asdict(self)
         rope_theta, dtype = sizes.pop("rope_theta"), sizes.pop("dtype")
+        stated = sizes.pop("matryoshka_dimensions")
+        matryoshka = {"is_matryoshka": True, "matryoshka_dimensions": list(self.matryoshka_dims)} if stated else {}
         return {
             "architectures": ["Qwen3Model"],
             "model_type": "qwen3",
@@ -140,6 +152,7 @@ class ModelConfig:
             "torch_dtype": dtype,
             "use_cache": True,
             "use_sliding_window": False,
+            **matryoshka,
         }
 
 

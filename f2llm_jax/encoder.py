@@ -174,7 +174,7 @@ class Encoder:
             prompt_name: which of ``prompts`` to prepend to each text; default ``default_prompt_name``.
             prompt: the text to prepend to each; takes precedence over ``prompt_name``.
             dim: Matryoshka size: embeddings are truncated to the first ``dim`` values, then normalised. Default and
-                limit: the hidden size. Any size works; ``config.matryoshka_dims`` are those the family is trained at.
+                limit: the hidden size. Any size works; ``config.matryoshka_dims`` are those the model is trained at.
             max_length: longer texts are truncated to this many tokens, EOS included, and reported once per call as a
                 warning.
             batch_tokens: tokens per batch (rows · length); larger batches take more memory.

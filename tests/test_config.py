@@ -170,6 +170,18 @@ def test_matryoshka_dims():
     assert MODELS["80M"].matryoshka_dims == (8, 16, 32, 64, 128, 256, 320)
     assert MODELS["0.6B"].matryoshka_dims == (8, 16, 32, 64, 128, 256, 512, 1024)
     assert dataclasses.replace(TINY, hidden_size=4).matryoshka_dims == (4,)
+    assert "matryoshka_dimensions" not in TINY.to_hf()
+
+
+def test_matryoshka_dims_of_the_config():
+    config = ModelConfig.from_hf(hf(matryoshka_dimensions=[TINY.hidden_size, 32, 8]))
+    assert config.matryoshka_dims == (8, 32, TINY.hidden_size)
+    assert config == TINY and hash(config) == hash(TINY)  # the same programs and weights
+    small = dataclasses.replace(config, hidden_size=16)  # as pruning does
+    assert small.matryoshka_dims == (8, 16) and small.to_hf()["matryoshka_dimensions"] == [8, 16]
+    for wrong in (8, [8, "16"], [0]):
+        with pytest.raises(ReleaseError, match=r"somewhere/config\.json: .*matryoshka_dimensions must be"):
+            ModelConfig.from_hf(hf(matryoshka_dimensions=wrong), source="somewhere/config.json")
 
 
 def test_a_config_cannot_be_changed():

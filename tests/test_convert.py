@@ -175,6 +175,23 @@ def test_config_reads_in_transformers_4_and_5(tmp_path: Path) -> None:
     assert (values["eos_token_id"], values["pad_token_id"]) == (5, 3)
 
 
+def test_matryoshka_sizes_go_both_ways(tmp_path: Path) -> None:
+    """As vLLM reads them: the sizes that a request may ask for, or, without any, all of them."""
+    release = write_release(tmp_path / "r")
+    edit_json(release / "config.json", is_matryoshka=True, matryoshka_dimensions=[8, 16, 96])
+    back = round_trip(release, tmp_path)
+    values = json.loads((back / "config.json").read_text())
+    assert (values["is_matryoshka"], values["matryoshka_dimensions"]) == (True, [8, 16, 96])
+    assert read_release(back).config.matryoshka_dims == (8, 16, 96)
+    assert "Matryoshka sizes: 8, 16, 96." in (back / "README.md").read_text()
+    model, loading = transformers.AutoModel.from_pretrained(back, output_loading_info=True)
+    assert model.config.matryoshka_dimensions == [8, 16, 96] and not any(loading.values())
+
+    edit_json(release / "config.json", matryoshka_dimensions=None)
+    values = json.loads((convert_release(release, tmp_path / "any", to="flax") / "config.json").read_text())
+    assert values["is_matryoshka"] is True and "matryoshka_dimensions" not in values
+
+
 def test_release_is_complete(tmp_path: Path) -> None:
     release = write_release(tmp_path / "r")
     (release / "sentence_bert_config.json").write_text('{"max_seq_length": 77, "do_lower_case": false}')

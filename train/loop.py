@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import warnings
@@ -336,11 +337,17 @@ def export_run(
     dtype: str | None = None,
     force: bool = False,
 ) -> Path:
-    """Writes trained parameters as a release, by default in the dtype of the one training began with."""
+    """Writes trained parameters as a release, by default in the dtype of the one training began with.
+
+    It states the Matryoshka sizes it was trained at; without any, those of the one training began with.
+    """
+    model = release.config
+    if config.loss.mrl_dims:
+        model = dataclasses.replace(model, matryoshka_dimensions=(*config.loss.mrl_dims, model.hidden_size))
     prompts = None if config.query_prompt == "" else {"query": config.query_prompt or "", "document": ""}
     return export_release(
         params,
-        release.config,
+        model,
         out,
         like=release.path,
         dtype=dtype or release.config.dtype,
