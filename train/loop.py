@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import math
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +28,7 @@ from f2llm_jax.convert.load import load_params, open_checkpoint
 from f2llm_jax.convert.table import tensor_table
 from f2llm_jax.errors import F2LLMError, InputError, ReleaseError, warn
 from f2llm_jax.files import local_path, take_lock
-from f2llm_jax.model import Params
+from f2llm_jax.model import Params, count_parameters
 from f2llm_jax.release import Release, find_release, read_release
 from f2llm_jax.sharding import padded_config, replicated
 from f2llm_jax.tokens import Tokenizer
@@ -50,6 +52,8 @@ from f2llm_jax.train.validation import make_evaluate, validate
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 
 # Steps dispatched before the metrics of an older one are fetched.
 _IN_FLIGHT = 2
@@ -87,11 +91,13 @@ def train(
     resume: bool = False,
     export: str | Path | None = None,
     show_progress: bool = False,
+    on_scalars: Callable[[int, Mapping[str, float]], None] | None = None,
 ) -> Outcome:
     """Trains a model.
 
     Losses are looked at two steps late, so that the device never waits for the host. SIGTERM saves a checkpoint and
-    stops, also within a validation, which a resumed run does anew.
+    stops, also within a validation, which a resumed run does anew. The first process logs, as INFO of the logger
+    ``f2llm_jax``, what it begins with, a line every ``every.log`` steps, and the averages of each validation.
 
     Args:
         config: the run.
@@ -100,6 +106,8 @@ def train(
         resume: go on from the last checkpoint in ``out``, if there is one.
         export: a folder to write the trained model to, as a release.
         show_progress: a progress bar on standard error.
+        on_scalars: called in the first process with a step and what was just written of it to ``scalars.jsonl``, by
+            name: to hand it on to Weights & Biases, say. A resumed run repeats the steps after its last checkpoint.
 
     Raises:
         TrainingError: a loss or a gradient is not finite.
@@ -129,6 +137,7 @@ def train(
 
     with _claimed(out), jax.set_mesh(mesh), Checkpoints(out / "checkpoints", keep=config.every.keep) as checkpoints:
         step = _first_step(config, release, checkpoints, total, resume=resume)
+        _log(_introduction(config, release.config, mesh, step, total))
         if step:
             state, position = checkpoints.restore(step, like)
             loader.set_state(position)
@@ -137,8 +146,8 @@ def train(
         distilled = teacher is not None or config.teacher_states is not None
         meter = Meter(release.config, None if teacher is None else teacher.config, distilled=distilled)
         bar = tqdm(total=total, initial=step, unit="step", disable=not show_progress)
-        with Scalars(out, step) as scalars, Preemption() as preemption, bar:
-            under_way = _UnderWay(config.every.log, schedule, checkpoints, meter, scalars, bar)
+        with Scalars(out, step, on_scalars) as scalars, Preemption() as preemption, bar:
+            under_way = _UnderWay(config, total, schedule, checkpoints, meter, scalars, bar)
             validations = _validations(config.every.validation, total) - ({step} if scalars.validated else set())
 
             def save() -> None:
@@ -155,15 +164,19 @@ def train(
                 if values is not None:
                     scalars.write(step, values)
                     validations.remove(step)
+                    _log(f"step {step}/{total}: validation: {_averages(values)}")
 
             if step in validations:  # an earlier start was stopped before or in it
                 write_validation()
-            items = iter(loader)
+            items, first = iter(loader), step + 1
             while step < total and not preemption.reached():
                 item = next(items)
                 batch = global_batch(item.batch, mesh)
+                begin = time.perf_counter()
                 state, metrics = update(state, batch, teacher and teacher.params, in_batch=item.task == "retrieval")
                 step += 1
+                if step == first:
+                    _log(f"step {step}/{total}: compiled in {time.perf_counter() - begin:.1f} s")
                 under_way.add(Step(step, item.dataset, item.task, Work.of(item.batch), metrics))
                 validates = step in validations and step < total
                 if config.every.checkpoint and (step % config.every.checkpoint == 0 or validates):
@@ -178,6 +191,25 @@ def train(
         if finished and export is not None:
             export_run(state.params, config, release, export)
         return Outcome(step, total, checkpoints.path(step), finished)
+
+
+def _log(message: str) -> None:
+    """A line of the log, for all processes by the first."""
+    if jax.process_index() == 0:
+        logger.info(message)
+
+
+def _introduction(config: TrainConfig, model: ModelConfig, mesh: Mesh, step: int, total: int) -> str:
+    sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}, processes: {jax.process_count()}"
+    return (
+        f"training {config.model}, {count_parameters(model):,} parameters, on {sizes} ({devices}): {total:,} steps of "
+        f"{config.data.batch_size:,} queries" + (f", going on from step {step:,}" if step else "")
+    )
+
+
+def _averages(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in values.items() if name.startswith("Avg/"))
 
 
 @contextlib.contextmanager
@@ -204,14 +236,15 @@ class _UnderWay:
 
     def __init__(
         self,
-        log_every: int,
+        config: TrainConfig,
+        total: int,
         schedule: optax.Schedule,
         checkpoints: Checkpoints,
         meter: Meter,
         scalars: Scalars,
         bar: tqdm,
     ):
-        self._log_every, self._schedule = log_every, schedule
+        self._config, self._total, self._schedule = config, total, schedule
         self._checkpoints, self._meter, self._scalars, self._bar = checkpoints, meter, scalars, bar
         self._steps: deque[Step] = deque()
 
@@ -229,9 +262,21 @@ class _UnderWay:
             rate = f"loss {metrics['loss']:.3f}, {self._meter.examples_per_second:,.0f} examples/s"
             self._bar.set_postfix_str(rate, refresh=False)
             self._bar.update()
-            if self._log_every and done.number % self._log_every == 0:
-                learning_rate = float(self._schedule(done.number - 1))
-                self._scalars.write(done.number, {"lr": learning_rate, **self._meter.scalars()})
+            if self._config.every.log and done.number % self._config.every.log == 0:
+                losses = self._meter.losses()
+                values = {"lr": float(self._schedule(done.number - 1)), **self._meter.scalars()}
+                self._scalars.write(done.number, values)
+                _log(self._line(done.number, losses, values))
+
+    def _line(self, step: int, losses: dict[str, float], values: dict[str, float]) -> str:
+        loss, *terms = (f"{name} {value:.4f}" for name, value in losses.items())
+        rate = values["throughput/examples_per_second"]
+        left = self._bar.format_interval((self._total - step) * self._config.data.batch_size / rate)
+        return (
+            f"step {step}/{self._total}: {loss} ({', '.join(terms)}), grad_norm {values['grad_norm']:.3g}, "
+            f"lr {values['lr']:.3g}, {rate:,.1f} examples/s, {values['throughput/tokens_per_second']:,.0f} tokens/s, "
+            f"ETA {left}"
+        )
 
 
 def _validations(interval: int, total: int) -> set[int]:

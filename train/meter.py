@@ -93,6 +93,7 @@ class Meter:
 
     def _reset(self) -> None:
         self._losses: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
+        self._terms: dict[str, list[float]] = defaultdict(list)
         self._grad_norms: list[float] = []
         self._work: list[Work] = []
         self._start = time.perf_counter()
@@ -101,7 +102,10 @@ class Meter:
         """Adds a step whose metrics have arrived."""
         wanted = {"hard"} | ({"in_batch"} if step.task == "retrieval" else set())
         wanted |= {"distill"} if self._distilled else set()
-        self._losses[step.task, step.dataset].append({LOSSES[name]: metrics[name] for name in LOSSES if name in wanted})
+        terms = {name: metrics[name] for name in LOSSES if name in wanted}
+        self._losses[step.task, step.dataset].append({LOSSES[name]: value for name, value in terms.items()})
+        for name, value in {"loss": metrics["loss"], **terms}.items():
+            self._terms[name].append(value)
         self._grad_norms.append(metrics["grad_norm"])
         self._work.append(step.work)
 
@@ -115,6 +119,10 @@ class Meter:
     @property
     def examples_per_second(self) -> float:
         return sum(work.examples for work in self._work) / (time.perf_counter() - self._start)
+
+    def losses(self) -> dict[str, float]:
+        """The means of ``loss`` and of its terms since the last ``scalars``, each over the steps that have it."""
+        return {name: float(np.mean(values)) for name, values in self._terms.items()}
 
     def scalars(self) -> dict[str, float]:
         """The means since the last call: losses by dataset and task as the reference names them, and throughput."""

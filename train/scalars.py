@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -23,12 +24,14 @@ class Scalars:
     Args:
         folder: of the run.
         step: updates made before.
+        on_scalars: called in the first process with every step and values that were written.
 
     Attributes:
         validated: whether an earlier start has validated after ``step``; the same in every process.
     """
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, step: int, on_scalars: Callable[[int, Mapping[str, float]], None] | None = None):
+        self._on_scalars = on_scalars
         self._close = contextlib.ExitStack()
         self._first = jax.process_index() == 0
         validated = False
@@ -63,6 +66,8 @@ class Scalars:
         self._events.flush()
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         self._lines.flush()
+        if self._on_scalars is not None:
+            self._on_scalars(step, values)
 
 
 def read_scalars(folder: Path) -> list[dict[str, float]]:

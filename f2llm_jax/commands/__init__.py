@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -67,7 +68,7 @@ def check_output(output: Path, inputs: Iterable[str], *, force: bool) -> None:
 
 def add_progress(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--quiet", action="store_true", help="no progress bar")
+    group.add_argument("--quiet", action="store_true", help="show no progress")
     group.add_argument("--progress", action="store_true", help="a progress bar even if stderr is no terminal")
 
 
@@ -166,6 +167,29 @@ def dtype_of(args: argparse.Namespace) -> str:
     if (faster := FASTER_IN_BFLOAT16.get(jax.default_backend())) is not None:
         note(f"float32; --dtype bfloat16 is {faster}")
     return "float32"
+
+
+@contextlib.contextmanager
+def show_log(args: argparse.Namespace) -> Iterator[None]:
+    """Shows what this package logs on standard error, above a progress bar if there is one; with --quiet nothing."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    if args.quiet:
+        yield
+        return
+    logger, handler = logging.getLogger("f2llm_jax"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # libraries put a handler on the root, which would say everything twice
+    logger.addHandler(handler)
+    try:
+        with logging_redirect_tqdm([logger]):
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = True
+        logger.setLevel(level)
 
 
 def load_model(args: argparse.Namespace) -> Encoder:

@@ -4,9 +4,9 @@ RECIPE is a Python file with a function get_config() that returns a TrainConfig,
 f2llm (--list); tiny is for what f2llm demo --folder tiny writes. --set changes single values:
 --set optim.learning_rate=1e-5 --set loss.mrl_dims=8,16,32
 
-OUT gets checkpoints/, tensorboard/ (tensorboard --logdir OUT) and scalars.jsonl. With --resume auto, the same command
-starts a run or goes on with it: after a kill the next batch is the very next batch, also on another mesh. While a run
-goes on, others are kept out of OUT.
+OUT gets checkpoints/, tensorboard/ (tensorboard --logdir OUT) and scalars.jsonl, and standard error a line for every
+every.log steps and for each validation. With --resume auto, the same command starts a run or goes on with it: after a
+kill the next batch is the very next batch, also on another mesh. While a run goes on, others are kept out of OUT.
 
 Exit status: 0 when all steps are done; 143 after a SIGTERM, which saves a checkpoint and cuts a validation short: start
 again with --resume auto, which does the validation anew and exports; 2 after an error. A loss that is not finite is
@@ -20,7 +20,15 @@ import contextlib
 import signal
 from typing import TYPE_CHECKING
 
-from f2llm_jax.commands import add_processes, add_progress, add_settings, needs_extra, show_progress, start_processes
+from f2llm_jax.commands import (
+    add_processes,
+    add_progress,
+    add_settings,
+    needs_extra,
+    show_log,
+    show_progress,
+    start_processes,
+)
 from f2llm_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -67,7 +75,7 @@ def _train(config: TrainConfig, args: argparse.Namespace) -> int:
         from f2llm_jax.train.source import open_loader, with_query_prompt
 
     config = with_query_prompt(config)
-    with contextlib.closing(open_loader(config)) as loader:
+    with contextlib.closing(open_loader(config)) as loader, show_log(args):
         outcome = train(
             config,
             loader,
