@@ -96,8 +96,10 @@ def read_release(path: Path) -> Release:
     """Reads everything but the weights, and checks that this package supports the model.
 
     Raises:
-        ReleaseError: a file is missing or damaged, or requests another pooling, architecture or module.
+        ReleaseError: a file is missing or damaged, or requests another pooling, architecture or module; or the folder
+            is of a training run.
     """
+    _refuse_training_run(path)
     config = ModelConfig.from_release(path)
     _check_modules(path, config)
     prompts, default_prompt_name = _read_prompts(path)
@@ -118,6 +120,20 @@ def pick_prompt(prompts: dict[str, str], default_name: str | None, name: str | N
     if name not in prompts:
         raise InputError(f"no prompt named {name!r}; there are {', '.join(map(repr, prompts))}")
     return prompts[name]
+
+
+def _refuse_training_run(path: Path) -> None:
+    """A run's folder, or one of its checkpoints, has no config.json; it takes f2llm average to make a model of them."""
+    if (path / "config.json").exists():
+        return
+    if (path / "params").is_dir() and (path / "optimizer").is_dir():
+        run = path.absolute().parent.parent
+        raise ReleaseError(
+            f"{path} is a checkpoint of a training run, no model: f2llm average {run} OUT --steps {path.name} makes "
+            "one of it"
+        )
+    if (path / "checkpoints").is_dir():
+        raise ReleaseError(f"{path} is a training run, no model: f2llm average {path} OUT makes one of it")
 
 
 def _check_modules(path: Path, config: ModelConfig) -> None:

@@ -120,6 +120,13 @@ def test_what_does_not_fit_is_refused(setting, message):
         override(BASE, [setting])
 
 
+@pytest.mark.parametrize("interval", ["validation", "checkpoint"])
+def test_the_best_checkpoint_needs_validation(interval):
+    best = "every.keep_best=Avg/retrieval/valid_accuracy"
+    with pytest.raises(InputError, match=f"{best} compares .* neither every.validation nor every.checkpoint can be 0"):
+        override(BASE, [best, f"every.{interval}=0"])
+
+
 def test_a_config_goes_through_json():
     config = override(recipe(2, "80M"), ["mesh.fsdp=4", "loss.mrl_dims=8,16"])
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import errno
 import fcntl
+import functools
 import itertools
 import json
+import logging
 import os
 import shutil
 import signal
@@ -20,6 +22,7 @@ from unittest.mock import Mock
 import jax
 import numpy as np
 import pytest
+import transformers
 from compilation import quick_environment
 from jax.experimental import multihost_utils
 from raw_data import rows, write_raw
@@ -33,15 +36,16 @@ from f2llm_jax.errors import InputError
 from f2llm_jax.files import local_path, take_lock
 from f2llm_jax.planning.counts import forward_flops
 from f2llm_jax.train.checkpoint import Checkpoints
-from f2llm_jax.train.config import MeshConfig
+from f2llm_jax.train.config import MeshConfig, TrainConfig
 from f2llm_jax.train.data import DataLoader
-from f2llm_jax.train.loop import _claimed
+from f2llm_jax.train.loop import _claimed, train
 from f2llm_jax.train.meter import Work, by_dataset
 from f2llm_jax.train.placement import make_train_mesh
 from f2llm_jax.train.prepare import prepare
 from f2llm_jax.train.records import Settings
-from f2llm_jax.train.scalars import Scalars, read_scalars
+from f2llm_jax.train.scalars import Scalars, best_step, read_scalars
 from f2llm_jax.train.teacher import check_tokenizer
+from f2llm_jax.train.validation import scalar_names
 
 PROCESS = Path(__file__).with_name("train_process.py")
 
@@ -59,6 +63,9 @@ SETTINGS = {
     "every.checkpoint": 3,
     "every.keep": 3,
 }
+
+# Of the one example held back there are no others in its batch: 0 at every validation, and the first is the best.
+BEST = "Avg/retrieval/valid_loss_in_batch"
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +92,8 @@ def command(data, tiny_release):
 def whole(command, tmp_path_factory) -> Path:
     """A run from beginning to end, and ``export`` in its folder."""
     out = tmp_path_factory.mktemp("whole")
-    assert main(["train", *command(out, "--export", str(out / "export"))]) == 0
+    settings = {"every.keep_best": BEST}
+    assert main(["train", *command(out, "--export", str(out / "export"), **settings)]) == 0
     return out
 
 
@@ -115,6 +123,10 @@ def run_process(arguments: list[str], **options: object) -> subprocess.Popen:
     environment = quick_environment(4 if "port" in options else None)
     process = [sys.executable, str(PROCESS), json.dumps(options), *arguments]
     return subprocess.Popen(process, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def kept(run: Path) -> list[int]:
+    return sorted(int(folder.name) for folder in (run / "checkpoints").iterdir())
 
 
 def copy_until(run: Path, out: Path, step: int) -> Path:
@@ -164,7 +176,7 @@ def test_a_run_logs_what_the_reference_logs(whole):
     assert "throughput/mfu_estimate" not in throughput  # nobody knows a CPU's peak
 
 
-def test_a_run_validates_every_dataset(whole):
+def test_a_run_validates_every_dataset(whole, data):
     assert validated(whole) == [5, 10, STEPS]
     lines = [line for line in read_scalars(whole) if "lr" not in line]
     names = {"aya": ("accuracy", "loss_hard", "loss_in_batch"), "imdb": ("accuracy", "loss_hard")}
@@ -175,6 +187,7 @@ def test_a_run_validates_every_dataset(whole):
     for line in lines:
         assert line.keys() == {"step", *expected}
         assert 0 <= line["aya/valid_accuracy"] <= 1
+    assert set(scalar_names(Settings.read(data).datasets)) == expected
 
 
 def test_tensorboard_has_the_same_scalars(whole):
@@ -186,15 +199,19 @@ def test_tensorboard_has_the_same_scalars(whole):
         assert found[key] == pytest.approx(value, rel=1e-6)
 
 
-def test_checkpoints_are_kept_and_exported(whole, tiny_release):
-    """Among them that before a validation, of step 10."""
-    assert sorted(int(folder.name) for folder in (whole / "checkpoints").iterdir()) == [9, 10, STEPS]
+def test_checkpoints_are_kept_and_exported(whole, tiny_release, capsys):
+    """Among them that before a validation, of step 10, and the best, of step 5."""
+    assert kept(whole) == [5, 9, 10, STEPS]
     trained = load_params(open_checkpoint(whole / "checkpoints" / str(STEPS)), TINY)
     exported = f2llm_jax.load(whole / "export")
     jax.tree.map(np.testing.assert_array_equal, trained, exported.params)
     before = f2llm_jax.load(tiny_release)
     assert exported.prompts == before.prompts
     assert np.abs(exported.encode("a quick fox") - before.encode("a quick fox")).max() > 1e-3
+    config = transformers.AutoConfig.from_pretrained(whole / "export")
+    assert (config.is_matryoshka, config.matryoshka_dimensions) == (True, [32, 96])
+    assert main(["info", str(whole / "export")]) == 0
+    assert "  32 96\n" in capsys.readouterr().out
 
 
 def test_average_is_the_mean_of_the_last_checkpoints(whole, tmp_path, capsys, caplog, monkeypatch, hub_of_settings):
@@ -207,10 +224,54 @@ def test_average_is_the_mean_of_the_last_checkpoints(whole, tmp_path, capsys, ca
     parts = [load_params(open_checkpoint(whole / "checkpoints" / str(step)), TINY) for step in (10, STEPS)]
     mean = f2llm_jax.load(tmp_path / "mean").params
     jax.tree.map(lambda x, a, b: np.testing.assert_allclose(x, (a + b) / 2, rtol=1e-6, atol=1e-9), mean, *parts)
-    assert main(["average", str(whole), str(tmp_path / "more"), "--last", "4"]) == 2
-    assert "holds 3 checkpoints, not 4" in capsys.readouterr().err
+    assert main(["average", str(whole), str(tmp_path / "more"), "--last", "5"]) == 2
+    assert "holds 4 checkpoints, not 5" in capsys.readouterr().err
     assert main(["average", str(tmp_path), str(tmp_path / "more")]) == 2
     assert "holds no run" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_ones_choice_is_exported(whole, tmp_path, capsys):
+    def exported(*which: str) -> tuple[dict, str]:
+        out = tmp_path / "-".join(which)
+        assert main(["average", str(whole), str(out), *which]) == 0
+        return load_params(open_checkpoint(out), TINY), capsys.readouterr().out.removeprefix(f"{out}: ")
+
+    params = {step: load_params(open_checkpoint(whole / "checkpoints" / str(step)), TINY) for step in (5, 9, 10)}
+    found, said = exported("--best")
+    assert said == "step 5\n"
+    jax.tree.map(np.testing.assert_array_equal, found, params[5])
+    found, said = exported("--steps", "10,9")
+    assert said == "the mean of steps 9, 10\n"
+    assert_means = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-9)
+    jax.tree.map(lambda x, a, b: assert_means(x, (a + b) / 2), found, params[9], params[10])
+
+
+def test_what_is_no_checkpoint_is_not_exported(whole, tmp_path, capsys, monkeypatch):
+    def refused(message: str, *arguments: object) -> None:
+        assert main([*map(str, arguments)]) == 2
+        assert message in capsys.readouterr().err
+
+    average = ("average", whole, tmp_path / "out")
+    held = f"{whole / 'checkpoints'} has no checkpoint of step"
+    refused(f"{held} 6, but of steps 5, 9, 10, 11\n", *average, "--steps", "6,9")
+    with pytest.raises(SystemExit):
+        refused("", *average, "--steps", "9,x")
+    assert "argument --steps: takes steps like 1000,1500, not '9,x'" in capsys.readouterr().err
+    (whole / "scalars.jsonl").rename(tmp_path / "scalars.jsonl")
+    refused("has no checkpoint yet that was validated: --steps takes some of steps 5, 9,", *average, "--best")
+    (tmp_path / "scalars.jsonl").rename(whole / "scalars.jsonl")
+    for folder in (whole / "checkpoints" / "9", whole):  # where a model is expected
+        refused(f"f2llm average {whole} OUT", "convert", folder, tmp_path / "out", "--to", "flax")
+    refused(f"f2llm average {whole} OUT --steps 9 makes", "info", whole / "checkpoints" / "9")
+    read = Checkpoints.read_config
+    monkeypatch.setattr(Checkpoints, "read_config", lambda *args: without_best(read(*args)))
+    refused("was trained with every.keep_best=none", *average, "--best")
+    (tmp_path / "new" / "checkpoints").mkdir(parents=True)
+    refused("checkpoints holds no checkpoint yet\n", "average", tmp_path / "new", tmp_path / "out")
+
+
+def without_best(config: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(config, every=dataclasses.replace(config.every, keep_best=None))
 
 
 # --- interrupted
@@ -300,15 +361,27 @@ def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path, monkeypatch,
 # --- elsewhere
 
 
-def test_a_run_goes_on_on_another_mesh(command, whole, tmp_path, capsys):
-    out = copy_until(whole, tmp_path / "run", 9)
-    settings = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "every.validation": 0}
+def test_a_run_goes_on_on_another_mesh(command, whole, tmp_path, capsys, monkeypatch):
+    """And keeps the best checkpoint, of before; what it does goes to standard error, once, and to a function."""
+    monkeypatch.setattr(logging.root, "handlers", [logging.StreamHandler()])  # as libraries do
+    out, seen = copy_until(whole, tmp_path / "run", 9), []
+    monkeypatch.setattr("f2llm_jax.train.loop.validate", lambda *args, **options: {BEST: 0.5})
+    heard = functools.partial(train, on_scalars=lambda step, values: seen.append({"step": step, **values}))
+    monkeypatch.setattr("f2llm_jax.train.loop.train", heard)
+    settings = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "every.keep": 1, "every.keep_best": BEST}
     assert main(["train", *command(out, "--resume", "auto", **settings)]) == 0
-    warning = capsys.readouterr().err
-    assert (
-        "another config: mesh.data: 0 -> 2, mesh.fsdp: 1 -> 2, mesh.tensor: 1 -> 2, every.validation: 5 -> 0" in warning
-    )
+    error = capsys.readouterr().err
+    assert "another config: mesh.data: 0 -> 2, mesh.fsdp: 1 -> 2, mesh.tensor: 1 -> 2, every.keep: 3 -> 1" in error
     assert_close(out, whole)
+    assert kept(out) == [5, STEPS]
+    begin, *_ = lines = [line.split(" ", 2)[2] for line in error.splitlines() if not line.startswith("f2llm: ")]
+    assert "298,848 parameters, on data=2 fsdp=2 tensor=2 (8 x cpu, processes: 1): " in begin
+    assert begin.endswith(": 11 steps of 8 queries, going on from step 9")
+    assert [line.split(" ")[1] for line in lines[1:]] == [f"{step}/{STEPS}:" for step in (10, 10, 10, STEPS, STEPS)]
+    assert "compiled in " in lines[1] and f"validation: {BEST} 0.5000" in lines[3]
+    last = seen[-2]
+    assert f"lr {last['lr']:.3g}, {last['throughput/examples_per_second']:,.1f} examples/s, " in lines[4]
+    assert seen == read_scalars(out)[-4:]
 
 
 def test_a_run_goes_on_with_two_processes(command, whole, tmp_path):
@@ -327,10 +400,13 @@ def test_a_run_goes_on_with_two_processes(command, whole, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *ends)
 
 
-def test_a_run_that_is_done_is_exported_and_not_validated_again(command, whole, tmp_path):
+def test_a_run_that_is_done_is_exported_and_not_validated_again(command, whole, tmp_path, capsys):
     out = copy_until(whole, tmp_path / "run", STEPS)
     scalars = (out / "scalars.jsonl").read_text()
-    assert main(["train", *command(out, "--resume", "auto", "--export", str(tmp_path / "again"), max_steps=STEPS)]) == 0
+    arguments = command(out, "--quiet", "--resume", "auto", "--export", str(tmp_path / "again"), max_steps=STEPS)
+    assert main(["train", *arguments]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("f2llm: warning: going on from step")
     assert (out / "scalars.jsonl").read_text() == scalars
     ends = [f2llm_jax.load(folder).params for folder in (tmp_path / "again", whole / "export")]
     jax.tree.map(np.testing.assert_array_equal, *ends)
@@ -392,6 +468,7 @@ def test_bfloat16_with_a_teacher_and_cached_gradients(command, tmp_path, layout)
             "loss.mrl_dims=16,256 must be within 1..96, the hidden size of model=",
         ),
         ({"loss.mrl_dims": "0"}, ": --set loss.mrl_dims=8,16,32,64\n"),
+        ({"every.keep_best": "valid_loss"}, "which gives Avg/classification/valid_loss_hard, "),
         ({"model": "nowhere"}, "nowhere is neither a folder nor a hub id"),
     ],
 )
@@ -491,6 +568,18 @@ def test_averages_are_over_datasets():
     }
     averages = {"Avg/retrieval/valid_x": 5.0, "Avg/clustering/valid_x": 5.0}
     assert by_dataset("valid", results) == {"a/valid_x": 2.0, "b/valid_x": 8.0, "c/valid_x": 5.0, **averages}
+
+
+def test_the_best_step_is_the_highest_or_of_the_lowest_loss(tmp_path):
+    values = {2: 0.5, 4: 0.9, 5: 0.9, 6: float("nan"), 8: 0.2}
+    with Scalars(tmp_path, 0) as scalars:
+        for step, value in values.items():
+            scalars.write(step, {"lr": 1.0, "grad_norm": 0.0})
+            scalars.write(step, {"accuracy": value, "loss": value})
+        assert scalars.best_step("accuracy", range(9)) == 4
+    assert best_step(tmp_path, "loss", range(9)) == 8
+    assert best_step(tmp_path, "loss", [2, 5, 6]) == 2
+    assert best_step(tmp_path, "loss", [6, 7]) is None
 
 
 def test_scalars_of_steps_to_be_done_again_are_taken_back(tmp_path):

@@ -1,8 +1,8 @@
-"""The mean of a run's last checkpoints, as a release."""
+"""Checkpoints of a run as a release: one of them, or the mean of several."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import jax
@@ -14,10 +14,18 @@ from f2llm_jax.model import Params
 from f2llm_jax.release import find_release, read_release
 from f2llm_jax.train.checkpoint import Checkpoints
 from f2llm_jax.train.loop import export_run
+from f2llm_jax.train.scalars import best_step
 
 
 def average_run(
-    run: Path, out: str | Path, *, last: int = 3, dtype: str | None = None, force: bool = False
+    run: Path,
+    out: str | Path,
+    *,
+    last: int = 3,
+    steps: Collection[int] | None = None,
+    best: bool = False,
+    dtype: str | None = None,
+    force: bool = False,
 ) -> list[int]:
     """Averages checkpoints in float32 and writes the result as a release.
 
@@ -27,6 +35,8 @@ def average_run(
         run: the folder of a run, which may still be going on.
         out: the folder to write.
         last: how many checkpoints, counted from the last.
+        steps: those of these steps, instead of the last.
+        best: the best one by the run's ``every.keep_best``, instead of the last.
         dtype: to write; default that of the release that training began with.
         force: replace ``out`` if it is a model folder.
 
@@ -34,20 +44,48 @@ def average_run(
         The steps that went into it.
 
     Raises:
-        InputError: there are not as many checkpoints, or ``out`` exists.
+        InputError: there are not as many checkpoints, none of such a step or no best one, or ``out`` exists.
     """
     folder = run / "checkpoints"
     if not folder.is_dir():
         raise InputError(f"{run} holds no run: there is no {folder}")
     with Checkpoints(folder, read_only=True) as checkpoints:
-        steps = checkpoints.steps[-last:]
-        if len(steps) < last:
-            raise InputError(f"{folder} holds {len(steps)} checkpoints, not {last}")
-        config = checkpoints.read_config(steps[-1])
+        if not checkpoints.steps:
+            raise InputError(f"{folder} holds no checkpoint yet")
+        if best:
+            chosen = [_best(checkpoints, run)]
+        elif steps is not None:
+            chosen = sorted(set(steps))
+        else:
+            chosen = checkpoints.steps[-last:]
+            if len(chosen) < last:
+                raise InputError(f"{folder} holds {len(chosen)} checkpoints, not {last}")
+        if missing := [step for step in chosen if step not in checkpoints.steps]:
+            raise InputError(f"{folder} has no checkpoint of {_listed(missing)}, but of {_listed(checkpoints.steps)}")
+        config = checkpoints.read_config(chosen[-1])
         release = read_release(find_release(config.model, weights=False))
-        mean = mean_params((checkpoints.path(step) for step in steps), release.config)
+        mean = mean_params((checkpoints.path(step) for step in chosen), release.config)
     export_run(mean, config, release, out, dtype=dtype, force=force)
-    return steps
+    return chosen
+
+
+def _best(checkpoints: Checkpoints, run: Path) -> int:
+    """The step of the checkpoint that ``every.keep_best`` keeps."""
+    steps = checkpoints.steps
+    name = checkpoints.read_config(steps[-1]).every.keep_best
+    if name is None:
+        raise InputError(
+            f"{run} was trained with every.keep_best=none, which says nothing of the best: --steps takes some of "
+            f"{_listed(steps)}"
+        )
+    best = best_step(run, name, steps)
+    if best is None:
+        raise InputError(f"{run} has no checkpoint yet that was validated: --steps takes some of {_listed(steps)}")
+    return best
+
+
+def _listed(steps: Collection[int]) -> str:
+    return f"step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))}"
 
 
 def mean_params(folders: Iterable[Path], config: ModelConfig) -> Params:

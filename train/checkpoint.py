@@ -2,18 +2,20 @@
 
 ``DIR/STEP`` holds ``params`` and ``optimizer`` (arrays), ``data`` (where the loader stands) and ``config`` (JSON). It
 appears when it is complete: what a kill leaves behind has another name, and is removed at the next start.
-``f2llm_jax.convert`` reads a step folder's parameters as it reads a converted model's.
+It is no model folder, as it lacks config and tokenizer: ``train.average`` makes a release of it, for which
+``convert.load`` reads the parameters.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import LatestN
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from f2llm_jax.convert.orbax import PARAMS, quiet
 from f2llm_jax.train.config import TrainConfig, from_dict, to_dict
@@ -27,6 +29,8 @@ class Checkpoints:
 
     Attributes:
         folder: where they are.
+        best: the step of a checkpoint that is kept besides the latest; None for none. All processes set the same. One
+            that is the best no more goes with the next ``save``.
     """
 
     def __init__(self, folder: Path, *, keep: int = 0, read_only: bool = False):
@@ -38,9 +42,10 @@ class Checkpoints:
             read_only: touch nothing; a run may be writing there.
         """
         self.folder = folder.absolute()
+        self.best: int | None = None
         with quiet():
             options = ocp.CheckpointManagerOptions(
-                preservation_policy=LatestN(keep or None),
+                preservation_policy=AnyPreservationPolicy([LatestN(keep or None), _Best(self)]),
                 cleanup_tmp_directories=not read_only,
                 create=not read_only,
                 read_only=read_only,
@@ -115,6 +120,16 @@ class Checkpoints:
         """The config of the run that saved a checkpoint."""
         found = self._manager.restore(step, args=ocp.args.Composite(**{CONFIG: ocp.args.JsonRestore()}))
         return from_dict(found[CONFIG])
+
+
+class _Best:
+    """Preserves ``Checkpoints.best``. Orbax's BestN does not serve: it has to know the metrics when it saves."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        return [checkpoint.step == self._checkpoints.best for checkpoint in checkpoints]
 
 
 def _restore_args(tree: Any) -> ocp.args.PyTreeRestore:

@@ -94,12 +94,15 @@ class IntervalConfig:
         validation: per-dataset validation.
         checkpoint: a checkpoint is saved, and another before each validation.
         keep: the latest so many checkpoints are kept.
+        keep_best: a scalar of validation, such as ``Avg/retrieval/valid_accuracy``: the checkpoint with the best value,
+            the highest or, if "loss" is in the name, the lowest, is kept besides; None for none.
     """
 
     log: int = 100
     validation: int = 5000
     checkpoint: int = 500
     keep: int = 5
+    keep_best: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +150,11 @@ def check_values(config: TrainConfig) -> None:
     for key, (words, fits) in _RANGES.items():
         if not isinstance(found[key], int | float) or not fits(found[key]):
             raise InputError(f"{key} must be {words}, not {found[key]}")
+    if config.every.keep_best is not None and not (config.every.validation and config.every.checkpoint):
+        raise InputError(
+            f"every.keep_best={config.every.keep_best} compares checkpoints by their validation: neither "
+            "every.validation nor every.checkpoint can be 0"
+        )
 
 
 def load_recipe(name: str) -> TrainConfig:

@@ -155,6 +155,10 @@ def train(
                 with meter.paused():
                     checkpoints.save(step, state, loader.get_state(), config)
 
+            def note_best() -> None:
+                if config.every.keep_best is not None:
+                    checkpoints.best = scalars.best_step(config.every.keep_best, checkpoints.steps)
+
             def write_validation() -> None:
                 under_way.settle()
                 with meter.paused():
@@ -164,8 +168,10 @@ def train(
                 if values is not None:
                     scalars.write(step, values)
                     validations.remove(step)
+                    note_best()
                     _log(f"step {step}/{total}: validation: {_averages(values)}")
 
+            note_best()
             if step in validations:  # an earlier start was stopped before or in it
                 write_validation()
             items, first = iter(loader), step + 1

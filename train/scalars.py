@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -31,7 +32,7 @@ class Scalars:
     """
 
     def __init__(self, folder: Path, step: int, on_scalars: Callable[[int, Mapping[str, float]], None] | None = None):
-        self._on_scalars = on_scalars
+        self._folder, self._on_scalars = folder, on_scalars
         self._close = contextlib.ExitStack()
         self._first = jax.process_index() == 0
         validated = False
@@ -68,6 +69,28 @@ class Scalars:
         self._lines.flush()
         if self._on_scalars is not None:
             self._on_scalars(step, values)
+
+    def best_step(self, name: str, steps: Collection[int]) -> int | None:
+        """``best_step`` of what was written so far; the same in every process, all of which call it."""
+        best = best_step(self._folder, name, steps) if self._first else None
+        found = int(multihost_utils.broadcast_one_to_all(np.array(-1 if best is None else best)))
+        return None if found < 0 else found
+
+
+def best_step(folder: Path, name: str, steps: Collection[int]) -> int | None:
+    """Of some steps of a run, the one with the best value of a scalar of validation.
+
+    Args:
+        folder: of the run.
+        name: of the scalar; the highest value is the best, or the lowest if "loss" is in the name.
+        steps: to choose from.
+
+    Returns:
+        The first of the best; None if none of them has a finite value.
+    """
+    lines = [line for line in read_scalars(folder) if line["step"] in steps and math.isfinite(line.get(name, math.nan))]
+    values = {int(line["step"]): line[name] for line in lines}
+    return (min if "loss" in name else max)(values, key=values.__getitem__, default=None)
 
 
 def read_scalars(folder: Path) -> list[dict[str, float]]:

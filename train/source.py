@@ -9,7 +9,7 @@ import jax
 
 from f2llm_jax.axes import batch_parts
 from f2llm_jax.config import ModelConfig
-from f2llm_jax.errors import warn
+from f2llm_jax.errors import InputError, warn
 from f2llm_jax.release import find_release, read_release
 from f2llm_jax.train.config import TrainConfig
 from f2llm_jax.train.data import DataLoader, Share, TrainBatches, TrainingData
@@ -17,6 +17,7 @@ from f2llm_jax.train.packing import TrainPacking
 from f2llm_jax.train.placement import check_batch, make_train_mesh
 from f2llm_jax.train.records import Settings
 from f2llm_jax.train.teacher import check_tokenizer, open_store
+from f2llm_jax.train.validation import scalar_names
 
 # Queries are taken to have no instructions where a smaller share of them begins with one.
 _FEW = 0.01
@@ -27,13 +28,15 @@ def open_loader(config: TrainConfig) -> DataLoader:
 
     Raises:
         InputError: there is no prepared data, it is for another tokenizer, its batches do not divide over the mesh, or
-            the teacher's states are not those of this data, teacher and width.
+            the teacher's states are not those of this data, teacher and width; or its validation has no
+            ``every.keep_best``.
     """
     mesh = make_train_mesh(config.mesh)
     check_batch(config, mesh)
     release = find_release(config.model, weights=False)
     settings = Settings.read(Path(config.data.path))
     check_tokenizer(release, settings, config.data.path)
+    check_keep_best(config, settings)
     max_length = settings.cut_to(config.data.max_length, "data.max_length")
     store = None
     if config.teacher_states is not None:
@@ -56,6 +59,23 @@ def open_loader(config: TrainConfig) -> DataLoader:
         share=Share(jax.process_index(), jax.process_count()),
     )
     return DataLoader(batches, multiple=batch_parts(mesh), workers=config.data.workers)
+
+
+def check_keep_best(config: TrainConfig, settings: Settings) -> None:
+    """An InputError if validation on the prepared data does not give the scalar that checkpoints are compared by."""
+    name, names = config.every.keep_best, scalar_names(settings.datasets)
+    if name is None or name in names:
+        return
+    if not names:
+        raise InputError(
+            f"every.keep_best={name}, but {config.data.path} has no examples for validation (f2llm prepare holds back "
+            "one of 100): --set every.keep_best=none"
+        )
+    averages = ", ".join(name for name in names if name.startswith("Avg/"))
+    raise InputError(
+        f"every.keep_best={name} is no scalar of the validation on {config.data.path}, which gives {averages}, and the "
+        "same for each dataset, by its name instead of Avg/TASK"
+    )
 
 
 def with_query_prompt(config: TrainConfig) -> TrainConfig:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from f2llm_jax.train.config import TrainConfig
 from f2llm_jax.train.loader import Item, Loader
 from f2llm_jax.train.meter import LOSSES, by_dataset
 from f2llm_jax.train.placement import global_batch, global_rows
+from f2llm_jax.train.records import Dataset
 from f2llm_jax.train.step import ComputeConfig, LossConfig, batch_states, loss_terms, split_states
 
 # Batches dispatched before the results of the one before them are fetched.
@@ -112,6 +113,20 @@ def validate(
     if sum(map(len, values.values())) < loader.validation_batches:
         return None
     return by_dataset("valid", {key: [_mean(values[key], examples[key])] for key in values})
+
+
+def scalar_names(datasets: Iterable[Dataset]) -> list[str]:
+    """The names of what ``validate`` gives for prepared datasets."""
+
+    def values(dataset: Dataset) -> list[str]:
+        hard = [LOSSES["hard"], "accuracy"] if dataset.negatives else []
+        return [*hard, *([LOSSES["in_batch"]] if dataset.task == "retrieval" else [])]
+
+    held_back = [dataset for dataset in datasets if dataset.examples["validation"]]
+    results: dict[tuple[str, str], list[dict[str, float]]] = {
+        (dataset.task, dataset.name): [dict.fromkeys(values(dataset), 0.0)] for dataset in held_back
+    }
+    return list(by_dataset("valid", results))
 
 
 def _mean(batches: list[dict[str, Any]], examples: list[int]) -> dict[str, Any]:
