@@ -17,5 +17,5 @@ def get_config() -> TrainConfig:
         loss=LossConfig(mrl_dims=(8, 16, 32, 64)),
         optim=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
         compute=ComputeConfig(remat="none"),
-        every=IntervalConfig(log=10, validation=200, checkpoint=100, keep=3),
+        every=IntervalConfig(log=5, validation=25, checkpoint=10, keep=5),
     )

@@ -611,6 +611,8 @@ def test_bad_data_is_named(change: dict, message: str, tmp_path: Path):
             write_jsonl(folder / name, content)
     with pytest.raises(f2llm.InputError, match=message):
         evaluate_retrieval([Fixed(np.eye(4))], folder)
+    with pytest.raises(f2llm.InputError, match="nowhere is no folder"):
+        read_retrieval(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("dims", [[5], [0], [2, None, 400]])

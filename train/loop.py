@@ -207,10 +207,11 @@ def _log(message: str) -> None:
 
 def _introduction(config: TrainConfig, model: ModelConfig, mesh: Mesh, step: int, total: int) -> str:
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    from_step = f", going on from step {step:,}" if 0 < step < total else ", which are all done" if step else ""
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}, processes: {jax.process_count()}"
     return (
         f"training {config.model}, {count_parameters(model):,} parameters, on {sizes} ({devices}): {total:,} steps of "
-        f"{config.data.batch_size:,} queries" + (f", going on from step {step:,}" if step else "")
+        f"{config.data.batch_size:,} queries{from_step}"
     )
 
 

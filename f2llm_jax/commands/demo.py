@@ -52,7 +52,9 @@ def run(args: argparse.Namespace) -> None:
     print()
     print(f"Right at first rank: {_rate(before)} before training, {_rate(after)} after; by chance {_chance(after)}.")
     print(f"A real model: f2llm demo --model {REAL_MODEL}")
-    if args.folder is not None:
+    if args.folder is None:
+        print("To keep this one, and the text that it was trained on: f2llm demo --folder tiny")
+    else:
         for line in _next_commands(args.folder):
             print(line)
 

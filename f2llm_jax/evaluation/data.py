@@ -212,6 +212,8 @@ def _documents(file: Path) -> Iterator[tuple[str, str]]:
 
 def _find(stem: Path) -> Path:
     """The file of this name in one of the formats."""
+    if not stem.parent.is_dir():
+        raise InputError(f"{stem.parent} is no folder")
     files = [file for suffix in FORMATS if (file := stem.with_name(stem.name + suffix)).is_file()]
     if len(files) != 1:
         there = " and ".join(file.name for file in files) if files else "none of them"
