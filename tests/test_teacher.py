@@ -27,7 +27,7 @@ from f2llm_jax.train import teacher as teacher_module
 from f2llm_jax.train.batch import TrainBatch
 from f2llm_jax.train.data import TrainBatches, TrainingData
 from f2llm_jax.train.prepare import prepare
-from f2llm_jax.train.records import Records
+from f2llm_jax.train.records import Records, data_digest, lengths_file
 from f2llm_jax.train.scalars import read_scalars
 from f2llm_jax.train.step import ComputeConfig, LossConfig, States, loss_terms, teacher_states
 from f2llm_jax.train.teacher import TeacherStore, find_teacher, hub_commit, open_store, teach
@@ -196,6 +196,13 @@ def test_a_killed_teacher_goes_on(tmp_path, data, teacher, monkeypatch):
 # --- what is refused
 
 
+def labelled(count: int, *, swapped: bool) -> list[dict[str, str]]:
+    """Rows for classification; where labels are swapped, all texts have the same lengths."""
+    labels = ("label 1", "label 2")
+    pairs = (labels[:: 1 if (row % 2 == 0) != swapped else -1] for row in range(count))
+    return [{"query": f"quick {row}", "passage": own, "negative_1": other} for row, (own, other) in enumerate(pairs)]
+
+
 def test_states_that_do_not_belong_are_refused(tmp_path, command, data, states, teacher, tiny_release, capsys):
     def refused(message: str, **settings: object) -> None:
         assert main(command(tmp_path / "run", **{"teacher_states": states, **settings})) == 2
@@ -212,6 +219,15 @@ def test_states_that_do_not_belong_are_refused(tmp_path, command, data, states, 
     raw = write_raw(tmp_path / "raw", {"aya": rows(30, negatives=1, seed=5)})
     prepare(raw, tiny_release, tmp_path / "data", workers=1, max_length=32)
     refused("holds states of other data than", **{"data.path": tmp_path / "data"})
+    # Also of data with the very same lengths.
+    for name, swapped in (("mistaken", True), ("mended", False)):
+        tables = {"imdb": labelled(16, swapped=swapped)}
+        prepare(write_raw(tmp_path / "raw", tables), tiny_release, tmp_path / name, workers=1)
+    both = [np.load(lengths_file(tmp_path / name, "train")) for name in ("mistaken", "mended")]
+    np.testing.assert_array_equal(*both)
+    teach(tmp_path / "mistaken", teacher, tmp_path / "mistaken-states", max_length=MAX_LENGTH)
+    of_mistaken = {"teacher_states": tmp_path / "mistaken-states"}
+    refused("mistaken-states holds states of other data than", **of_mistaken, **{"data.path": tmp_path / "mended"})
     refused("holds no teacher's states (no teacher.json); make them with f2llm teach", teacher_states=tmp_path)
     narrow = tmp_path / "narrow"
     teach(data, teacher, narrow, dim=64, max_length=MAX_LENGTH)

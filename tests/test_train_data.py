@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import pickle
 import subprocess
 import sys
@@ -335,6 +336,7 @@ def test_wrong_arguments_are_errors(data, tmp_path):
     (tmp_path / "prepared.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):
         TrainingData(tmp_path)
-    (tmp_path / "prepared.json").write_text('{"format": 99}')
-    with pytest.raises(InputError, match="format 99"):
-        TrainingData(tmp_path)
+    for number in (1, 99):
+        (tmp_path / "prepared.json").write_text(json.dumps({"format": number}))
+        with pytest.raises(InputError, match=f"has format {number}, .*; prepare the data again"):
+            TrainingData(tmp_path)

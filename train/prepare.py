@@ -35,7 +35,7 @@ from f2llm_jax.tokens import Tokenizer
 from f2llm_jax.train.dedupe import Digests, number_documents
 from f2llm_jax.train.layouts import RELEASED, Conversion, Layout, find_layout, own_layout
 from f2llm_jax.train.prepare_units import Piece, Scan
-from f2llm_jax.train.raw import REASONS, RawDataset, find_files, open_dataset
+from f2llm_jax.train.raw import DIGEST_BYTES, REASONS, RawDataset, find_files, open_dataset
 from f2llm_jax.train.records import (
     FORMAT,
     SETTINGS_FILE,
@@ -390,6 +390,7 @@ class _Work:
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
             documents=sum(shard.records for shard in documents),
+            content=self._content(pieces),
             datasets=datasets,
             query_prompt=self.query_prompt or None,
             instructed=sum(piece.done()["instructed_queries"] for piece in pieces) / queries,
@@ -411,6 +412,19 @@ class _Work:
             datasets.append(Dataset(dataset.name, self.tasks[dataset.name], dataset.negatives, ends, examples))
             ends = {split: ends[split] + examples[split] for split in SPLITS}
         return datasets
+
+    def _content(self, pieces: list[Piece]) -> str:
+        """A digest of the texts of every example, and of the numbers that its documents got."""
+        digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+        for piece in pieces:
+            rows, numbers = piece.rows(), piece.documents()
+            queries = np.load(self._scan(piece.dataset) / "queries.npy", mmap_mode="r")
+            documents = self._digests(piece.dataset, self._chosen)
+            for first in range(0, piece.size, _INDEX_ROWS):
+                part = slice(first, min(first + _INDEX_ROWS, piece.size))
+                texts = documents.read(piece.first + first, part.stop - first).reshape(part.stop - first, -1)
+                digest.update(np.column_stack([queries[rows[part]], texts, numbers[part].astype("<u8")]).tobytes())
+        return digest.hexdigest()
 
     def _write_lengths(self, pieces: list[Piece], settings: Settings, result: Path) -> None:
         """The index: tokens of every text of every example, so that a batch's shape is known without reading it."""

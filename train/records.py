@@ -33,7 +33,7 @@ from f2llm_jax.errors import InputError, warn
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 
-FORMAT = 1
+FORMAT = 2
 SETTINGS_FILE = "prepared.json"
 _VERSION = "1.0.0"
 
@@ -169,6 +169,7 @@ class Settings:
         stage, seed, max_length: as prepared.
         vocabulary, eos_id, pad_id: of the tokenizer.
         documents: how many distinct ones there are.
+        content: a digest of all texts, and of which documents are whose.
         datasets: in the order of their examples.
         query_prompt: what ``f2llm prepare --query-prompt`` put before every query; None if nothing was put.
         instructed: share of the queries that begin with ``Instruct:``; None in data of versions that did not count.
@@ -181,6 +182,7 @@ class Settings:
     eos_id: int
     pad_id: int
     documents: int
+    content: str
     datasets: list[Dataset]
     query_prompt: str | None = None
     instructed: float | None = None
@@ -248,9 +250,5 @@ def _allow_open_files() -> None:
 
 
 def data_digest(folder: Path) -> str:
-    """A digest of what prepared data is, and of the lengths of all texts of its training examples."""
-    digest = hashlib.blake2b((folder / SETTINGS_FILE).read_bytes(), digest_size=16)
-    lengths = np.load(lengths_file(folder, "train"), mmap_mode="r")
-    for first in range(0, len(lengths), 1 << 16):
-        digest.update(lengths[first : first + (1 << 16)].tobytes())
-    return digest.hexdigest()
+    """A digest of what prepared data is: its settings, and by their ``content`` all of its texts."""
+    return hashlib.blake2b((folder / SETTINGS_FILE).read_bytes(), digest_size=16).hexdigest()
