@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from f2llm_jax.cli import main
 from f2llm_jax.configs.models import MODELS
 from f2llm_jax.errors import InputError
 from f2llm_jax.train.config import (
+    DataConfig,
     TrainConfig,
+    check_values,
     differences,
     from_dict,
     load_recipe,
@@ -18,6 +22,8 @@ from f2llm_jax.train.config import (
     to_dict,
     values,
 )
+from f2llm_jax.train.optimizer import OptimizerConfig
+from f2llm_jax.train.step import LossConfig
 
 BASE = TrainConfig(model="m")
 
@@ -133,6 +139,24 @@ def test_a_config_goes_through_json():
     with pytest.raises(InputError, match="no setting 'modle'; nearest: model"):
         from_dict({"modle": "m"})
     assert differences(BASE, override(BASE, ["epochs=7", "mesh.tensor=2"])) == ["epochs: 2 -> 7", "mesh.tensor: 1 -> 2"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": Path("m")}, r"model takes a str, not PosixPath\('m'\)"),
+        ({"teacher": Path("m")}, r"teacher takes a str \| None, not PosixPath"),
+        ({"data": DataConfig(path=Path("d"))}, "data.path takes a str, not PosixPath"),
+        ({"loss": LossConfig(mrl_dims=[8, 16])}, r"loss.mrl_dims takes a tuple\[int, ...\], not \[8, 16\]"),
+        ({"loss": LossConfig(mrl_dims=(8.0,))}, r"loss.mrl_dims takes a tuple\[int, ...\], not \(8.0,\)"),
+        ({"max_steps": 2.5}, "max_steps takes a int, not 2.5"),
+        ({"optim": OptimizerConfig(learning_rate=np.float32(1))}, "optim.learning_rate takes a float, not np.float32"),
+    ],
+)
+def test_values_that_a_checkpoint_would_not_keep_are_refused(change, message):
+    check_values(dataclasses.replace(BASE, optim=OptimizerConfig(learning_rate=1)))
+    with pytest.raises(InputError, match=message):
+        check_values(dataclasses.replace(BASE, **change))
 
 
 def test_recipes_of_ones_own(tmp_path):

@@ -141,20 +141,33 @@ class TrainConfig:
 def check_values(config: TrainConfig) -> None:
     """An InputError if a value is none of its key's. The configs of checkpoints are read as they are."""
     found = values(config)
+    for key, kind in _keys(TrainConfig).items():
+        if not _is_of(found[key], kind):
+            raise InputError(f"{key} takes a {kind.__name__ if isinstance(kind, type) else kind}, not {found[key]!r}")
     for key, choices in _CHOICES.items():
         if found[key] not in choices:
             raise InputError(f"{key} is one of {', '.join(choices)}, not {found[key]!r}")
     for key, least in _LEAST.items():
-        if not isinstance(found[key], int) or found[key] < least:
+        if found[key] < least:
             raise InputError(f"{key} must be at least {least}, not {found[key]}")
     for key, (words, fits) in _RANGES.items():
-        if not isinstance(found[key], int | float) or not fits(found[key]):
+        if not fits(found[key]):
             raise InputError(f"{key} must be {words}, not {found[key]}")
     if config.every.keep_best is not None and not (config.every.validation and config.every.checkpoint):
         raise InputError(
             f"every.keep_best={config.every.keep_best} compares checkpoints by their validation: neither "
             "every.validation nor every.checkpoint can be 0"
         )
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type of the config's; others do not come back as they were from a checkpoint's JSON."""
+    members = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return any(_is_of(value, member) for member in members)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_of(part, members[0]) for part in value)
+    return isinstance(value, int | float if kind is float else kind)
 
 
 def load_recipe(name: str) -> TrainConfig:
