@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 from f2llm_jax.configs.models import MODELS
@@ -45,7 +46,10 @@ SIZES = {
 
 
 def stage1(size: str) -> TrainConfig:
-    """Seven retrieval sources without instructions, from a Qwen3 language model; 0.6B and larger."""
+    """Seven retrieval sources without instructions, from a Qwen3 language model; 0.6B and larger.
+
+    An export has the prompts of what it began with, which are empty for a Qwen3 language model.
+    """
     base = SIZES[size].base
     assert base is not None, size
     return _config(size, model=base, teacher=None, data="data/stage1")
@@ -54,14 +58,14 @@ def stage1(size: str) -> TrainConfig:
 def stage2(size: str) -> TrainConfig:
     """At most 80,000 queries of every source, with instructions; the small sizes are distilled."""
     teacher = SIZES[size].teacher
-    return _config(size, model=SIZES[size].start, teacher=teacher and HUB + teacher, data="data/stage2")
+    config = _config(size, model=SIZES[size].start, teacher=teacher and HUB + teacher, data="data/stage2")
+    return dataclasses.replace(config, query_prompt=QUERY_PROMPT)
 
 
 def _config(size: str, *, model: str, teacher: str | None, data: str) -> TrainConfig:
     return TrainConfig(
         model=model,
         teacher=teacher,
-        query_prompt=QUERY_PROMPT,
         epochs=SIZES[size].epochs,
         data=DataConfig(path=data),
         loss=LossConfig(mrl_dims=MODELS[size].matryoshka_dims[:-1]),

@@ -49,6 +49,7 @@ def test_there_is_a_recipe_for_every_size_and_stage():
     assert len(recipe_names()) == len(MODELS) + len(large) + 1
     for size in large:
         assert recipe(1, size).teacher is None
+        assert recipe(1, size).query_prompt == ""  # it trains without instructions
         assert recipe(1, size).model == f"Qwen/Qwen3-{size}"
         assert recipe(2, size).model == f"codefuse-ai/F2LLM-v2-{size}-Preview"
     for size in set(MODELS) - set(large):
@@ -60,6 +61,7 @@ def test_recipes_are_the_published_ones(size):
     learning_rate, epochs, teacher = TABLE[size]
     config = recipe(2, size)
     assert (config.optim.learning_rate, config.epochs) == (learning_rate, epochs)
+    assert config.query_prompt.startswith("Instruct: Given a question, ") and config.query_prompt.endswith("\nQuery: ")
     assert config.teacher == (teacher and f"codefuse-ai/F2LLM-v2-{teacher}")
     optim = {"min_learning_rate": 1e-7, "warmup_steps": 500, "b1": 0.9, "b2": 0.98, "weight_decay": 0.01}
     assert {name: getattr(config.optim, name) for name in optim} == optim

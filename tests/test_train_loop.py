@@ -30,16 +30,20 @@ from releases import TINY, edit_json, set_appended_token, write_release
 
 import f2llm_jax
 from f2llm_jax.cli import main
+from f2llm_jax.configs.common import QUERY_PROMPT
 from f2llm_jax.convert.load import load_params, open_checkpoint
 from f2llm_jax.embedding import Batch
 from f2llm_jax.errors import InputError
 from f2llm_jax.files import local_path, take_lock
 from f2llm_jax.planning.counts import forward_flops
+from f2llm_jax.release import read_release
+from f2llm_jax.train import loop
+from f2llm_jax.train.batch import PackedTrainBatch, TrainBatch
 from f2llm_jax.train.checkpoint import Checkpoints
-from f2llm_jax.train.config import MeshConfig, TrainConfig
+from f2llm_jax.train.config import MeshConfig, TrainConfig, load_recipe
 from f2llm_jax.train.data import DataLoader
-from f2llm_jax.train.loop import _claimed, train
-from f2llm_jax.train.meter import Work, by_dataset
+from f2llm_jax.train.loop import _claimed, export_run, train
+from f2llm_jax.train.meter import Meter, Step, Work, by_dataset
 from f2llm_jax.train.placement import make_train_mesh
 from f2llm_jax.train.prepare import prepare
 from f2llm_jax.train.records import Settings
@@ -212,6 +216,15 @@ def test_checkpoints_are_kept_and_exported(whole, tiny_release, capsys):
     assert (config.is_matryoshka, config.matryoshka_dimensions) == (True, [32, 96])
     assert main(["info", str(whole / "export")]) == 0
     assert "  32 96\n" in capsys.readouterr().out
+
+
+def test_an_export_has_the_query_prompt_of_its_recipe(tiny, copied_release, tmp_path):
+    """Without one, as in stage 1, the prompts that it began with: of a language model there are none."""
+    (copied_release / "config_sentence_transformers.json").unlink()
+    release = read_release(copied_release)
+    for name, prompt in (("stage1_0_6b", ""), ("stage2_0_6b", QUERY_PROMPT)):
+        export_run(tiny.params, load_recipe(name), release, tmp_path / name)
+        assert read_release(tmp_path / name).prompts == {"query": prompt, "document": ""}
 
 
 def test_average_is_the_mean_of_the_last_checkpoints(whole, tmp_path, capsys, caplog, monkeypatch, hub_of_settings):
