@@ -40,7 +40,7 @@ from f2llm_jax.release import read_release
 from f2llm_jax.train import loop
 from f2llm_jax.train.batch import PackedTrainBatch, TrainBatch
 from f2llm_jax.train.checkpoint import Checkpoints
-from f2llm_jax.train.config import MeshConfig, TrainConfig, load_recipe
+from f2llm_jax.train.config import MeshConfig, TrainConfig, load_recipe, override
 from f2llm_jax.train.data import DataLoader
 from f2llm_jax.train.loop import _claimed, export_run, train
 from f2llm_jax.train.meter import Meter, Step, Work, by_dataset
@@ -223,7 +223,8 @@ def test_an_export_has_the_query_prompt_of_its_recipe(tiny, copied_release, tmp_
     (copied_release / "config_sentence_transformers.json").unlink()
     release = read_release(copied_release)
     for name, prompt in (("stage1_0_6b", ""), ("stage2_0_6b", QUERY_PROMPT)):
-        export_run(tiny.params, load_recipe(name), release, tmp_path / name)
+        config = override(load_recipe(name), ["loss.mrl_dims=8"])
+        export_run(tiny.params, config, release, tmp_path / name)
         assert read_release(tmp_path / name).prompts == {"query": prompt, "document": ""}
 
 
@@ -593,6 +594,29 @@ def test_the_best_step_is_the_highest_or_of_the_lowest_loss(tmp_path):
     assert best_step(tmp_path, "loss", range(9)) == 8
     assert best_step(tmp_path, "loss", [2, 5, 6]) == 2
     assert best_step(tmp_path, "loss", [6, 7]) is None
+
+
+def test_a_loss_that_a_batch_has_not_is_no_part_of_an_average():
+    meter = Meter(TINY, None, distilled=False)
+    for dataset, task, has_negatives in (
+        ("a", "retrieval", True),
+        ("b", "retrieval", False),
+        ("c", "clustering", True),
+    ):
+        hard = 2.0 if has_negatives else 0.0
+        metrics = {"loss": 5.0, "hard": hard, "in_batch": 3.0, "distill": 0.0, "grad_norm": 1.0}
+        meter.add(Step(1, dataset, task, has_negatives, Work(1, 2, 4, 4), {}), metrics)
+    assert meter.losses() == {"loss": 5.0, "hard": 2.0, "in_batch": 3.0}
+    found = {name: value for name, value in meter.scalars().items() if "_loss_" in name}
+    hard = ("a", "Avg/retrieval", "c", "Avg/clustering")
+    in_batch = ("a", "b", "Avg/retrieval")
+    expected = {f"{name}/training_loss_hard": 2.0 for name in hard}
+    assert found == {**expected, **{f"{name}/training_loss_in_batch": 3.0 for name in in_batch}}
+    rows = np.zeros((2, 1))
+    for batch in (TrainBatch(rows, rows, None, rows), PackedTrainBatch(rows, rows, rows, None, rows)):
+        assert not batch.has_negatives
+    for batch in (TrainBatch(rows, rows, rows, rows), PackedTrainBatch(rows, rows, rows, rows, rows)):
+        assert batch.has_negatives
 
 
 def test_scalars_of_steps_to_be_done_again_are_taken_back(tmp_path):

@@ -34,6 +34,10 @@ class TrainBatch(NamedTuple):
     passage_ids_b: jax.Array
     teacher: TeacherStates | None = None
 
+    @property
+    def has_negatives(self) -> bool:
+        return self.negatives is not None
+
 
 class PackedTrainBatch(NamedTuple):
     """The same with all texts in the same rows (the layout ``packed``). A slot is row · slots of a row + slot in it.
@@ -52,6 +56,10 @@ class PackedTrainBatch(NamedTuple):
     negative_slots_m: jax.Array | None
     passage_ids_b: jax.Array
     teacher: TeacherStates | None = None
+
+    @property
+    def has_negatives(self) -> bool:
+        return self.negative_slots_m is not None
 
 
 AnyTrainBatch = TrainBatch | PackedTrainBatch

@@ -183,7 +183,8 @@ def train(
                 step += 1
                 if step == first:
                     _log(f"step {step}/{total}: compiled in {time.perf_counter() - begin:.1f} s")
-                under_way.add(Step(step, item.dataset, item.task, Work.of(item.batch), metrics))
+                has_negatives, work = item.batch.has_negatives, Work.of(item.batch)
+                under_way.add(Step(step, item.dataset, item.task, has_negatives, work, metrics))
                 validates = step in validations and step < total
                 if config.every.checkpoint and (step % config.every.checkpoint == 0 or validates):
                     save()  # also before a validation, in which a kill would lose the steps

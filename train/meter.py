@@ -67,6 +67,7 @@ class Step(NamedTuple):
     Attributes:
         number: from 1.
         dataset, task: of its batch.
+        has_negatives: whether its examples have any; without, there is no hard loss.
         work: in its batch.
         metrics: of ``train_step``, still on their way.
     """
@@ -74,6 +75,7 @@ class Step(NamedTuple):
     number: int
     dataset: str
     task: str
+    has_negatives: bool
     work: Work
     metrics: dict[str, jax.Array]
 
@@ -100,7 +102,8 @@ class Meter:
 
     def add(self, step: Step, metrics: Mapping[str, float]) -> None:
         """Adds a step whose metrics have arrived."""
-        wanted = {"hard"} | ({"in_batch"} if step.task == "retrieval" else set())
+        wanted = {"hard"} if step.has_negatives else set()
+        wanted |= {"in_batch"} if step.task == "retrieval" else set()
         wanted |= {"distill"} if self._distilled else set()
         terms = {name: metrics[name] for name in LOSSES if name in wanted}
         self._losses[step.task, step.dataset].append({LOSSES[name]: value for name, value in terms.items()})
