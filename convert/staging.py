@@ -185,7 +185,7 @@ class Staging(Workplace):
 
 def output_path(out: str | Path) -> Path:
     """The absolute path of a folder to write: one that has a name, so that there can be one beside it, and no URL."""
-    path = Path(os.path.abspath(local_path(out).expanduser()))
+    path = Path(os.path.abspath(local_path(out)))
     if not path.name:
         raise InputError(f"{out} cannot be written; name a folder in it")
     return path

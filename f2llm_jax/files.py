@@ -14,14 +14,14 @@ from f2llm_jax.errors import InputError
 
 
 def local_path(path: str | Path) -> Path:
-    """The local path of an output.
+    """The local path of an output; ``~`` is the home folder.
 
     Raises:
         InputError: it is a URL, which would become a local folder named ``gs:``, say.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # a Path keeps only one slash
         raise InputError(f"{path} is a URL; mount the bucket, and give a folder")
-    return Path(path)
+    return Path(path).expanduser()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pickle
@@ -25,10 +26,12 @@ from f2llm_jax.errors import InputError, ReleaseError
 from f2llm_jax.losses import distillation_loss
 from f2llm_jax.train import teacher as teacher_module
 from f2llm_jax.train.batch import TrainBatch
+from f2llm_jax.train.config import load_recipe, override
 from f2llm_jax.train.data import TrainBatches, TrainingData
 from f2llm_jax.train.prepare import prepare
 from f2llm_jax.train.records import Records, data_digest, lengths_file
 from f2llm_jax.train.scalars import read_scalars
+from f2llm_jax.train.source import open_loader, with_query_prompt
 from f2llm_jax.train.step import ComputeConfig, LossConfig, States, loss_terms, teacher_states
 from f2llm_jax.train.teacher import TeacherStore, find_teacher, hub_commit, open_store, teach
 
@@ -242,6 +245,20 @@ def test_the_same_weights_are_the_same_teacher(tmp_path, data, states, teacher):
     for name in (str(tmp_path / "flax"), None):
         store = open_store(states, data=data, max_length=MAX_LENGTH, width=96, teacher=name)
         assert store.settings.teacher == str(teacher) and store.settings.commit is None
+
+
+def test_the_home_folder_is_a_tilde(data, states, tiny_release, tmp_path, monkeypatch, capsys):
+    """No shell replaces it within --set data.path=~/data, nor in a recipe."""
+    monkeypatch.setenv("HOME", str(data.parent))
+    (data.parent / "states").symlink_to(states)
+    settings = [f"model={tiny_release}", "data.path=~/data", "teacher_states=~/states"]
+    config = override(load_recipe("tiny"), [*settings, "data.batch_size=8", f"data.max_length={MAX_LENGTH}"])
+    with contextlib.closing(open_loader(config)) as loader:
+        assert loader.get_state() == {"step": 0, "data": data_digest(data)}
+    with pytest.warns(UserWarning, match="in ~/data begin with an instruction"):
+        assert with_query_prompt(config) == config
+    assert main(["teach", "~/nowhere", str(tmp_path / "out"), "--teacher", str(tiny_release)]) == 2
+    assert f"{data.parent / 'nowhere'} holds no prepared data" in capsys.readouterr().err
 
 
 def test_no_weights_of_a_hub_teacher_are_downloaded_to_compare_it(tmp_path, data, states, hub_of_settings):

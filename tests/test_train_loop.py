@@ -530,6 +530,7 @@ def test_a_url_is_no_output(command, tmp_path, capsys, monkeypatch):
     with pytest.raises(InputError, match="s3:/bucket is a URL"):
         local_path(Path("s3://bucket"))
     assert [str(local_path(path)) for path in ("a:b/c", "C:/runs", "/gs:/run")] == ["a:b/c", "C:/runs", "/gs:/run"]
+    assert local_path("~/run") == Path.home() / "run"
 
 
 def test_data_for_another_tokenizer_is_refused(command, data, tiny_release, copied_release, tmp_path, capsys):

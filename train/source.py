@@ -34,15 +34,16 @@ def open_loader(config: TrainConfig) -> DataLoader:
     mesh = make_train_mesh(config.mesh)
     check_batch(config, mesh)
     release = find_release(config.model, weights=False)
-    settings = Settings.read(Path(config.data.path))
-    check_tokenizer(release, settings, config.data.path)
+    folder = Path(config.data.path).expanduser()
+    settings = Settings.read(folder)
+    check_tokenizer(release, settings, folder)
     check_keep_best(config, settings)
     max_length = settings.cut_to(config.data.max_length, "data.max_length")
     store = None
     if config.teacher_states is not None:
         store = open_store(
-            config.teacher_states,
-            data=Path(config.data.path),
+            Path(config.teacher_states).expanduser(),
+            data=folder,
             max_length=max_length,
             width=ModelConfig.from_release(release).hidden_size,
             teacher=config.teacher,
@@ -50,7 +51,7 @@ def open_loader(config: TrainConfig) -> DataLoader:
     packing = None
     if config.data.packed:
         packing = TrainPacking.on(mesh.devices.flat[0].platform, batch_parts(mesh), config.compute.chunk_rows)
-    data = TrainingData(config.data.path, max_length=max_length, teacher=store, packing=packing)
+    data = TrainingData(folder, max_length=max_length, teacher=store, packing=packing)
     batches = TrainBatches(
         data,
         batch_size=config.data.batch_size,
@@ -86,7 +87,7 @@ def with_query_prompt(config: TrainConfig) -> TrainConfig:
     Raises:
         InputError: there is no prepared data, or no such model.
     """
-    settings = Settings.read(Path(config.data.path))
+    settings = Settings.read(Path(config.data.path).expanduser())
     recorded = settings.query_prompt
     if recorded is not None and config.query_prompt == "":
         return dataclasses.replace(config, query_prompt=recorded)

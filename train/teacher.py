@@ -178,7 +178,7 @@ def teach(
             size, or ``out`` exists.
         ReleaseError: the teacher cannot be used.
     """
-    data = Path(data)
+    data = Path(data).expanduser()
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     prepared = Settings.read(data)
