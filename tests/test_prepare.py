@@ -26,7 +26,7 @@ from f2llm_jax.errors import InputError
 from f2llm_jax.tokens import Tokenizer
 from f2llm_jax.train.dedupe import Digests, number_documents
 from f2llm_jax.train.prepare import mix, split_off
-from f2llm_jax.train.raw import REASONS, faults, open_dataset, read_rows
+from f2llm_jax.train.raw import REASONS, digests, faults, open_dataset, read_rows
 from f2llm_jax.train.records import Records, Settings
 from f2llm_jax.train.units import usable_cores
 
@@ -338,6 +338,24 @@ def test_rows_are_read_the_same_from_any_layout_and_place(tmp_path):
             assert [t for _, columns in read for t in columns[1].to_pylist()] == table["passage"].to_pylist()[
                 first:last
             ]
+
+
+def test_strings_are_read_from_any_type_of_column(tmp_path):
+    texts = ["Instruct: X\nQuery: a", None, "long enough not to be kept within a view", " "]
+    binary = pyarrow.array([b"\xff", *(text and text.encode() for text in texts[1:])], pyarrow.large_binary())
+    plain = pyarrow.array(texts)
+    for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), plain.dictionary_encode().type):
+        table = pyarrow.table({"query": plain.cast(kind), "passage": plain.cast(kind)})
+        if not pyarrow.types.is_dictionary(kind):
+            table = table.append_column("negative_1", binary.view(pyarrow.large_string()).cast(kind))
+        parquet.write_table(table, tmp_path / "xquad_en.parquet")
+        dataset = open_dataset(tmp_path / "xquad_en.parquet", negatives=24)
+        assert parquet.read_schema(dataset.file).field("query").type == kind
+        ((_, columns),) = read_rows(dataset, strip_instructions=True)
+        query, passage, *negatives = (column.to_pylist() for column in columns)
+        assert query == passage == ["a", *texts[1:]]
+        assert negatives in ([], [[None, *texts[1:]]])
+        assert faults(columns)[[1, 3]].tolist() == [1, 1] and len(digests(columns)) == len(texts)
 
 
 @pytest.mark.parametrize("memory", [1 << 30, 1 << 16, 4096, 400])

@@ -109,7 +109,7 @@ def open_dataset(file: Path, *, negatives: int, fill_negatives: bool = False) ->
 def _is_text(kind: Any) -> bool:
     if pyarrow.types.is_dictionary(kind):
         kind = kind.value_type
-    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+    return kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
 
 
 def read_rows(
@@ -163,6 +163,8 @@ def _row_groups(opened: parquet.ParquetFile, first: int, last: int) -> tuple[lis
 def _texts(column: Any, strip_instructions: bool) -> Any:
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
+    if pyarrow.types.is_string_view(column.type):  # which the functions below do not take
+        column = column.cast(pyarrow.large_string())
     try:
         column.validate(full=True)
     except pyarrow.ArrowInvalid:
