@@ -212,9 +212,27 @@ def test_a_loader_ends_after_its_epochs(data):
         loader.set_state({**loader.get_state(), "step": loader.steps + 1})
 
 
-def test_another_seed_is_another_run(data):
-    one, other = ([TrainBatches(data, batch_size=BATCH, seed=seed)[step] for step in range(6)] for seed in (0, 1))
-    assert [item.dataset for item in one] != [item.dataset for item in other]
+class Drawn(TrainingData):
+    """Gives the numbers of a batch's examples, and the positions of their negatives."""
+
+    def batch(self, dataset, split, examples, negatives, share):
+        return examples.tolist(), negatives.tolist()
+
+
+def test_every_epoch_of_every_seed_is_drawn_anew(folder):
+    datasets, examples, positions = [], [], []
+    for seed in (0, 1):
+        batches = TrainBatches(Drawn(folder), batch_size=BATCH, epochs=2, seed=seed)
+        for epoch in (0, 1):
+            first = epoch * batches.steps_per_epoch
+            items = [batches[step] for step in range(first, first + batches.steps_per_epoch)]
+            datasets.append([item.dataset for item in items])
+            examples.append({name: [i.batch[0] for i in items if i.dataset == name] for name in ROWS})
+            positions.append({tuple(item.batch[1][:7]) for item in items if item.dataset != "imdb"})
+    for one, other in itertools.combinations(range(4), 2):
+        assert datasets[one] != datasets[other]
+        assert all(examples[one][name] != examples[other][name] for name in ROWS)
+        assert not positions[one] & positions[other]
 
 
 def test_datasets_are_drawn_in_proportion():

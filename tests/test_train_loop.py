@@ -450,7 +450,10 @@ def test_rows_of_one_text_train_as_packed_ones(command, whole, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["bucketed", "packed"])
-def test_bfloat16_with_a_teacher_and_cached_gradients(command, tmp_path, layout):
+def test_bfloat16_with_a_teacher_and_cached_gradients(command, tmp_path, layout, monkeypatch):
+    planned = {name: Mock(wraps=getattr(loop, name)) for name in ("make_optimizer", "make_schedule")}
+    for name, function in planned.items():
+        monkeypatch.setattr(loop, name, function)
     teacher = write_release(tmp_path / "teacher", seed=1)
     settings = {
         "teacher": teacher,
@@ -462,6 +465,8 @@ def test_bfloat16_with_a_teacher_and_cached_gradients(command, tmp_path, layout)
         "every.validation": 0,
     }
     assert main(["train", *command(tmp_path / "run", **settings)]) == 0
+    # The learning rate ends where the run does.
+    assert [function.call_args.args[1] for function in planned.values()] == [1, 1]
     (values,) = losses(tmp_path / "run").values()
     names = [name for name in values if name.endswith("training_loss_distill")]
     assert len(names) == 2 and all(values[name] > 0 for name in names)

@@ -22,6 +22,7 @@ from f2llm_jax.errors import InputError
 from f2llm_jax.model import init_params
 from f2llm_jax.sharding import make_mesh, param_shardings
 from f2llm_jax.train import step as step_module
+from f2llm_jax.train import validation
 from f2llm_jax.train.batch import AnyTrainBatch, TeacherStates, TrainBatch
 from f2llm_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from f2llm_jax.train.placement import abstract_state, global_batch, shardings_of
@@ -238,6 +239,34 @@ def test_distillation_weighs_as_the_config_says(monkeypatch):
     _, found = train_step(state, batch, loss=LossConfig(kd_weight=0.5), **options)
     expected = found["hard"] + found["in_batch"] + 0.5 * found["distill"]
     assert float(found["loss"]) == pytest.approx(float(expected), rel=1e-6) and found["distill"] > 1
+
+
+def test_validation_is_that_of_a_batch_of_the_examples_alone(monkeypatch):
+    """At the full size. Of a batch whose states are given here; whatever fills it counts for nothing."""
+    count, size, negatives = 5, 8, 2
+    rng = np.random.default_rng(0)
+    query_bd, passage_bd, *hard = rng.normal(size=(2 + negatives, size, 16)).astype(np.float32)
+    query_bd += passage_bd / 4
+    negatives_bnd = np.stack(hard, axis=1)
+    states = States(query_bd, np.concatenate([passage_bd, negatives_bnd.reshape(-1, 16)]))
+    monkeypatch.setattr(validation, "batch_states", lambda *args: jax.tree.map(jnp.asarray, states))
+    batch = empty_batch()._replace(passage_ids_b=jnp.array([0, 1, 1, 2, 3, 0, 4, 4]))
+    options = {"config": TINY, "loss": LossConfig(mrl_dims=(8,)), "compute": ComputeConfig(), "in_batch": True}
+    found = validation.validation_step({}, batch, np.arange(size) < count, **options)
+
+    query_bd, passage_bd, negatives_bnd = (x[:count] for x in (query_bd, passage_bd, negatives_bnd))
+    documents = np.concatenate([passage_bd[:, None], negatives_bnd], axis=1)
+    cosines = np.einsum("bd,bnd->bn", query_bd, documents) / np.linalg.norm(documents, axis=2)  # times the query's norm
+    won = cosines.argmax(axis=1) == 0
+    assert 0 < won.mean() < 1
+    expected = {
+        "loss_hard": losses.hard_negative_loss(query_bd, passage_bd, negatives_bnd),
+        "loss_in_batch": losses.in_batch_loss(query_bd, passage_bd, passage_ids_c=batch.passage_ids_b[:count]),
+        "accuracy": won.mean(),
+    }
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert float(found[name]) == pytest.approx(float(value), rel=1e-5), name
 
 
 @pytest.mark.parametrize("warmup", [7, 0])
