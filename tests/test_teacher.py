@@ -72,6 +72,7 @@ def command(data, tiny_release, teacher):
         values = {
             "model": tiny_release,
             "teacher": teacher,
+            "query_prompt": "none",  # with any there would be a warning: the data was prepared without
             "data.path": data,
             "data.batch_size": 8,
             "data.max_length": MAX_LENGTH,
