@@ -330,9 +330,10 @@ def test_a_prompt_goes_before_every_query_that_has_it_not(tmp_path, tiny_release
     assert settings.query_prompt == PROMPT and settings.instructed == 1.0
 
 
-def prepared_with(folder: Path, *, stage: int = 2, **values: Any) -> Path:
+def prepared_with(folder: Path, *, stage: int = 2, query_prompt: str | None = None, instructed: float) -> Path:
     folder.mkdir(exist_ok=True)
-    Settings(stage, 0, 2048, "", 1, 0, documents=1, datasets=[], **values).write(folder)
+    rest = dict(seed=0, max_length=2048, vocabulary="", eos_id=1, pad_id=0, documents=1, content="", datasets=[])
+    Settings(stage=stage, query_prompt=query_prompt, instructed=instructed, **rest).write(folder)
     return folder
 
 
@@ -377,5 +378,5 @@ def test_training_warns_of_a_prompt_that_no_query_had(exported):
     prompt, (warning,) = exported({"instructed": 0.0}, query_prompt="query: ")
     assert prompt == "query: " and "'query: '" in warning
     assert exported({"instructed": 0.0}, query_prompt="none") == ("", [])
-    for quiet in ({"instructed": 0.9}, {"instructed": None}, {"instructed": 0.0, "stage": 1}):
+    for quiet in ({"instructed": 0.9}, {"instructed": 0.0, "stage": 1}):
         assert exported(quiet) == (QUERY_PROMPT, [])

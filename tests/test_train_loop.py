@@ -419,8 +419,9 @@ def test_a_run_that_is_done_is_exported_and_not_validated_again(command, whole, 
     scalars = (out / "scalars.jsonl").read_text()
     arguments = command(out, "--quiet", "--resume", "auto", "--export", str(tmp_path / "again"), max_steps=STEPS)
     assert main(["train", *arguments]) == 0
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("f2llm: warning: going on from step")
+    going_on, of_prompt = capsys.readouterr().err.splitlines()
+    assert going_on.startswith("f2llm: warning: going on from step")
+    assert of_prompt.startswith("f2llm: warning: the exported model will put")
     assert (out / "scalars.jsonl").read_text() == scalars
     ends = [f2llm_jax.load(folder).params for folder in (tmp_path / "again", whole / "export")]
     jax.tree.map(np.testing.assert_array_equal, *ends)
@@ -574,7 +575,7 @@ def test_work_counts_tokens_and_operations():
         return Batch(np.zeros((len(lengths), 8), np.int32), np.array(lengths, np.int32))
 
     work = Work.of(TrainBatch(texts([3, 4]), texts([5, 6]), texts([1, 1, 2, 2]), np.arange(2)))
-    assert work == Work(examples=2, tokens=24, slots=64, squares=96)
+    assert work == Work(examples=2, tokens=24, computed_tokens=64, squares=96)
     # Of a single text, test_plan.py compares the count with what a compiled program does.
     flops = [forward_flops(TINY, texts=1, length=length).total for length in (3, 4, 5, 6, 1, 1, 2, 2)]
     assert work.forward_flops(TINY) == sum(flops)

@@ -172,7 +172,7 @@ class Settings:
         content: a digest of all texts, and of which documents are whose.
         datasets: in the order of their examples.
         query_prompt: what ``f2llm prepare --query-prompt`` put before every query; None if nothing was put.
-        instructed: share of the queries that begin with ``Instruct:``; None in data of versions that did not count.
+        instructed: share of the queries that begin with ``Instruct:``.
     """
 
     stage: int
@@ -184,8 +184,8 @@ class Settings:
     documents: int
     content: str
     datasets: list[Dataset]
-    query_prompt: str | None = None
-    instructed: float | None = None
+    query_prompt: str | None
+    instructed: float
 
     def cut_to(self, max_length: int, key: str = "max_length") -> int:
         """Tokens of a text where ``max_length`` are asked for; a warning if the data was prepared with less."""

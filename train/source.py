@@ -112,4 +112,4 @@ def with_query_prompt(config: TrainConfig) -> TrainConfig:
 
 def _without_instructions(settings: Settings) -> bool:
     """Whether queries lack instructions that they should have: stage 1 takes them off, for stage 2 to train them."""
-    return settings.stage != 1 and settings.instructed is not None and settings.instructed < _FEW
+    return settings.stage != 1 and settings.instructed < _FEW
