@@ -14,13 +14,13 @@ QUERY_PROMPT = "Instruct: Given a question, retrieve passages that can help answ
 
 
 class Size(NamedTuple):
-    """What differs between the sizes.
+    """How the recipe of a size differs from the others.
 
     Attributes:
-        learning_rate: the peak.
+        learning_rate: the peak learning rate.
         epochs: passes over the data.
-        base: what stage 1 starts from; None for a size that is cut from a larger one after stage 1.
-        start: what stage 2 starts from.
+        base: the model that stage 1 starts from; None for a size that is pruned from a larger one after stage 1.
+        start: the model that stage 2 starts from.
         teacher: the size that stage 2 distils from; None for no distillation.
     """
 
@@ -46,9 +46,9 @@ SIZES = {
 
 
 def stage1(size: str) -> TrainConfig:
-    """Seven retrieval sources without instructions, from a Qwen3 language model; 0.6B and larger.
+    """Seven retrieval sources without instructions, starting from a Qwen3 language model; for 0.6B and larger.
 
-    An export has the prompts of what it began with, which are empty for a Qwen3 language model.
+    An exported model has the prompts of the model it started from: for a Qwen3 language model, none.
     """
     base = SIZES[size].base
     assert base is not None, size
@@ -70,6 +70,6 @@ def _config(size: str, *, model: str, teacher: str | None, data: str) -> TrainCo
         data=DataConfig(path=data),
         loss=LossConfig(mrl_dims=MODELS[size].matryoshka_dims[:-1]),
         optim=OptimizerConfig(learning_rate=SIZES[size].learning_rate),
-        # The state of a small size fits on every device; that of others is cut among all.
+        # The training state of a small size is replicated on every device; that of the others is sharded over all.
         mesh=MeshConfig(data=0) if SIZES[size].base is None else MeshConfig(data=1, fsdp=0),
     )

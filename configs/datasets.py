@@ -1,6 +1,7 @@
 """What each dataset of the training mix is: its task type, and named sets of datasets.
 
-This is the one table. Names are those of the released Parquet files, without the extension; ``*`` stands for anything.
+This is the only such table. Names are those of the released Parquet files without the extension; ``*`` matches
+anything.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from f2llm_jax.errors import InputError
 
 Task = Literal["retrieval", "clustering", "classification"]
 
-# Negatives drawn for each query, one set of positions per batch. Classification has one.
+# Negatives drawn per query, at the same positions for the whole batch. Classification data has only one per query.
 NEGATIVES: dict[Task, int] = {"retrieval": 7, "clustering": 9, "classification": 1}
 
-# Queries per source in stage 2. A source is a dataset, unless --source groups several: 18M rows of 500 datasets stay
-# only if each has a cap of its own.
+# Maximum queries per source in stage 2. A source is one dataset, unless --source groups several: only with a cap for
+# each of the 500 datasets do 18M rows remain.
 STAGE_2_CAP = 80_000
 
-_SHOWN = 5  # unknown datasets that an error names
+_SHOWN = 5  # how many unknown datasets an error names
 
 TASKS: dict[Task, tuple[str, ...]] = {
     "classification": (
@@ -74,10 +75,10 @@ def tasks_of(datasets: Sequence[str], own: Mapping[str, Task] | None = None) -> 
 
     Args:
         datasets: their names.
-        own: {glob or set: task} asked before the table.
+        own: {glob or set: task}, which takes precedence over the table.
 
     Raises:
-        InputError: neither knows some of the datasets; the message says what to type.
+        InputError: some datasets are in neither; the message says what to type.
     """
     tasks = {dataset: _task_of(dataset, own or {}) for dataset in datasets}
     known = {dataset: task for dataset, task in tasks.items() if task is not None}
@@ -110,7 +111,7 @@ def matches(dataset: str, globs: Iterable[str]) -> bool:
 
 
 def expand(globs: Iterable[str]) -> tuple[str, ...]:
-    """The globs, each ``@NAME`` replaced by those of a set.
+    """The globs, with each ``@NAME`` replaced by the globs of that set.
 
     Raises:
         InputError: no such set.

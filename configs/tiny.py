@@ -1,7 +1,9 @@
-"""Two minutes on a CPU, for the demo's tiny model: ``f2llm demo --folder tiny`` writes it, and text to prepare. ::
+"""For the demo's tiny model: two minutes on a CPU.
 
-f2llm prepare --raw tiny/raw --tokenizer tiny --task '*=retrieval' --out tiny-data
-f2llm train tiny --out tiny-run
+``f2llm demo --folder tiny`` writes the model, and text to prepare. Then::
+
+    f2llm prepare --raw tiny/raw --tokenizer tiny --task '*=retrieval' --out tiny-data
+    f2llm train tiny --out tiny-run
 """
 
 from f2llm_jax.train.config import DataConfig, IntervalConfig, TrainConfig

@@ -1,4 +1,4 @@
-"""Search across languages: every held-out text of the demo as a query, against all in other languages."""
+"""Search across languages: each held-out text of the demo is a query against those in other languages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from f2llm_jax.encoder import Encoder
 
 CODE_SEARCH = "code search"
 
-# What is shown in full: (meaning, group) of sentences in five scripts, and of a program's description.
+# The queries shown in full, as (meaning, group): sentences in five scripts, and the description of a program.
 SHOWN = (
     ("p135", "Korean"),
     ("p131", "Arabic"),
@@ -29,16 +29,17 @@ TOP = 3
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """Queries, documents, and how similar they are at every Matryoshka size.
+    """Queries, documents, and their similarities at every Matryoshka size.
 
-    A query's candidates are the documents in another language; right are those that mean the same.
+    The candidates of a query are the documents in other languages; the right ones are those with the same meaning.
 
     Attributes:
         queries: sentences in every language, and descriptions of programs.
         documents: the same sentences, and the programs.
-        groups: {the language, or ``CODE_SEARCH`` for descriptions: numbers of the queries}.
-        scores: {dim: cosine similarities [queries, documents], -inf where a document is no candidate}, ascending.
-        right_qn: bool [queries, documents].
+        groups: {language, or ``CODE_SEARCH`` for descriptions: indices of the queries}.
+        scores: {dim: cosine similarities [queries, documents]}, dims ascending; -inf for documents that are not
+            candidates.
+        right_qn: bool [queries, documents], whether a document is right for a query.
     """
 
     queries: list[Text]
@@ -48,7 +49,7 @@ class Search:
     right_qn: np.ndarray
 
     def hit_rate(self, group_q: np.ndarray, dim: int) -> float:
-        """The share of these queries whose best document is a right one."""
+        """The share of these queries whose top document is a right one."""
         best_q = self.scores[dim][group_q].argmax(axis=1)
         return float(self.right_qn[group_q, best_q].mean())
 
@@ -59,11 +60,11 @@ class Search:
 
     @property
     def everybody(self) -> np.ndarray:
-        """The numbers of all queries."""
+        """The indices of all queries."""
         return np.arange(len(self.queries))
 
     def first_right(self, query: int, dim: int) -> int:
-        """The rank of the best right document, from 1."""
+        """The rank of the best right document, counted from 1."""
         scores_n = self.scores[dim][query]
         return 1 + int((scores_n > scores_n[self.right_qn[query]].max()).sum())
 
@@ -92,7 +93,7 @@ def search(model: Encoder, *, show_progress: bool = False) -> Search:
 
 
 def report(result: Search, columns: int) -> Iterator[str]:
-    """The lines to print, for a terminal of so many columns."""
+    """The lines to print on a terminal of this width."""
     for meaning, group in SHOWN:
         query = next(number for number in result.groups[group] if result.queries[number].meaning == meaning)
         yield from _query_lines(result, group, query, columns)

@@ -24,16 +24,16 @@ LANGUAGES = {
 }
 
 
-# The last sentences of the bundle are for searching, the others for training.
+# This many sentences, the last of the bundle, are for the search; the others are for training.
 HELD_OUT = 30
 
 
 class Text(NamedTuple):
-    """A text; those with the same ``meaning`` are translations, or code and its description.
+    """A text. Texts with the same ``meaning`` are translations of each other, or code and its description.
 
     Attributes:
-        meaning: id of the sentence or the program.
-        language: its name, ``German`` or ``code``.
+        meaning: id of the sentence or program.
+        language: its name, such as ``German``, or ``code``.
         text: the text.
     """
 

@@ -1,4 +1,4 @@
-"""A tiny release folder, laid out as F2LLM-v2's are, built from nothing but the bundled text."""
+"""A tiny release folder in the layout of F2LLM-v2, built from nothing but the bundled text."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from f2llm_jax.demo.texts import descriptions, programs, sentences
 from f2llm_jax.model import init_params
 
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
-SPECIAL_TOKENS = (PAD, "<|im_start|>", EOS)  # Qwen3's order, behind the learnt tokens as there
+SPECIAL_TOKENS = (PAD, "<|im_start|>", EOS)  # in Qwen3's order and, as there, after the learnt tokens
 
-# Of the released models' form.
+# In the form of the released models' prompts.
 QUERY_PROMPT = "Instruct: Find the same meaning.\nQuery: "
 
-# How Qwen3's tokenizer.json cuts text into words before BPE.
+# How Qwen3's tokenizer.json splits text into words before BPE.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -42,20 +42,20 @@ CONFIG = ModelConfig(
 
 
 def build_release(folder: Path) -> Path:
-    """Writes the tiny model with random weights, its tokenizer learnt from the bundled text; returns the new folder."""
+    """Writes the tiny model: random weights, and a tokenizer learnt from the bundled text. Returns the new folder."""
     params = jax.jit(init_params, static_argnames="config")(CONFIG, jax.random.key(0))
     with tempfile.TemporaryDirectory() as settings:
         texts = [text.text for text in (*sentences(), *programs(), *descriptions())]
-        # Often enough for each word of the prompt to become a token: every query has them.
+        # The prompt is repeated often enough for each of its words to become a token: every query contains them.
         tokenizer = learn_tokenizer([*texts, *[QUERY_PROMPT] * 100])
         write_settings(Path(settings), tokenizer, CONFIG)
         return export_release(params, CONFIG, folder, like=settings, prompts={"query": QUERY_PROMPT, "document": ""})
 
 
 def learn_tokenizer(texts: Iterable[str], size: int = CONFIG.vocab_size - 64) -> tokenizers.Tokenizer:
-    """A byte-level BPE tokenizer of Qwen3's make, with at most ``size`` tokens beside the special ones.
+    """Learns a byte-level BPE tokenizer built like Qwen3's, with at most ``size`` tokens besides the special ones.
 
-    By default the vocabulary has some rows to spare, as the released ones have.
+    By default, some rows of the embedding table stay unused, as in the released models.
     """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -77,7 +77,7 @@ def learn_tokenizer(texts: Iterable[str], size: int = CONFIG.vocab_size - 64) ->
 
 
 def write_settings(folder: Path, tokenizer: tokenizers.Tokenizer, config: ModelConfig) -> None:
-    """What a release says before it has weights: sizes and tokenizer."""
+    """Writes everything of a release but the weights: sizes and tokenizer."""
     tokenizer.save(str(folder / "tokenizer.json"))
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,4 +1,4 @@
-"""The tiny model learns that translations mean the same."""
+"""Trains the tiny model to give translations similar embeddings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEPS = 200
 BATCH_SIZE = 64
 OPTIMIZER = OptimizerConfig(learning_rate=2e-3, warmup_steps=20)
 
-# Tokens of a row: 95 of 100 texts fit.
+# Tokens per row: 95 of 100 texts fit.
 QUERY_LENGTH, PASSAGE_LENGTH = 36, 28
 
 
@@ -31,10 +31,10 @@ def train_tiny(model: Encoder, texts: Sequence[Text], *, steps: int = STEPS, sho
     """Trains with the in-batch loss at every Matryoshka size.
 
     Args:
-        model: the model to start from; it stays as it is.
+        model: the model to start from; it is not modified.
         texts: every meaning in every language of ``LANGUAGES``, in that order.
-        steps: updates.
-        show_progress: a progress bar on standard error.
+        steps: number of updates.
+        show_progress: show a progress bar on standard error.
 
     Returns:
         The trained float32 parameters.
@@ -63,7 +63,7 @@ def train_tiny(model: Encoder, texts: Sequence[Text], *, steps: int = STEPS, sho
 
 
 def write_raw(texts: Sequence[Text], folder: Path, *, prompt: str) -> None:
-    """Writes texts as ``f2llm prepare`` reads them: for each language but English a file of translations into it."""
+    """Writes raw data for ``f2llm prepare``: for each language but English, a file that pairs it with English."""
     import pyarrow
     from pyarrow import parquet
 
@@ -78,11 +78,11 @@ def write_raw(texts: Sequence[Text], folder: Path, *, prompt: str) -> None:
 def batches(model: Encoder, texts: Sequence[Text], steps: int) -> Iterator[TrainBatch]:
     """The batches of a run, the same every time.
 
-    A batch has different meanings, each as a query in one language and as a passage in another, drawn at random. The
-    prompt is put before none of the queries at first and before all of them at last: to a model with random weights
-    texts that begin alike are all the same, and it takes several times the steps to learn otherwise.
+    The meanings in a batch are distinct; each is a query in one language and a passage in another, drawn at random. The
+    prompt is prepended to none of the queries at first, and to all of them at the end: to a model with random weights,
+    texts with a common beginning look the same, and learning to tell them apart takes several times as many steps.
     """
-    # The texts without the prompt, and those with it, as one run of rows.
+    # The texts without the prompt, followed by the same texts with it.
     queries = jax.tree.map(
         lambda *rows: np.concatenate(rows),
         _rows(model, texts, "", QUERY_LENGTH),
