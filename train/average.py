@@ -1,4 +1,4 @@
-"""Checkpoints of a run as a release: one of them, or the mean of several."""
+"""Exports checkpoints of a run as a release: one of them, or the mean of several."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def average_run(
     Memory: twice the parameters.
 
     Args:
-        run: the folder of a run, which may still be going on.
+        run: the folder of a run, which may still be in progress.
         out: the folder to write.
-        last: how many checkpoints, counted from the last.
-        steps: those of these steps, instead of the last.
-        best: the best one by the run's ``every.keep_best``, instead of the last.
-        dtype: to write; default that of the release that training began with.
+        last: average this many of the latest checkpoints.
+        steps: take the checkpoints of these steps instead.
+        best: take the best checkpoint by the run's ``every.keep_best`` instead.
+        dtype: dtype of the written weights; default: that of the release that training started from.
         force: replace ``out`` if it is a model folder.
 
     Returns:
-        The steps that went into it.
+        The steps of the averaged checkpoints.
 
     Raises:
-        InputError: there are not as many checkpoints, none of such a step or no best one, or ``out`` exists.
+        InputError: there are fewer checkpoints than that, none of such a step or no best one, or ``out`` exists.
     """
     folder = run / "checkpoints"
     if not folder.is_dir():
@@ -89,7 +89,7 @@ def _listed(steps: Collection[int]) -> str:
 
 
 def mean_params(folders: Iterable[Path], config: ModelConfig) -> Params:
-    """The float32 mean of the parameters of step folders, of which there is at least one."""
+    """The float32 mean of the parameters in the folders of at least one checkpoint."""
     add = jax.jit(lambda total, params: jax.tree.map(jax.numpy.add, total, params), donate_argnums=0)
     first, *others = folders
     total = load_params(open_checkpoint(first), config)

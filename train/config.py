@@ -1,4 +1,4 @@
-"""What a training run is: every choice in one frozen tree of dataclasses, with overrides from the command line."""
+"""The configuration of a training run: one frozen tree of dataclasses, with overrides from the command line."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is read, and in which batches.
+    """The training data and its batches.
 
     Attributes:
         path: the folder that ``f2llm prepare`` wrote.
-        batch_size: queries of a global batch.
-        max_length: longer texts are cut to this many tokens, EOS included.
-        workers: processes that read; 0 reads in the training process.
-        layout: ``packed``: the texts of a batch share rows, as many in one as there is room for; ``bucketed``: a row
-            for each text, as long as the longest; ``auto`` for packed. Where a batch makes fewer packed rows than the
-            mesh cuts it into parts, rows of one text may be the cheaper ones.
+        batch_size: queries per global batch.
+        max_length: longer texts are truncated to this many tokens, EOS included.
+        workers: number of reader processes; 0 reads in the training process.
+        layout: ``packed``: each row holds as many texts of the batch as fit; ``bucketed``: one text per row,
+            padded to the longest query or document; ``auto`` is packed. If a batch makes fewer packed rows than the
+            number of parts that the mesh divides it into, ``bucketed`` may be cheaper.
     """
 
     path: str = "data"
@@ -72,12 +72,12 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh's axes; one of them may be 0, for all devices that the others leave.
+    """Sizes of the mesh axes; one of them may be 0, which stands for all devices that the others leave.
 
     Attributes:
-        data: replicas.
-        fsdp: parts that parameters and batch are cut into.
-        tensor: parts that heads, MLP channels and vocabulary are cut into.
+        data: number of replicas.
+        fsdp: number of parts that parameters and batch are sharded into.
+        tensor: number of parts that heads, MLP channels and vocabulary are sharded into.
     """
 
     data: int = 0
@@ -87,15 +87,15 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class IntervalConfig:
-    """How often, in steps; 0 for never. Checkpoints and validation also happen at the end.
+    """Intervals in steps; 0 for never. A run also ends with a checkpoint and, unless ``validation`` is 0, a validation.
 
     Attributes:
-        log: scalars are averaged over so many steps and written.
-        validation: per-dataset validation.
-        checkpoint: a checkpoint is saved, and another before each validation.
-        keep: the latest so many checkpoints are kept.
-        keep_best: a scalar of validation, such as ``Avg/retrieval/valid_accuracy``: the checkpoint with the best value,
-            the highest or, if "loss" is in the name, the lowest, is kept besides; None for none.
+        log: between lines of scalars, which are averages over the interval.
+        validation: between per-dataset validations.
+        checkpoint: between checkpoints; one is also saved before each validation.
+        keep: number of latest checkpoints to keep.
+        keep_best: a validation scalar, such as ``Avg/retrieval/valid_accuracy``, whose best checkpoint is kept too: the
+            one with the highest value or, if "loss" is in the name, the lowest; None for no such checkpoint.
     """
 
     log: int = 100
@@ -110,16 +110,16 @@ class TrainConfig:
     """A training run.
 
     Attributes:
-        model: release folder or hub id to start from; its tokenizer and settings are the trained model's.
+        model: release folder or hub id to start from; the trained model inherits its tokenizer and settings.
         teacher: release folder or hub id to distil from; None for no distillation.
-        teacher_states: a folder of ``f2llm teach``: the teacher's states are read there instead of computed in every
-            step. They must be those of ``teacher``, if that is given.
-        params_dtype: of the parameters and the optimizer's state; bfloat16 trains as the reference does.
-        query_prompt: of an exported release; empty for the one that the data was prepared with, or else the prompts of
-            ``model``; None for no prompt.
+        teacher_states: a folder written by ``f2llm teach``, from which the teacher's states are read instead of being
+            computed in every step. If ``teacher`` is given, they must be its states.
+        params_dtype: dtype of the parameters and of the optimizer state; with bfloat16, training follows the reference.
+        query_prompt: the query prompt of an exported release; empty for the one that the data was prepared with or, if
+            there is none, the prompts of ``model``; None for no prompt.
         epochs: passes over the data.
-        max_steps: stop there, and let the learning rate end there; 0 for all epochs.
-        seed: of the order of the data.
+        max_steps: the step at which training and the learning rate schedule end; 0 for all epochs.
+        seed: determines the order of the data.
     """
 
     model: str
@@ -139,7 +139,7 @@ class TrainConfig:
 
 
 def check_values(config: TrainConfig) -> None:
-    """An InputError if a value is none of its key's. The configs of checkpoints are read as they are."""
+    """Raises an InputError if a value is not allowed for its key. Configs of checkpoints are read without this."""
     found = values(config)
     for key, kind in _keys(TrainConfig).items():
         if not _is_of(found[key], kind):
@@ -175,10 +175,10 @@ def load_recipe(name: str) -> TrainConfig:
 
     Args:
         name: a Python file with a function ``get_config``, or the name of a recipe of this package (``stage2_80m``, or
-            the path it has in the repository, ``configs/stage2_80m.py``).
+            its path in the repository, ``configs/stage2_80m.py``).
 
     Raises:
-        InputError: no such recipe; the message names the nearest ones.
+        InputError: there is no such recipe; the message names the closest ones.
     """
     file = Path(name)
     if file.is_file():
@@ -206,11 +206,11 @@ def override(config: TrainConfig, settings: Iterable[str]) -> TrainConfig:
     """The config with some values replaced.
 
     Args:
-        config: before.
-        settings: like ``optim.learning_rate=1e-5``. A tuple is written ``8,16,32``, None ``none``.
+        config: the config to change.
+        settings: assignments such as ``optim.learning_rate=1e-5``. A tuple is written ``8,16,32``, None ``none``.
 
     Raises:
-        InputError: no such key (the message has the nearest), or a value that is none of the key's.
+        InputError: there is no such key (the message names the closest), or the key does not allow the value.
     """
     types_of = _keys(type(config))
     for setting in settings:
@@ -227,7 +227,7 @@ def override(config: TrainConfig, settings: Iterable[str]) -> TrainConfig:
 
 
 def parse(text: str, kind: Any, key: str) -> Any:
-    """A value of type ``kind`` (int, float, str, bool, a tuple of one of them, or one of them or None) from text."""
+    """Parses a value of type ``kind``: int, float, str, bool, a tuple of one of these, or one of these or None."""
     members = typing.get_args(kind)
     if isinstance(kind, types.UnionType):
         (inner,) = (member for member in members if member is not types.NoneType)
@@ -247,15 +247,15 @@ def parse(text: str, kind: Any, key: str) -> Any:
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """The config as JSON can hold it."""
+    """The config as a tree that can be written as JSON."""
     return dataclasses.asdict(config)
 
 
 def from_dict(tree: Mapping[str, Any], kind: type = TrainConfig) -> Any:
-    """Undoes ``to_dict``, also after a way through JSON.
+    """The inverse of ``to_dict``, also after a round trip through JSON.
 
     Raises:
-        InputError: a key that the config does not have.
+        InputError: the config has no such key.
     """
     hints = typing.get_type_hints(kind)
     if unknown := [key for key in tree if key not in hints]:
@@ -275,7 +275,7 @@ def values(config: TrainConfig) -> dict[str, Any]:
 
 
 def differences(before: TrainConfig, after: TrainConfig) -> list[str]:
-    """What differs between two configs, each like ``optim.learning_rate: 1e-05 -> 2e-05``."""
+    """The differences between two configs, each like ``optim.learning_rate: 1e-05 -> 2e-05``."""
     old, new = values(before), values(after)
     return [f"{key}: {old[key]} -> {new[key]}" for key in old if old[key] != new[key]]
 
@@ -297,7 +297,7 @@ def _replace(config: Any, path: list[str], value: Any) -> Any:
 
 
 def _nearest(key: str, keys: Iterable[str]) -> str:
-    """The keys most like one that is not there: by their full names, or by their last parts."""
+    """A hint for an unknown key: the keys most similar to it, by their full names or by their last parts."""
     keys = list(keys)
     last = {name.rpartition(".")[2]: name for name in keys}
     close = difflib.get_close_matches(key, keys, n=2)

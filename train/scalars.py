@@ -1,4 +1,4 @@
-"""Scalars of a run, for TensorBoard and as JSON lines."""
+"""The scalars of a run, for TensorBoard and as JSON Lines."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from f2llm_jax.files import new_file
 class Scalars:
     """Writes ``tensorboard/`` and ``scalars.jsonl`` in a run's folder, from the first process only.
 
-    What an earlier start of the run has written after the step that this one goes on from is taken back.
+    Scalars that an earlier start of the run wrote for steps after the one being resumed from are removed.
 
     Args:
-        folder: of the run.
-        step: updates made before.
-        on_scalars: called in the first process with every step and values that were written.
+        folder: the folder of the run.
+        step: number of updates made before.
+        on_scalars: called in the first process with every step and the values that were written for it.
 
     Attributes:
-        validated: whether an earlier start has validated after ``step``; the same in every process.
+        validated: whether an earlier start already ran the validation of ``step``; the same in every process.
     """
 
     def __init__(self, folder: Path, step: int, on_scalars: Callable[[int, Mapping[str, float]], None] | None = None):
@@ -46,7 +46,7 @@ class Scalars:
             with new_file(file) as stream:
                 stream.write("".join(json.dumps(line) + "\n" for line in kept).encode())
             self._lines = self._close.enter_context(file.open("a", encoding="utf-8"))
-            # A line of training has the learning rate.
+            # Only lines of training have a learning rate.
             validated = any(line["step"] == step and "lr" not in line for line in kept)
         self.validated = bool(multihost_utils.broadcast_one_to_all(np.array(validated)))
 
@@ -59,7 +59,7 @@ class Scalars:
         self._close.close()
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes values by name; they are on disk when it returns."""
+        """Writes values by name; they are flushed to their files before this returns."""
         if not self._first:
             return
         for name, value in values.items():
@@ -71,22 +71,22 @@ class Scalars:
             self._on_scalars(step, values)
 
     def best_step(self, name: str, steps: Collection[int]) -> int | None:
-        """``best_step`` of what was written so far; the same in every process, all of which call it."""
+        """``best_step`` of what was written so far. All processes must call it, and get the same result."""
         best = best_step(self._folder, name, steps) if self._first else None
         found = int(multihost_utils.broadcast_one_to_all(np.array(-1 if best is None else best)))
         return None if found < 0 else found
 
 
 def best_step(folder: Path, name: str, steps: Collection[int]) -> int | None:
-    """Of some steps of a run, the one with the best value of a scalar of validation.
+    """The step with the best value of a validation scalar.
 
     Args:
-        folder: of the run.
-        name: of the scalar; the highest value is the best, or the lowest if "loss" is in the name.
-        steps: to choose from.
+        folder: the folder of the run.
+        name: the name of the scalar; the highest value is the best, or the lowest if "loss" is in the name.
+        steps: the steps to choose from.
 
     Returns:
-        The first of the best; None if none of them has a finite value.
+        The first of the best steps; None if none has a finite value.
     """
     lines = [line for line in read_scalars(folder) if line["step"] in steps and math.isfinite(line.get(name, math.nan))]
     values = {int(line["step"]): line[name] for line in lines}
@@ -94,9 +94,9 @@ def best_step(folder: Path, name: str, steps: Collection[int]) -> int | None:
 
 
 def read_scalars(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's ``scalars.jsonl``; a last one that was cut off by a kill is left out.
+    """The lines of a run's ``scalars.jsonl``, without a last line that was cut short by a kill.
 
-    Others that are damaged, as a machine that is lost leaves them, are left out with a warning.
+    Other damaged lines, as a machine failure may leave them, are skipped with a warning.
     """
     file = folder / "scalars.jsonl"
     scalars = []

@@ -1,4 +1,4 @@
-"""What a config asks for of its data: the loader, and the query prompt."""
+"""The loader and the query prompt that a config specifies for its data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from f2llm_jax.train.records import Settings
 from f2llm_jax.train.teacher import check_tokenizer, open_store
 from f2llm_jax.train.validation import scalar_names
 
-# Queries are taken to have no instructions where a smaller share of them begins with one.
+# Queries count as having no instructions if a smaller share of them begins with one.
 _FEW = 0.01
 
 
@@ -27,9 +27,9 @@ def open_loader(config: TrainConfig) -> DataLoader:
     """Opens the prepared data of a run, for this process's share of every batch.
 
     Raises:
-        InputError: there is no prepared data, it is for another tokenizer, its batches do not divide over the mesh, or
-            the teacher's states are not those of this data, teacher and width; or its validation has no
-            ``every.keep_best``.
+        InputError: there is no prepared data, it is for another tokenizer, its batches do not divide over the mesh, its
+            validation does not give the scalar ``every.keep_best``, or the teacher's states are of other data, of
+            another teacher or narrower than the student.
     """
     mesh = make_train_mesh(config.mesh)
     check_batch(config, mesh)
@@ -63,7 +63,7 @@ def open_loader(config: TrainConfig) -> DataLoader:
 
 
 def check_keep_best(config: TrainConfig, settings: Settings) -> None:
-    """An InputError if validation on the prepared data does not give the scalar that checkpoints are compared by."""
+    """Raises an InputError if validation on the prepared data does not give the scalar ``every.keep_best``."""
     name, names = config.every.keep_best, scalar_names(settings.datasets)
     if name is None or name in names:
         return
@@ -80,9 +80,9 @@ def check_keep_best(config: TrainConfig, settings: Settings) -> None:
 
 
 def with_query_prompt(config: TrainConfig) -> TrainConfig:
-    """The config with the query prompt that its data was prepared with, if it has none of its own.
+    """The config with the query prompt that its data was prepared with, unless it has one of its own.
 
-    Warns if the two differ, or if the queries were prepared without any, but the exported model will have one.
+    Warns if the two differ, or if the queries were prepared without a prompt but the exported model will have one.
 
     Raises:
         InputError: there is no prepared data, or no such model.
@@ -111,5 +111,5 @@ def with_query_prompt(config: TrainConfig) -> TrainConfig:
 
 
 def _without_instructions(settings: Settings) -> bool:
-    """Whether queries lack instructions that they should have: stage 1 takes them off, for stage 2 to train them."""
+    """Whether queries lack instructions that they should have: only stage 1, which strips them, trains without."""
     return settings.stage != 1 and settings.instructed < _FEW

@@ -1,4 +1,4 @@
-"""What a model makes of held-back batches."""
+"""Validation: losses and accuracy of a model on held-back batches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from f2llm_jax.train.placement import global_batch, global_rows
 from f2llm_jax.train.records import Dataset
 from f2llm_jax.train.step import ComputeConfig, LossConfig, batch_states, loss_terms, split_states
 
-# Batches dispatched before the results of the one before them are fetched.
+# Batches in flight while the results of the one before them are fetched.
 _IN_FLIGHT = 2
 
 
@@ -41,17 +41,17 @@ def validation_step(
     compute: ComputeConfig,
     in_batch: bool,
 ) -> dict[str, jax.Array]:
-    """Losses of a batch at the full size, as the reference validates, and how often the positive wins.
+    """The losses of a batch at the full size only, as in the reference's validation, and how often the positive wins.
 
     Args:
         params: the parameters.
         batch: the global batch.
-        example_mask_b: bool [batch]; the others are there to fill it, and nothing depends on them.
+        example_mask_b: bool [batch]; False for examples that only fill the batch, which nothing depends on.
         config, loss, compute, in_batch: as for ``train_step``.
 
     Returns:
-        float32 scalars: ``loss_hard`` and ``accuracy`` (the share of queries that are nearer to their passage than to
-        all of their negatives), if there are negatives; ``loss_in_batch``, for retrieval.
+        float32 scalars: ``loss_hard`` and ``accuracy`` (the share of queries that are closer to their passage than to
+        each of their negatives), if there are negatives; ``loss_in_batch``, for retrieval.
     """
     states = batch_states(params, batch, config, compute)
     loss = dataclasses.replace(loss, mrl_dims=())
@@ -67,7 +67,7 @@ def validation_step(
 
 
 def make_evaluate(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> Callable[..., dict[str, jax.Array]]:
-    """``validation_step``, compiled, its results on every device."""
+    """``validation_step``, compiled; its results are replicated on every device."""
     step = functools.partial(validation_step, config=model, loss=config.loss, compute=config.compute)
     return jax.jit(step, static_argnames="in_batch", out_shardings=replicated(mesh))
 
@@ -85,11 +85,11 @@ def validate(
 
     Args:
         params: the parameters.
-        loader: has the batches.
+        loader: provides the batches.
         evaluate: from ``make_evaluate``.
-        mesh: of both.
-        stop: asked before each batch: whether to leave, with None instead of means.
-        show_progress: a progress bar on standard error.
+        mesh: the mesh of parameters and batches.
+        stop: called before each batch; if it returns True, the validation ends, and the result is None.
+        show_progress: show a progress bar on standard error.
     """
     from tqdm import tqdm
 
@@ -116,7 +116,7 @@ def validate(
 
 
 def scalar_names(datasets: Iterable[Dataset]) -> list[str]:
-    """The names of what ``validate`` gives for prepared datasets."""
+    """The names of the scalars that ``validate`` returns for prepared datasets."""
 
     def values(dataset: Dataset) -> list[str]:
         hard = [LOSSES["hard"], "accuracy"] if dataset.negatives else []
@@ -130,5 +130,5 @@ def scalar_names(datasets: Iterable[Dataset]) -> list[str]:
 
 
 def _mean(batches: list[dict[str, Any]], examples: list[int]) -> dict[str, Any]:
-    """The mean over all examples, from the means of batches of so many."""
+    """The mean over all examples, from the mean of each batch and its number of examples."""
     return {name: np.average([values[name] for values in batches], weights=examples) for name in batches[0]}
