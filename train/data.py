@@ -1,8 +1,8 @@
-"""Batches of prepared data: which examples a step takes is a function of (seed, step).
+"""Batches of prepared data: the examples of a step are a function of (seed, step).
 
-An epoch is planned as a whole. Every dataset has ⌈examples / batch size⌉ batches in it, of its examples in a random
-order, and the dataset of a step is drawn in proportion to these numbers among those not exhausted. Any step is found
-without those before it: a loader resumes at once, and with another number of processes.
+An epoch is planned as a whole. Every dataset contributes ⌈examples / batch size⌉ batches of its examples in random
+order, and each step draws its dataset among those not yet exhausted, in proportion to these numbers. Any step can be
+computed without those before it, so a loader resumes at once, also with another number of processes.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from f2llm_jax.train.units import exit_with_parent
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A batch, and what it is of.
+    """A batch and where it comes from.
 
     Attributes:
-        dataset, task: all its examples are of this dataset.
+        dataset, task: the dataset that all its examples belong to, and its task type.
         batch: this process's share of the global batch, as NumPy arrays.
-        epoch: from 0.
-        examples: of the global batch, the first so many rows are examples not taken before in the epoch; the rest
-            repeat examples of the dataset to fill its last batch.
+        epoch: counted from 0.
+        examples: number of examples, the first of the global batch, that are new in this epoch; the rest repeat
+            examples of the dataset to fill its last batch.
     """
 
     dataset: str
@@ -52,7 +52,7 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Which rows of a global batch are this process's: they are dealt out in equal runs, in the order of processes."""
+    """Which rows of a global batch belong to this process: each gets an equal run of rows, in process order."""
 
     process: int = 0
     processes: int = 1
@@ -63,13 +63,13 @@ class Share:
 
 
 class TrainingData:
-    """A folder that ``f2llm prepare`` wrote, open for reading. Safe to share among threads, and to pickle.
+    """A folder that ``f2llm prepare`` wrote, open for reading. Thread-safe, and can be pickled.
 
-    ArrayRecord keeps where its records lie in memory: about 90 bytes for each example and each document.
+    ArrayRecord keeps the positions of its records in memory: about 90 bytes for each example and each document.
 
     Attributes:
-        settings: what ``prepared.json`` says.
-        max_length: tokens of a text; longer ones are cut, and end with the EOS.
+        settings: the contents of ``prepared.json``.
+        max_length: maximum tokens per text; longer texts are truncated, and still end with the EOS.
     """
 
     def __init__(
@@ -80,11 +80,11 @@ class TrainingData:
         teacher: TeacherStore | None = None,
         packing: TrainPacking | None = None,
     ):
-        """Opens it.
+        """Opens the folder.
 
         Args:
             folder: the folder.
-            max_length: tokens of a text; a warning if the data was prepared with less.
+            max_length: maximum tokens per text; warns if the data was prepared with a lower maximum.
             teacher: states for every training batch, from ``open_store``.
             packing: the shapes of packed batches; None for rows of one text each.
 
@@ -118,14 +118,13 @@ class TrainingData:
         """A process's share of a global batch.
 
         Args:
-            dataset: whose.
-            split: of which split.
-            examples: [batch] numbers of examples, from 0 in each dataset and split.
-            negatives: [count] positions of the negatives to take of every example.
-            share: which examples to read. The shapes are those of the global batch, on every process.
+            dataset, split: where the examples come from.
+            examples: [batch] indices of the examples, counted from 0 within the dataset and split.
+            negatives: [count] positions of the negatives to take from every example.
+            share: which of the examples to read. Shapes follow from the global batch, so every process gets the same.
 
         Returns:
-            NumPy arrays, of [batch / processes] examples; slots of packed rows count through the rows of this share.
+            NumPy arrays for [batch / processes] examples; slots of packed rows are numbered within this share.
         """
         lengths = self.text_lengths(dataset, split, examples, negatives)
         own = dataset.first[split] + examples[share.rows(len(examples))]
@@ -145,12 +144,12 @@ class TrainingData:
         )
 
     def text_lengths(self, dataset: Dataset, split: Split, examples: np.ndarray, negatives: np.ndarray) -> np.ndarray:
-        """Tokens of the texts of a batch, [batch, 2 + count]: of each example's query, passage and negatives."""
+        """The tokens per text of a batch, [batch, 2 + count]: each example's query, passage and negatives."""
         columns = np.array([0, 1, *(2 + negatives)])
         return np.minimum(self._lengths[split][(dataset.first[split] + examples)[:, None], columns], self.max_length)
 
     def pack_plan(self, lengths: np.ndarray, processes: int) -> PackPlan:
-        """The packed rows of a global batch whose texts have these lengths."""
+        """The packed rows of a global batch with texts of these lengths."""
         assert self._packing is not None
         return self._packing.plan([_in_order(part) for part in np.split(lengths, processes)])
 
@@ -185,20 +184,20 @@ class TrainingData:
 
 
 def _by_kind(texts: Any, examples: int) -> tuple[Any, Any, Any]:
-    """Queries, passages and negatives out of one row of all."""
+    """Splits a sequence of all texts into queries, passages and negatives."""
     return texts[:examples], texts[examples : 2 * examples], texts[2 * examples :]
 
 
 def _in_order(lengths: np.ndarray) -> np.ndarray:
-    """Lengths [examples, 2 + negatives] in the order of the texts of a batch: queries, passages, negatives."""
+    """Flattens lengths [examples, 2 + negatives] into the order of a batch: queries, passages, negatives."""
     return np.concatenate([lengths[:, 0], lengths[:, 1], lengths[:, 2:].reshape(-1)])
 
 
 def row_lengths(max_length: int, *, steps: int) -> np.ndarray:
-    """The lengths that rows of a training batch may have: ``steps`` per doubling from 32 on, up to ``max_length``.
+    """The possible row lengths of a training batch: ``steps`` per doubling from 32 tokens on, up to ``max_length``.
 
-    Every pair of lengths of queries and documents is a program to compile. With one step for queries, which are few of
-    a batch's tokens, and two for documents, there are 66 pairs up to 1,024 tokens.
+    A program is compiled for each pair of query length and document length. With one step for queries, which are a
+    small part of a batch's tokens, and two for documents, there are 66 pairs up to 1,024 tokens.
     """
     lengths = [
         start + step * start // steps
@@ -213,10 +212,10 @@ def _round_up(tokens: int, lengths: np.ndarray) -> int:
 
 
 def _kill_processes_soon() -> None:
-    """Grain's processes are killed a second after they are told to stop, not 25.
+    """Makes Grain kill its processes one second after telling them to stop, instead of 25.
 
-    One that has a batch ready which fills the pipe waits until somebody takes it, and nobody does then. They read, and
-    have nothing to lose. Grain has no setting for it: whoever has no such processes does not need its inner module.
+    A process whose next batch fills the pipe waits until the batch is taken, and by then nobody takes it. The processes
+    only read, so nothing is lost. Grain has no setting for this; its internal module is imported only for workers.
     """
     from grain._src.python.dataset.transformations import process_prefetch
 
@@ -224,15 +223,15 @@ def _kill_processes_soon() -> None:
 
 
 def _parse_no_flags() -> None:
-    """Grain's processes ask for absl flags, which are an error to ask for where no command line was parsed for them."""
+    """Marks absl flags as parsed: Grain's processes read them, an error if no command line was parsed for absl."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
 
 
 def _start_reader(worker: int, workers: int) -> None:
-    """Readers outlive a SIGTERM, which goes to all processes of a job: training saves a checkpoint, and closes them.
+    """Makes a reader ignore SIGTERM, which all processes of a job get: training saves a checkpoint, then closes it.
 
-    One whose training process is gone ends by itself.
+    A reader exits by itself when its training process is gone.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=exit_with_parent, daemon=True).start()
@@ -242,8 +241,8 @@ class TrainBatches:
     """All steps of a training run, for random access: ``batches[step]`` is an ``Item``.
 
     Attributes:
-        datasets: those that have examples to train on.
-        steps_per_epoch: batches of all datasets together.
+        datasets: the datasets that have examples to train on.
+        steps_per_epoch: number of batches of all datasets together.
     """
 
     def __init__(
@@ -253,13 +252,13 @@ class TrainBatches:
 
         Args:
             data: the data.
-            batch_size: examples of a global batch.
-            epochs: how often all examples are taken.
-            seed: of order, datasets and negatives.
-            share: this process's; default one process.
+            batch_size: examples per global batch.
+            epochs: passes over all examples.
+            seed: determines the order, the datasets and the negatives.
+            share: the share of this process; default: everything, for a single process.
 
         Raises:
-            InputError: the processes do not divide the batch, or there is no example.
+            InputError: the batch does not divide over the processes, or there are no examples.
         """
         self.data = data
         self.batch_size = batch_size
@@ -295,23 +294,23 @@ class TrainBatches:
 
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if epoch not in self._plans:
-            # Prefetching threads may be in two epochs at a time.
+            # Prefetching threads may be in two epochs at the same time.
             self._plans = {e: plan for e, plan in self._plans.items() if e == epoch - 1}
             self._plans[epoch] = draw_datasets(self._batches, np.random.default_rng([self.seed, epoch, 1]))
         return self._plans[epoch]
 
 
 def draw_datasets(batches: list[int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The datasets of an epoch: each step draws one in proportion to its number of batches, until it has none left.
+    """The datasets of an epoch: each step draws one, in proportion to its number of batches, until it has none left.
 
     Args:
-        batches: how many each dataset has.
-        rng: the source of chance.
+        batches: the number of batches of each dataset.
+        rng: the random generator.
 
     Returns:
-        For every step, the dataset's index and which of its batches it is.
+        For every step, the index of the dataset and the number of the batch within it.
     """
-    # Events of a Poisson process with a rate for each dataset: the next is a dataset's in proportion to its rate.
+    # Events of Poisson processes, one per dataset: the next event comes from a dataset in proportion to its rate.
     times = [np.cumsum(rng.standard_exponential(count)) / count for count in batches]
     order = np.argsort(np.concatenate(times), kind="stable")
     number = np.concatenate([np.arange(count) for count in batches])
@@ -319,7 +318,7 @@ def draw_datasets(batches: list[int], rng: np.random.Generator) -> tuple[np.ndar
 
 
 def _draw_negatives(dataset: Dataset, rng: np.random.Generator) -> np.ndarray:
-    """Positions of negatives, one set for a whole batch as in the reference; all if the dataset has fewer."""
+    """Positions of negatives, the same for a whole batch as in the reference; all of them if the dataset has fewer."""
     return rng.permutation(dataset.negatives)[: NEGATIVES[dataset.task]]
 
 
@@ -350,13 +349,13 @@ class ValidationBatches:
         Args:
             data: the data.
             dataset: the name of one of its datasets.
-            batch_size: examples of a global batch. The last may be smaller: a power of two times ``multiple``.
-            multiple: the size of every batch is a multiple of it; at least the number of processes.
-            seed: of the negatives.
-            share: this process's; default one process.
+            batch_size: examples per global batch. The last batch may be smaller: a power of two times ``multiple``.
+            multiple: the size of every batch is a multiple of this; at least the number of processes.
+            seed: determines the negatives.
+            share: the share of this process; default: everything, for a single process.
 
         Raises:
-            InputError: no such dataset, or sizes that do not divide.
+            InputError: there is no such dataset, or a size does not divide.
         """
         self.data = data
         self.share = share or Share()
@@ -391,10 +390,10 @@ class ValidationBatches:
 
 
 class DataLoader(grain.DatasetIterator):
-    """The steps of a run in order, read ahead by Grain: a ``Loader`` for the loop.
+    """The steps of a run in order, prefetched by Grain: a ``Loader`` for the training loop.
 
-    The state is the number of the next step and a digest of the data, the same on every process; Orbax can save it as
-    any Grain iterator's.
+    The state is the number of the next step and a digest of the data, the same on every process; Orbax can save it like
+    that of any Grain iterator.
     """
 
     def __init__(self, batches: TrainBatches, *, multiple: int = 1, threads: int = 2, ahead: int = 4, workers: int = 0):
@@ -402,10 +401,10 @@ class DataLoader(grain.DatasetIterator):
 
         Args:
             batches: the steps.
-            multiple: devices that share a batch: the size of validation batches is a multiple of it.
-            threads: that read, in this process or in each worker.
-            ahead: batches that are kept ready.
-            workers: processes that read; 0 reads in this one. They take seconds to start, and are worth it where a step
+            multiple: number of devices that share a batch; the size of validation batches is a multiple of it.
+            threads: number of reader threads, in this process or in each worker.
+            ahead: number of batches to prefetch.
+            workers: number of reader processes; 0 reads in this one. They take seconds to start, and pay off if a step
                 takes less time than reading a batch.
         """
         super().__init__()
@@ -419,7 +418,7 @@ class DataLoader(grain.DatasetIterator):
 
     @property
     def steps(self) -> int:
-        """Batches of all epochs."""
+        """The number of batches of all epochs."""
         return len(self._batches)
 
     def __next__(self) -> Item:
@@ -440,10 +439,10 @@ class DataLoader(grain.DatasetIterator):
         return {"step": self._step, "data": self._digest}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a step.
+        """Moves to a step.
 
         Raises:
-            InputError: there is no such step, or it was one of other data.
+            InputError: there is no such step, or the state belongs to other data.
         """
         if state["data"] != self._digest:
             raise InputError(
@@ -456,18 +455,18 @@ class DataLoader(grain.DatasetIterator):
         self._step = state["step"]
 
     def close(self) -> None:
-        """Stops reading ahead; the next ``next`` goes on."""
+        """Stops prefetching; the next call of ``next`` continues."""
         if self._iterator is not None:
             self._iterator.close()  # type: ignore[attr-defined]
         self._iterator = None
 
     @property
     def validation_batches(self) -> int:
-        """Of all datasets together."""
+        """The number of validation batches of all datasets together."""
         return sum(map(len, self._validation().values()))
 
     def validation(self) -> dict[str, Iterable[Item]]:
-        """For each dataset that has any, its validation batches, read ahead; every iteration is a pass over them."""
+        """The validation batches of each dataset that has any, prefetched; every iteration is a pass over them."""
         return {
             name: grain.MapDataset.source(batches).to_iter_dataset(self._options)
             for name, batches in self._validation().items()

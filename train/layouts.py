@@ -1,8 +1,9 @@
-"""Raw data in the layouts of other projects, brought into the released one: JSON Lines, and Parquet with other columns.
+"""Converts raw data from the layouts of other projects to the released one: JSON Lines, Parquet with other columns.
 
-``LAYOUTS`` is the one table of them. A positive or a negative is a text, or a list of them; a row of several positives
-becomes a row for each. Negatives are those of all its columns, in order: at most as many as asked for, and as many
-columns as the longest row has; a row with fewer repeats its own as it is read (``RawDataset.fill_negatives``).
+``LAYOUTS`` lists all of these layouts. A positive or a negative is a text or a list of texts; a row with several
+positives becomes one row for each. The negatives of a row are those of all its negative columns, in order, up to the
+number requested. The result has as many negative columns as the longest row needs; when it is read, a row with fewer
+negatives repeats its own (``RawDataset.fill_negatives``).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _ROWS = "rows.parquet"
 # Rows held at a time while a Parquet file is read.
 _BATCH_ROWS = 256
 
-# A row group is written when its texts have this many characters.
+# A row group is written once its texts have this many characters.
 _GROUP_CHARACTERS = 1 << 24
 
 
@@ -36,10 +37,10 @@ class Layout:
     """Which column holds what.
 
     Attributes:
-        name: of the layout, for reports.
-        query: the column of queries, a text each.
-        passage: of positives.
-        negatives: of negatives; also ``NEGATIVES_1``, ``NEGATIVES_2``, … There may be none.
+        name: the name of the layout, for reports.
+        query: the column of queries, one text per row.
+        passage: the column of positives.
+        negatives: the column of negatives; ``NEGATIVES_1``, ``NEGATIVES_2``, … are also read. A file may have none.
     """
 
     name: str
@@ -54,10 +55,10 @@ class Layout:
         return self.query in columns and self.passage in columns
 
     def rows(self, record: dict[str, Any], where: str) -> Iterator[tuple[str | None, str | None, list[str]]]:
-        """Query, passage and negatives of each row that a record makes; None for what is missing.
+        """The query, passage and negatives of each row that a record becomes; None for what is missing.
 
         Raises:
-            InputError: the record lacks a column, or has something else than texts in it.
+            InputError: the record lacks a column, or the column holds something other than texts.
         """
         query = field_of(record, self.query, where)
         if query is not None:
@@ -85,7 +86,7 @@ RELEASED = LAYOUTS[0]
 
 @functools.lru_cache
 def _negative_columns(name: str | None, columns: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of the columns that hold negatives: ``name`` itself, then ``name_1``, ``name_2``, …"""
+    """The columns that hold negatives: ``name`` itself, then ``name_1``, ``name_2``, …"""
     numbers: dict[str, int] = {}
     for column in columns:
         base, _, number = column.rpartition("_")
@@ -97,7 +98,7 @@ def _negative_columns(name: str | None, columns: tuple[str, ...]) -> tuple[str, 
 
 
 def _texts(value: Any, where: str, column: str) -> list[str | None]:
-    """The texts of a cell: one, or a list of them, each a string or, as Tevatron has it, a ``title`` and a ``text``."""
+    """The texts of a cell: one or a list, each a string or, as in Tevatron, an object with ``title`` and ``text``."""
     if value is None:
         return []
     texts: list[str | None] = []
@@ -111,10 +112,10 @@ def _texts(value: Any, where: str, column: str) -> list[str | None]:
 
 
 def own_layout(columns: Mapping[str, str] | None) -> Layout | None:
-    """The layout that a user describes: {``query``, ``passage`` and perhaps ``negatives``: column}.
+    """The layout that a user describes: {``query``, ``passage`` and optionally ``negatives``: column}.
 
     Raises:
-        InputError: other keys.
+        InputError: there are other keys.
     """
     if columns is None:
         return None
@@ -124,15 +125,15 @@ def own_layout(columns: Mapping[str, str] | None) -> Layout | None:
 
 
 def find_layout(file: Path, own: Layout | None) -> Layout | None:
-    """The layout of a file, by its columns or the keys of its first line; None for Parquet as it is released.
+    """The layout of a file, by its columns or the keys of its first line; None for Parquet in the released layout.
 
     Args:
         file: .parquet or .jsonl.
-        own: a layout that goes before ``LAYOUTS``.
+        own: a layout that takes precedence over ``LAYOUTS``.
 
     Raises:
-        InputError: the file is damaged or empty, its columns are of no known layout, or negatives that ``own`` has are
-            not among them.
+        InputError: the file is damaged or empty, its columns match no known layout, or it lacks the negatives that
+            ``own`` names.
     """
     schema = _schema(file) if file.suffix == ".parquet" else None
     columns = schema.names if schema is not None else _first_keys(file)
@@ -167,14 +168,14 @@ def _first_keys(file: Path) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """A unit of the pass before the first: a file to write anew in the released layout.
+    """A unit of the conversion, which precedes the first pass: one file to rewrite in the released layout.
 
-    It makes ``rows.parquet``, with null for what is missing, and counts in ``done.json``.
+    It writes ``rows.parquet``, with null for what is missing, and counts in ``done.json``.
 
     Attributes:
-        file, layout: what is read.
-        negatives: at most so many are kept.
-        folder: what it makes.
+        file, layout: the input.
+        negatives: maximum number of negatives to keep per row.
+        folder: the output.
     """
 
     file: Path
@@ -184,7 +185,7 @@ class Conversion:
 
     @property
     def size(self) -> int:
-        """Bytes to read."""
+        """The number of bytes to read."""
         return self.file.stat().st_size
 
     def run(self, worker: Worker) -> None:
@@ -208,7 +209,7 @@ class Conversion:
                 read = lines.position.offset
 
     def _parquet_records(self, worker: Worker) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Records, numbered from 0; the bytes of the file are spread evenly over them."""
+        """Records, numbered from 0; progress counts an equal part of the file's bytes for each."""
         row = read = 0
         try:
             with open_parquet(self.file) as opened:
@@ -240,17 +241,17 @@ class Conversion:
         raise AssertionError("a batch is not Unicode, and all of its cells are")
 
     def dataset(self) -> RawDataset:
-        """What was made of the file."""
+        """The converted dataset."""
         done = json.loads((self.folder / "done.json").read_text(encoding="utf-8"))
         return RawDataset(self.file.stem, self.folder / _ROWS, done["rows"], done["negatives"], fill_negatives=True)
 
 
 class _RowWriter:
-    """Writes rows of the released layout, some at a time.
+    """Writes rows of the released layout, a row group at a time.
 
     Attributes:
-        rows: how many there are.
-        longest: negatives of the row that has most.
+        rows: number of rows.
+        longest: the largest number of negatives of a row.
     """
 
     def __init__(self, file: Path, negatives: int):

@@ -1,7 +1,7 @@
-"""Training data in the released layout: a Parquet file per dataset, of texts in ``query``, ``passage``, ``negative_1``…
+"""Raw data in the released layout: one Parquet file per dataset, with columns ``query``, ``passage``, ``negative_1``, …
 
-Files in other layouts are brought into this one first, by ``f2llm_jax.train.layouts``. Files of many GB may be a single
-row group, so they are read a few rows at a time, front to back.
+Files in other layouts are converted to this one first, by ``f2llm_jax.train.layouts``. A file of many GB may be a
+single row group, so files are read a few rows at a time, front to back.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from pyarrow import parquet
 
 from f2llm_jax.errors import InputError
 
-# Why a row is dropped, the first that holds. Empty means missing, white space alone, or not Unicode.
+# The reasons for dropping a row, in order of precedence. Empty means missing, only white space, or not Unicode.
 REASONS = ("empty_query", "empty_positive", "empty_negative", "negative_is_positive")
 
-# How a query with an instruction begins, and the whole prefix that queries of the released data carry.
+# The beginning of a query with an instruction, and the whole prefix of the queries in the released data.
 INSTRUCTION = "Instruct:"
 _PREFIX = r"\A(?s:Instruct: .*?\nQuery: ?)"
 
 # Rows held at a time: 26 texts each, of up to some 30 KB in long-document sets.
 _BATCH_ROWS = 256
 
-# Of a column chunk, this much is in memory; by default Arrow would read a chunk as a whole.
+# The part of a column chunk that is held in memory; by default, Arrow would read the whole chunk.
 _BUFFER_BYTES = 1 << 18
 
 DIGEST_BYTES = 16
 
-# What a folder of raw data is looked through for.
+# The extensions of raw data files.
 _EXTENSIONS = (".parquet", ".jsonl")
 
 
@@ -46,9 +46,9 @@ class RawDataset:
     Attributes:
         name: the file's name without its extension.
         file: the file.
-        rows: how many there are.
-        negatives: how many each row has.
-        fill_negatives: a negative that is empty is read as one of the row's others.
+        rows: number of rows.
+        negatives: number of negatives per row.
+        fill_negatives: read another negative of the row in place of an empty one.
     """
 
     name: str
@@ -63,10 +63,10 @@ class RawDataset:
 
 
 def find_files(folder: Path) -> list[Path]:
-    """The files of a folder, by the names of the datasets that they are.
+    """The raw data files of a folder, sorted by dataset name.
 
     Raises:
-        InputError: no such folder, no file of raw data in it, or two of one name.
+        InputError: there is no such folder, it has no raw data files, or two of them have the same dataset name.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder")
@@ -81,7 +81,7 @@ def find_files(folder: Path) -> list[Path]:
 
 
 def open_parquet(file: Path) -> parquet.ParquetFile:
-    """Opens a file to read it in bounded memory; an InputError if it is no Parquet file."""
+    """Opens a Parquet file for reading in bounded memory; raises an InputError if it is not one."""
     try:
         return parquet.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
     except pyarrow.ArrowException as error:
@@ -89,10 +89,10 @@ def open_parquet(file: Path) -> parquet.ParquetFile:
 
 
 def open_dataset(file: Path, *, negatives: int, fill_negatives: bool = False) -> RawDataset:
-    """The dataset in a Parquet file of the released layout, with at most so many negatives.
+    """The dataset in a Parquet file of the released layout, with at most ``negatives`` negatives per row.
 
     Raises:
-        InputError: the file is no Parquet file, or lacks a column.
+        InputError: the file is not a Parquet file, lacks a column, or has one that does not hold strings.
     """
     with open_parquet(file) as opened:
         schema, rows = opened.schema_arrow, opened.metadata.num_rows
@@ -115,17 +115,17 @@ def _is_text(kind: Any) -> bool:
 def read_rows(
     dataset: RawDataset, *, strip_instructions: bool, query_prompt: str = "", first: int = 0, last: int | None = None
 ) -> Iterator[tuple[int, list[Any]]]:
-    """The rows ``first`` … ``last`` - 1 in small batches.
+    """The rows from ``first`` to ``last`` - 1, in small batches.
 
     Args:
-        dataset: which.
-        strip_instructions: take ``Instruct: …\\nQuery: `` off the front of every text.
-        query_prompt: put it before every query that does not begin with it, and is not empty.
-        first, last: row numbers; default all rows.
+        dataset: the dataset to read.
+        strip_instructions: strip ``Instruct: …\\nQuery: `` from the beginning of every text.
+        query_prompt: prepended to every query that is not empty and does not begin with it.
+        first, last: row numbers; default: all rows.
 
     Yields:
         The number of the batch's first row, and an Arrow array of strings for each of ``dataset.columns``. A text that
-        is not Unicode is null.
+        is not valid Unicode becomes null.
 
     Raises:
         InputError: the file is damaged.
@@ -153,7 +153,7 @@ def read_rows(
 
 
 def _row_groups(opened: parquet.ParquetFile, first: int, last: int) -> tuple[list[int], int]:
-    """The row groups that hold some of the rows, and the number of the first row in them."""
+    """The row groups that hold any of the rows, and the number of their first row."""
     ends = np.cumsum([opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)], dtype=int)
     starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
     groups = np.flatnonzero((starts < last) & (ends > first))
@@ -169,7 +169,7 @@ def _texts(column: Any, strip_instructions: bool) -> Any:
         column.validate(full=True)
     except pyarrow.ArrowInvalid:
         values = column.cast(pyarrow.large_binary()).to_pylist()
-        column = pyarrow.array(map(_decode, values), column.type)  # of nothing but None Arrow would make nulls
+        column = pyarrow.array(map(_decode, values), column.type)  # None alone would give a null array
     if strip_instructions:
         column = pc.replace_substring_regex(column, _PREFIX, "", max_replacements=1)
     return column
@@ -189,7 +189,7 @@ def _put_before(prompt: str, queries: Any) -> Any:
 
 
 def _fill(negatives: list[Any]) -> list[Any]:
-    """The columns with each row's empty cells filled from its others, in turn; a row without any stays empty."""
+    """The columns with each row's empty cells filled by its other negatives in turn; a row without any stays empty."""
     empty = np.array([_is_empty(column) for column in negatives])
     rows = np.flatnonzero(empty.any(axis=0) & ~empty.all(axis=0))
     if not len(rows):
@@ -219,7 +219,7 @@ def _is_empty(column: Any) -> np.ndarray:
 
 
 def digests(columns: list[Any]) -> np.ndarray:
-    """128-bit digests that are equal where texts are: uint64 [rows, columns, 2]."""
+    """128-bit digests, equal for equal texts: uint64 [rows, columns, 2]."""
     by_column = [
         b"".join(
             hashlib.blake2b(text or b"", digest_size=DIGEST_BYTES).digest()

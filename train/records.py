@@ -1,15 +1,15 @@
-"""Prepared training data on disk: two TensorFlow Datasets in ArrayRecord, and an index. No TensorFlow is needed.
+"""Prepared training data on disk: two TensorFlow Datasets in ArrayRecord, and an index. TensorFlow is not needed.
 
 ::
 
-    prepared.json                 what the data is: datasets and where their examples lie, tokens, settings
-    examples/1.0.0/               splits train and validation: dataset, query tokens, numbers of documents
-    documents/1.0.0/              split train: the tokens of every distinct document, at its number
+    prepared.json                 description: datasets and the positions of their examples, tokenizer, settings
+    examples/1.0.0/               splits train and validation: dataset, query tokens, document numbers
+    documents/1.0.0/              split train: the tokens of every distinct document; the index is its number
     index/SPLIT.lengths.npy       uint16 [examples, 2 + negatives]: tokens of query, passage and negatives; 0 for none
     report.json  report.md        what was read, kept, dropped and capped
 
-Examples of a dataset stand side by side in a split. ``tfds.builder_from_directory(OUT / "examples" / "1.0.0")
-.as_data_source("train")`` reads them, and the documents likewise.
+The examples of a dataset are contiguous within a split. ``tfds.builder_from_directory(OUT / "examples" / "1.0.0")
+.as_data_source("train")`` reads them; documents are read likewise.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FORMAT = 2
 SETTINGS_FILE = "prepared.json"
 _VERSION = "1.0.0"
 
-# Grain and ArrayRecord's own data source want a record per group: any is read without its neighbours.
+# Grain and ArrayRecord's own data source want one record per group, so that each can be read without its neighbours.
 _WRITER_OPTIONS = "group_size:1"
 
 
@@ -57,11 +57,11 @@ def features(kind: str) -> Any:
 
 
 class Writer:
-    """Writes records to a file, which comes to be with the first one.
+    """Writes records to a file, which is created with the first record.
 
     Attributes:
-        records: how many there are.
-        bytes: of all records, before compression.
+        records: number of records.
+        bytes: size of all records, before compression.
     """
 
     def __init__(self, file: Path):
@@ -71,7 +71,7 @@ class Writer:
         self._writer: Any = None
 
     def write(self, record: dict[str, np.ndarray | str]) -> None:
-        """Appends a record: a string, or an array of integers, for each of its features."""
+        """Appends a record: a string or an array of integers for each feature."""
         if self._writer is None:
             self._writer = array_record_module.ArrayRecordWriter(str(self._file), _WRITER_OPTIONS)
         data = _serialize(record)
@@ -85,7 +85,7 @@ class Writer:
 
 
 def _serialize(record: dict[str, np.ndarray | str]) -> bytes:
-    """A ``tf.train.Example``, the same bytes in any process; TFDS leaves the order of features to chance."""
+    """Serialises a ``tf.train.Example`` to the same bytes in every process; TFDS writes features in arbitrary order."""
     feature = {name: _feature(value) for name, value in record.items()}
     example = tf_example_pb2.Example(features=tf_feature_pb2.Features(feature=feature))
     return example.SerializeToString(deterministic=True)
@@ -99,7 +99,7 @@ def _feature(value: np.ndarray | str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A written file of records: how many, and their bytes."""
+    """A finished file of records, with their number and size in bytes."""
 
     file: Path
     records: int
@@ -113,7 +113,7 @@ def builder_folder(folder: Path, kind: str) -> Path:
 def assemble(folder: Path, kind: str, splits: dict[Split, list[Shard]], description: str) -> None:
     """Moves shards to where TFDS looks for them, and writes its metadata.
 
-    A shard that is there already, because an earlier process was killed here, stays.
+    Shards that are already there, because an earlier process was killed at this point, are kept.
     """
     home = builder_folder(folder, kind)
     home.mkdir(parents=True, exist_ok=True)
@@ -148,10 +148,10 @@ class Dataset:
     """A dataset of the prepared data.
 
     Attributes:
-        name, task: what it is.
-        negatives: how many each example has.
-        first: {split: the number of its first example in that split}.
-        examples: {split: how many it has there}.
+        name, task: its name and task type.
+        negatives: number of negatives per example.
+        first: {split: index of its first example in that split}.
+        examples: {split: number of its examples in that split}.
     """
 
     name: str
@@ -163,16 +163,16 @@ class Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What ``prepared.json`` says.
+    """The contents of ``prepared.json``.
 
     Attributes:
-        stage, seed, max_length: as prepared.
-        vocabulary, eos_id, pad_id: of the tokenizer.
-        documents: how many distinct ones there are.
-        content: a digest of all texts, and of which documents are whose.
-        datasets: in the order of their examples.
-        query_prompt: what ``f2llm prepare --query-prompt`` put before every query; None if nothing was put.
-        instructed: share of the queries that begin with ``Instruct:``.
+        stage, seed, max_length: the arguments of ``prepare``.
+        vocabulary, eos_id, pad_id: properties of the tokenizer.
+        documents: number of distinct documents.
+        content: a digest of all texts and of which documents belong to which query.
+        datasets: the datasets in the order of their examples.
+        query_prompt: the prompt that ``f2llm prepare --query-prompt`` prepended to every query; None if there was none.
+        instructed: share of queries that begin with ``Instruct:``.
     """
 
     stage: int
@@ -188,7 +188,7 @@ class Settings:
     instructed: float
 
     def cut_to(self, max_length: int, key: str = "max_length") -> int:
-        """Tokens of a text where ``max_length`` are asked for; a warning if the data was prepared with less."""
+        """The limit on tokens per text that takes effect; warns if the data was prepared with a lower one."""
         if max_length > self.max_length:
             warn(
                 f"{key}={max_length}, but the data was prepared with texts cut to {self.max_length} tokens, and they "
@@ -202,10 +202,10 @@ class Settings:
 
     @classmethod
     def read(cls, folder: Path) -> Settings:
-        """Reads it.
+        """Reads ``prepared.json`` from a folder.
 
         Raises:
-            InputError: the folder holds no prepared data, or that of another version.
+            InputError: the folder holds no prepared data, or data of another format version.
         """
         file = folder / SETTINGS_FILE
         if not file.exists():
@@ -225,7 +225,7 @@ def lengths_file(folder: Path, split: Split) -> Path:
 
 
 class Records:
-    """Random access to the records of a split, as TFDS decodes them. Safe to share among threads, and to pickle."""
+    """Random access to the records of a split, decoded by TFDS. Thread-safe, and can be pickled."""
 
     def __init__(self, folder: Path, kind: str, split: Split):
         _allow_open_files()
@@ -235,14 +235,14 @@ class Records:
         return len(self._source)
 
     def read(self, numbers: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
-        """The records of these numbers, each read once however often it is asked for."""
+        """The records with these numbers; a number that occurs several times is read once."""
         distinct, inverse = np.unique(np.asarray(numbers, np.int64), return_inverse=True)
         records = self._source.__getitems__(distinct.tolist())
         return [records[place] for place in inverse.tolist()]
 
 
 def _allow_open_files() -> None:
-    """A file for each shard is open: over 1,024, the usual limit, for some 500 datasets."""
+    """Raises the limit on open files. Each shard is one: for some 500 datasets, more than the usual limit of 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -250,5 +250,5 @@ def _allow_open_files() -> None:
 
 
 def data_digest(folder: Path) -> str:
-    """A digest of what prepared data is: its settings, and by their ``content`` all of its texts."""
+    """A digest of prepared data: of its settings, whose ``content`` covers all texts."""
     return hashlib.blake2b((folder / SETTINGS_FILE).read_bytes(), digest_size=16).hexdigest()

@@ -10,13 +10,13 @@ import numpy as np
 
 
 class TokenCounts:
-    """How many texts there are of each number of tokens."""
+    """A histogram of text lengths: the number of texts of each length in tokens."""
 
     def __init__(self) -> None:
         self._counts = np.zeros(1 << 16, np.int64)
 
     def add(self, lengths: np.ndarray) -> None:
-        """Counts texts: uint16 [texts]."""
+        """Adds the lengths of texts, uint16 [texts]."""
         counts = np.bincount(lengths)
         self._counts[: len(counts)] += counts
 
@@ -25,7 +25,7 @@ class TokenCounts:
         return int(self._counts.sum())
 
     def summary(self) -> dict[str, float]:
-        """Sum, mean, median, 95th percentile and greatest; empty without texts."""
+        """Sum, mean, median, 95th percentile and maximum; empty if there are no texts."""
         if not self.texts:
             return {}
         tokens = int(self._counts @ np.arange(len(self._counts)))
