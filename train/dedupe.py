@@ -1,8 +1,8 @@
-"""Numbers for distinct documents, in bounded memory: equal digests get equal numbers, in the order of first occurrence.
+"""Numbers distinct documents in bounded memory: equal digests get equal numbers, in order of first occurrence.
 
-The digests are dealt out to buckets by their leading bits, so that a bucket fits in memory and equal digests share one.
-Every bucket keeps the order of occurrence, and so do the streams written for it: what is found out about a bucket's
-digests comes back to where they stood by reading all streams front to back, together.
+Digests are distributed over buckets by their leading bits, so that a bucket fits in memory and equal digests share one.
+Every bucket keeps the order of occurrence, and so do the streams written for it: reading all streams together, front to
+back, brings the results for a bucket's digests back to where the digests occurred.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ import numpy as np
 
 from f2llm_jax.errors import InputError
 
-# Bytes of memory that a digest takes while its bucket, or its chunk, is sorted: keys, order, links and copies.
+# Bytes of memory per digest while its bucket or chunk is sorted: keys, order, links and copies.
 _BYTES_PER_DIGEST = 96
 
-_MAX_BUCKETS = 256  # each is two open files; the usual limit is 1,024
+_MAX_BUCKETS = 256  # each has two open files; the usual limit is 1,024
 
 
 class Digests(NamedTuple):
     """The digests of some rows' documents.
 
     Attributes:
-        rows: how many rows there are.
+        rows: number of rows.
         width: documents per row.
-        read: gives uint64 [count, width, 2] of the rows ``first`` … ``first + count - 1``.
+        read: maps (first, count) to the digests of the rows from ``first`` to ``first + count - 1``: uint64 [count,
+            width, 2].
     """
 
     rows: int
@@ -42,14 +43,14 @@ def number_documents(
     """Writes the number of every document of every row.
 
     Args:
-        datasets: the digests, in the order in which first occurrences count.
-        outputs: for each, the file to write: int32 [rows, width], little-endian, without a header.
-        folder: for temporary files of up to 25 bytes per distinct digest of each chunk; it must be empty.
-        memory: bytes to work in. What is written does not depend on it.
+        datasets: the digests, in the order that defines first occurrences.
+        outputs: the file to write for each dataset: int32 [rows, width], little-endian, without a header.
+        folder: for temporary files of up to 29 bytes per distinct digest of each chunk; it must be empty.
+        memory: bytes of memory to use. The output does not depend on it.
 
     Returns:
-        How many documents were numbered before each dataset, and at last how many there are: one more value than
-        datasets. A dataset's new documents have the numbers in between.
+        The number of documents numbered before each dataset, and finally their total: one more value than datasets. The
+        new documents of a dataset have the numbers from its value up to the next one.
 
     Raises:
         InputError: there are more distinct documents than an int32 can number.
@@ -73,14 +74,14 @@ def number_documents(
 
 
 class _Distinct(NamedTuple):
-    """The distinct digests of a chunk in order of first occurrence, and which of them each digest is."""
+    """The distinct digests of a chunk in order of first occurrence, and the index among them of each digest."""
 
     keys: np.ndarray
     inverse: np.ndarray
 
 
 def _chunks(datasets: Sequence[Digests], size: int) -> Iterator[tuple[int, _Distinct]]:
-    """The digests of all datasets, about ``size`` at a time, with the dataset's index. A chunk is of one dataset."""
+    """The digests in chunks of about ``size``, each from a single dataset, with the index of that dataset."""
     for index, dataset in enumerate(datasets):
         step = max(size // max(dataset.width, 1), 1)
         for first in range(0, dataset.rows, step):
@@ -95,7 +96,7 @@ def _distinct(keys: np.ndarray) -> _Distinct:
 
 
 def _first_occurrences(keys: np.ndarray) -> np.ndarray:
-    """For each digest, where its equal stood first: int64 [count]."""
+    """The position of the first occurrence of each digest: int64 [count]."""
     order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: equal digests stay in order of occurrence
     ordered = keys[order]
     starts = np.ones(len(keys), bool)
@@ -106,7 +107,7 @@ def _first_occurrences(keys: np.ndarray) -> np.ndarray:
 
 
 class _Buckets:
-    """Files for each of 2^bits buckets, and how values travel to and from them."""
+    """The files of 2^bits buckets, and the transfer of values to and from them."""
 
     def __init__(self, folder: Path, bits: int):
         self.folder = folder
@@ -120,21 +121,21 @@ class _Buckets:
         return _Streams([self.file(kind, bucket) for bucket in range(self.count)], mode)
 
     def order(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The digests' places sorted by bucket, order kept within one, and the boundaries of the buckets in it."""
-        # A shift by 64 is not defined.
+        """The positions of the digests, stably sorted by bucket, and the boundaries of the buckets among them."""
+        # A shift by 64 is undefined.
         bucket = (keys[:, 0] >> np.uint64(64 - self.bits)).astype(np.int16) if self.bits else np.zeros(len(keys), int)
         order = np.argsort(bucket, kind="stable")
         return order, np.searchsorted(bucket[order], np.arange(self.count + 1))
 
     def deal(self, streams: Sequence[BinaryIO], keys: np.ndarray, values: np.ndarray) -> None:
-        """Appends to every bucket's stream the values that belong to its digests."""
+        """Appends to the stream of each bucket the values that belong to its digests."""
         order, bounds = self.order(keys)
         values = values[order]
         for stream, first, last in zip(streams, bounds[:-1], bounds[1:], strict=True):
             stream.write(values[first:last].tobytes())
 
     def collect(self, streams: Sequence[BinaryIO], keys: np.ndarray, dtype: type) -> np.ndarray:
-        """What stands next in the buckets' streams for these digests, in the digests' order."""
+        """Reads the next values of these digests from the streams of the buckets, in the order of the digests."""
         order, bounds = self.order(keys)
         values: np.ndarray = np.empty(len(keys), dtype)
         size = values.itemsize
@@ -144,7 +145,7 @@ class _Buckets:
 
 
 class _Streams(ExitStack):
-    """Files that are open together, as a with block's list."""
+    """Files that are open together; a with block gets their list."""
 
     def __init__(self, files: list[Path], mode: str):
         super().__init__()
@@ -155,7 +156,7 @@ class _Streams(ExitStack):
 
 
 def _link(buckets: _Buckets, bucket: int) -> None:
-    """Writes which of a bucket's digests occur first, and for every digest which of those is its equal."""
+    """Writes which digests of a bucket are first occurrences, and for each digest the index of its own among those."""
     keys = np.fromfile(buckets.file("digest", bucket), "<u8").reshape(-1, 2)
     distinct = _first_occurrences(keys)
     is_first = distinct == np.arange(len(keys))
@@ -164,7 +165,7 @@ def _link(buckets: _Buckets, bucket: int) -> None:
 
 
 def _number_first_occurrences(buckets: _Buckets, datasets: Sequence[Digests], chunk: int) -> list[int]:
-    """Numbers first occurrences across buckets, in the order of the data; writes the numbers of each bucket's."""
+    """Numbers first occurrences across all buckets, in the order of the data; writes those of each bucket to a file."""
     new_by_dataset = np.zeros(len(datasets) + 1, np.int64)
     count = 0
     with buckets.open("first", "rb") as firsts, buckets.open("number", "wb") as numbers:

@@ -1,15 +1,15 @@
 """From raw files to tokenised training data: check, cap, number distinct documents, tokenise, write.
 
-Three passes, each of them in units that survive a kill; files in other layouts than the released Parquet are brought
-into it first, in temporary files (``f2llm_jax.train.layouts``).
+There are three passes, each in units whose results survive a kill. Before them, files in other layouts than the
+released Parquet are converted to it, in temporary files (``f2llm_jax.train.layouts``).
 
-1. *Scan*: every row is read once; what is wrong with it and digests of its texts go to temporary files.
-2. *Number*: rows are chosen, and distinct documents numbered in the order of first occurrence.
-3. *Tokenise*: the chosen rows are read again, in pieces; a document is tokenised and stored where it occurs first.
+1. *Scan*: every row is read once; its faults and the digests of its texts go to temporary files.
+2. *Number*: rows are chosen, and distinct documents are numbered in order of first occurrence.
+3. *Tokenise*: the chosen rows are read again, in pieces; each document is tokenised and stored where it first occurs.
 
-What is written depends on the raw files, the tokenizer and the arguments alone, not on workers, memory or restarts.
-Memory: ``memory`` for numbering, 17 bytes per raw row of the largest source for choosing, and in each worker some
-hundred rows of text.
+The output depends only on the raw files, the tokenizer and the arguments, not on workers, memory or restarts. Memory:
+``memory`` for numbering, 17 bytes per raw row of the largest source for choosing rows, and a few hundred rows of text
+in each worker.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ from f2llm_jax.train.records import (
 from f2llm_jax.train.report import TokenCounts, write_report
 from f2llm_jax.train.units import new_folder, run_units, usable_cores
 
-# A unit of tokenising. It makes a shard of documents: some GB, if all of 25 documents per row are new.
+# Rows per unit of tokenising. A unit makes one shard of documents: some GB if all 25 documents per row are new.
 PIECE_ROWS = 100_000
 
-# Of 100 rows, one is for validation.
+# One of this many rows is for validation.
 _VALIDATION_SHARE = 100
 
 _INDEX_ROWS = 1 << 16
 
-# A warning says so where a larger share of a dataset's rows is dropped.
+# A warning is given if a larger share of a dataset's rows is dropped.
 _MANY_DROPPED = 0.05
 
 
@@ -84,37 +84,37 @@ def prepare(
     force: bool = False,
     show_progress: bool = False,
 ) -> dict[str, Any]:
-    """Writes the training data of a stage. See ``f2llm_jax.train.records`` for what it looks like.
+    """Writes the training data of a stage, in the format described in ``f2llm_jax.train.records``.
 
     Args:
         raw: a folder of files, one per dataset: .parquet or .jsonl, in one of the layouts of
             ``f2llm_jax.train.layouts``.
         tokenizer: a release folder or hub id.
         out: the folder to write; it appears when it is complete.
-        stage: 1 strips instructions off all texts; 2 leaves them as they are.
-        cap: queries per source; default 80,000 in stage 2, none in stage 1; 0 for none.
-        sources: globs; the datasets that match one are a source together. Any other is a source of its own.
+        stage: 1 strips the instructions from all texts; 2 keeps them.
+        cap: maximum queries per source; 0 for no cap. Default: 80,000 in stage 2, no cap in stage 1.
+        sources: globs; all datasets that match the same glob form one source. Any other is a source of its own.
         include, exclude: globs of datasets to take and to leave out. Here, in ``sources`` and in ``tasks``, ``@NAME``
-            stands for the globs of a set of configs/datasets.py.
-        tasks: {glob: task type}, asked before the table of datasets.
-        columns: the columns of files of another layout: {``query``, ``passage``, perhaps ``negatives``: name}.
-        negatives: of an example, at most; the first ones are taken.
+            stands for the globs of a set in configs/datasets.py.
+        tasks: {glob: task type}, which takes precedence over the table of datasets.
+        columns: the columns of files in another layout: {``query``, ``passage``, optionally ``negatives``: name}.
+        negatives: maximum negatives per example; the first ones are taken.
         fill_negatives: repeat a row's own negatives in place of missing ones, also in the released layout.
-        query_prompt: put it before every query that does not begin with it (after the stripping of stage 1).
-        max_length: tokens of a text, EOS included; longer ones are truncated, and counted.
-        seed: of the choice under a cap, and of the split.
-        workers: processes; default one per core.
+        query_prompt: prepended to every query that does not begin with it (after the stripping in stage 1).
+        max_length: maximum tokens per text, EOS included; longer texts are truncated, and counted.
+        seed: determines the choice of rows under a cap, and the split.
+        workers: number of processes; default: one per core.
         memory: bytes for numbering documents.
         force: replace what is at ``out``.
-        show_progress: progress bars on standard error.
+        show_progress: show progress bars on standard error.
 
     Returns:
         The report, as in ``report.json``.
 
     Raises:
-        InputError: ``out`` exists, an unknown dataset, a glob that matches none, a file that is damaged or of no known
-            layout, a dataset without negatives that is not for retrieval, nothing left.
-        ReleaseError: no such tokenizer.
+        InputError: ``out`` exists, an argument is out of range, a dataset is unknown, a glob matches no dataset, a file
+            is damaged or in no known layout, a dataset without negatives is not for retrieval, or no rows are left.
+        ReleaseError: there is no such tokenizer.
     """
     if stage not in (1, 2):
         raise InputError(f"stage must be 1 or 2, not {stage}")
@@ -192,7 +192,7 @@ def prepare(
                 if sum(work.dropped(dataset).values()) > _MANY_DROPPED * dataset.rows:
                     warn(work.describe_dropped(dataset))
             run(pieces, label="tokenise")
-        except InputError:  # about the raw data: once that is mended, this is no work to go on with
+        except InputError:  # an error in the raw data: once it is fixed, this work cannot be resumed
             workplace.discard()
             raise
         report = work.assemble(pieces, workplace.folder)
@@ -203,11 +203,11 @@ def prepare(
 def _find(
     raw: Path, include: Sequence[str], exclude: Sequence[str], sources: Sequence[str], tasks: Sequence[str]
 ) -> tuple[list[Path], list[str]]:
-    """The files to take, and the names of the datasets that are left out."""
+    """The files to take, and the names of the datasets left out."""
     found = find_files(raw)
     for option, globs in {"include": include, "exclude": exclude, "source": sources, "task": tasks}.items():
         for glob in globs:
-            if option == "exclude" and glob.startswith("@"):  # a set may be left out where it is not
+            if option == "exclude" and glob.startswith("@"):  # a set may be excluded where none of it is present
                 continue
             if not any(matches(file.stem, expand([glob])) for file in found):
                 raise InputError(f"--{option} {glob} matches none of the {len(found)} datasets in {raw}")
@@ -219,7 +219,7 @@ def _find(
 
 
 def _find_layouts(files: Sequence[Path], own: Layout | None) -> dict[Path, Layout | None]:
-    """The layout of each file; None for Parquet as it is released."""
+    """The layout of each file; None for Parquet in the released layout."""
     layouts = {file: find_layout(file, own) for file in files}
     if own is not None and own not in layouts.values():
         raise InputError(f"no file of {files[0].parent} has the columns {own} of --columns")
@@ -227,7 +227,7 @@ def _find_layouts(files: Sequence[Path], own: Layout | None) -> dict[Path, Layou
 
 
 def _check_negatives(datasets: Iterable[RawDataset], tasks: Mapping[str, Task]) -> None:
-    """An InputError if there is nothing to train a dataset with: the in-batch loss is that of retrieval alone."""
+    """Raises an InputError if no loss applies to a dataset: without negatives, only retrieval has one (in-batch)."""
     for dataset in datasets:
         if not dataset.negatives and (task := tasks[dataset.name]) != "retrieval":
             raise InputError(
@@ -237,7 +237,7 @@ def _check_negatives(datasets: Iterable[RawDataset], tasks: Mapping[str, Task]) 
 
 
 def _fingerprint(release: Path) -> str:
-    """A digest of what makes a tokenizer; of other files if there is no tokenizer.json."""
+    """A digest of the files that define a tokenizer, with or without a tokenizer.json."""
     digest = hashlib.blake2b(digest_size=16)
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
         if (release / name).exists():
@@ -247,7 +247,7 @@ def _fingerprint(release: Path) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
-    """The passes over all datasets; ``folder`` holds what is temporary."""
+    """The passes over all datasets; ``folder`` holds the temporary files."""
 
     folder: Path
     datasets: list[RawDataset]
@@ -267,12 +267,12 @@ class _Work:
         return [Scan(dataset, strip, self.query_prompt, self._scan(dataset)) for dataset in self.datasets]
 
     def dropped(self, dataset: RawDataset) -> dict[str, int]:
-        """{reason: rows} of the rows that the scan found bad."""
+        """{reason: number of rows that the scan found bad}."""
         faults = np.load(self._scan(dataset) / "faults.npy")
         return dict(zip(REASONS, np.bincount(faults, minlength=1 + len(REASONS)).tolist()[1:], strict=True))
 
     def describe_dropped(self, dataset: RawDataset) -> str:
-        """How many rows of a dataset are dropped, mostly why, and what helps."""
+        """How many rows of a dataset are dropped, the main reason, and a remedy."""
         dropped = self.dropped(dataset)
         total, (reason, count) = sum(dropped.values()), max(dropped.items(), key=lambda item: item[1])
         if reason == "empty_negative" and dataset.negatives > 1 and not dataset.fill_negatives:
@@ -327,7 +327,7 @@ class _Work:
         yield from ([dataset] for dataset in left)
 
     def _choose(self, source: list[RawDataset]) -> list[np.ndarray]:
-        """The numbers of the rows to keep, ascending, of each dataset of a source: at most ``cap`` in all."""
+        """The numbers of the rows to keep of each dataset of a source, ascending: at most ``cap`` in total."""
         good = [np.flatnonzero(np.load(self._scan(dataset) / "faults.npy") == 0) for dataset in source]
         total = sum(map(len, good))
         if not self.cap or total <= self.cap:
@@ -348,7 +348,7 @@ class _Work:
         file, shape = self._scan(dataset) / "documents", (dataset.rows, 1 + dataset.negatives, 2)
 
         def read(first: int, count: int) -> np.ndarray:
-            # Mapped anew for each read, so that pages read earlier do not count as this process's memory.
+            # Mapped again for each read, so that pages read earlier do not count towards this process's memory.
             return np.memmap(file, "<u8", "r", shape=shape)[rows[first : first + count]]
 
         return Digests(len(rows), 1 + dataset.negatives, read)
@@ -376,7 +376,7 @@ class _Work:
         return pieces
 
     def assemble(self, pieces: list[Piece], result: Path) -> dict[str, Any]:
-        """Puts the pieces together in ``result``, and returns the report."""
+        """Assembles the pieces in ``result``; returns the report."""
         datasets = self._datasets(pieces)
         splits: dict[Split, list[Shard]] = {split: shards for split in SPLITS if (shards := _shards(pieces, split))}
         documents = _shards(pieces, "documents")
@@ -427,7 +427,7 @@ class _Work:
         return digest.hexdigest()
 
     def _write_lengths(self, pieces: list[Piece], settings: Settings, result: Path) -> None:
-        """The index: tokens of every text of every example, so that a batch's shape is known without reading it."""
+        """Writes the index: the tokens per text of every example, which give a batch's shape without reading it."""
         all_documents = self.folder / "document_lengths"
         with all_documents.open("wb") as stream:
             for piece in pieces:
@@ -503,14 +503,14 @@ def _shards(pieces: list[Piece], kind: str) -> list[Shard]:
 
 
 def split_off(queries: np.ndarray, key: np.uint64) -> np.ndarray:
-    """Which rows are for validation: one in a hundred, rounded up, those of equal queries on one side together.
+    """Which rows are for validation: at most one in a hundred, rounded up; rows with equal queries stay together.
 
     Args:
         queries: uint64 [rows], digests of the queries.
-        key: another one makes another choice.
+        key: determines the choice.
 
     Returns:
-        bool [rows]. It is all False if there is but one row.
+        bool [rows]; all False if there is only one row.
     """
     limit = math.ceil(len(queries) / _VALIDATION_SHARE) if len(queries) > 1 else 0
     _, query, rows = np.unique(mix(queries ^ key), return_inverse=True, return_counts=True)
@@ -526,7 +526,7 @@ def _key(seed: int, dataset: str, purpose: str) -> np.uint64:
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """uint64 values as if drawn at random, each a function of its own value alone (splitmix64)."""
+    """Pseudo-random uint64 values, each a function of its input value alone (splitmix64)."""
     with np.errstate(over="ignore"):
         values = values * np.uint64(0x9E3779B97F4A7C15)
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

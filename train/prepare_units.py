@@ -1,6 +1,6 @@
-"""The units of the first and the last pass over raw data: a dataset to scan, some of its rows to tokenise.
+"""The units of the first and the last pass over raw data: a dataset to scan, and some of its rows to tokenise.
 
-``f2llm_jax.train.prepare`` says what the passes are for.
+The passes are described in ``f2llm_jax.train.prepare``.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from f2llm_jax.train.raw import INSTRUCTION, RawDataset, digests, faults, read_r
 from f2llm_jax.train.records import SPLITS, Writer
 from f2llm_jax.train.units import Worker, new_folder
 
-# Texts are given to the tokenizer until they have this many characters: it takes about 100 bytes for each.
+# Texts are tokenised together up to this many characters: the tokenizer takes about 100 bytes for each.
 _TOKENIZER_CHARACTERS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """A unit of the first pass: a dataset.
+    """A unit of the first pass: one dataset.
 
-    It makes ``faults.npy`` (uint8 [rows]), ``queries.npy`` (uint64 [rows], digests) and ``documents`` (uint64 [rows,
+    It writes ``faults.npy`` (uint8 [rows]), ``queries.npy`` (uint64 [rows], digests) and ``documents`` (uint64 [rows,
     1 + negatives, 2], digests, without a header).
     """
 
@@ -60,9 +60,9 @@ class Scan:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A unit of the last pass: the chosen rows ``first`` … ``last`` - 1 of a dataset.
+    """A unit of the last pass: of the chosen rows of a dataset, those from ``first`` to ``last`` - 1.
 
-    It makes shards ``train``, ``validation`` and ``documents``, uint16 ``query_lengths.npy`` and
+    It writes the shards ``train``, ``validation`` and ``documents``, uint16 ``query_lengths.npy`` and
     ``document_lengths.npy``, and counts in ``done.json``. ``next_document`` is the number of its first new document.
     """
 
@@ -87,7 +87,7 @@ class Piece:
         return np.load(self.chosen / f"{self.dataset.name}.validation.npy", mmap_mode="r")[self.first : self.last]
 
     def documents(self) -> np.ndarray:
-        """The documents' numbers: int32 [size, 1 + negatives]."""
+        """The document numbers: int32 [size, 1 + negatives]."""
         width = 1 + self.dataset.negatives
         file = self.chosen / f"{self.dataset.name}.documents"
         return np.memmap(file, "<i4", "r", offset=self.first * width * 4, shape=(self.size, width))
@@ -129,7 +129,7 @@ class Piece:
             (folder / "done.json").write_text(json.dumps({**counts, **sums}), encoding="utf-8")
 
     def _read(self) -> Iterator[tuple[list[str], list[str], np.ndarray, np.ndarray]]:
-        """Queries, the texts of documents not met before, int64 [rows, 1 + negatives] numbers, and the split."""
+        """Yields queries, texts of new documents, document numbers int64 [rows, 1 + negatives], validation flags."""
         rows, next_document = np.array(self.rows()), self.next_document
         all_numbers, all_validation = self.documents(), self.validation()
         read = read_rows(
@@ -154,7 +154,7 @@ class Piece:
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str], max_length: int) -> tuple[list[np.ndarray], int]:
-    """``tokenizer.encode``, some characters at a time."""
+    """``tokenizer.encode``, about ``_TOKENIZER_CHARACTERS`` characters at a time."""
     sequences: list[np.ndarray] = []
     truncated = first = characters = 0
     for last, text in enumerate(texts, start=1):

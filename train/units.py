@@ -1,6 +1,6 @@
-"""Long work in units that run in parallel and outlive their process: each is a folder that appears when it is complete.
+"""Long work in units that run in parallel; the result of each is a folder that appears once it is complete.
 
-A unit that an earlier process completed is not done again, so a killed command goes on where it stopped.
+Units that an earlier process completed are not repeated, so a killed command resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _POLL_SECONDS = 0.3
 
 
 def usable_cores() -> int:
-    """Those that this process may run on; all of them where the system does not say, as macOS."""
+    """The number of cores that this process may use; on systems that do not tell, such as macOS, all of them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Worker:
-    """What a unit works with.
+    """What is available to a unit while it runs.
 
     Attributes:
-        tokenizer: of the release.
-        advance: to be called with the number of rows (or whatever ``run_units`` counts) done, now and then.
+        tokenizer: the release's tokenizer.
+        advance: to be called now and then with the number of rows (or whatever ``run_units`` counts) newly done.
     """
 
     def __init__(self, tokenizer: Tokenizer, advance: Callable[[int], Any]):
@@ -48,8 +48,8 @@ class Unit(Protocol):
     """A part of the work.
 
     Attributes:
-        folder: what it makes.
-        size: rows of work, or whatever ``run_units`` counts, for the progress bar.
+        folder: its result.
+        size: number of rows, or of whatever ``run_units`` counts, for the progress bar.
     """
 
     @property
@@ -64,17 +64,17 @@ class Unit(Protocol):
 def run_units(
     units: Sequence[Unit], tokenizer: Path, *, workers: int, label: str, show_progress: bool, unit: str = "row"
 ) -> None:
-    """Runs the units that are not complete, the largest first.
+    """Runs the units that are not complete, largest first.
 
     Args:
         units: the units; with several workers they are pickled.
-        tokenizer: the release's folder.
-        workers: processes; with 1 the work is done in this one.
-        label, show_progress: of the bar.
+        tokenizer: the release folder.
+        workers: number of processes; with 1, the work is done in this one.
+        label, show_progress: the label of the progress bar, and whether to show it.
         unit: what ``size`` and ``advance`` count.
 
     Raises:
-        F2LLMError: what a unit raised, or a worker was killed.
+        F2LLMError: a unit raised it, or a worker was killed.
     """
     todo = sorted((part for part in units if not part.folder.exists()), key=lambda part: -part.size)
     total = sum(part.size for part in units)
@@ -124,7 +124,7 @@ _worker: Worker
 
 def _start_worker(tokenizer: Path, done: Any, threads: int) -> None:
     global _worker
-    os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the tokenizer; by default every worker would take all cores
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # for the tokenizer, which by default uses all cores
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
     def advance(rows: int) -> None:
@@ -135,7 +135,7 @@ def _start_worker(tokenizer: Path, done: Any, threads: int) -> None:
 
 
 def exit_with_parent() -> None:
-    """A worker whose parent was killed would wait for more to do for ever."""
+    """Exits once the parent process is gone; a worker whose parent was killed would wait for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
@@ -148,7 +148,7 @@ def _run_unit(unit: Unit) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder that takes its place, on disk for good, when the block ends well, else vanishes."""
+    """A temporary folder: moved to ``folder`` and synced to disk if the block succeeds, else deleted."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
