@@ -1,7 +1,8 @@
-"""Hard negatives for pairs of query and passage: the nearest passages that are clearly further than the positive.
+"""Mines hard negatives for query-passage pairs: the nearest passages that are clearly further away than the positive.
 
 The rule is NV-Retriever's "TopK-PercPos" (Moreira et al. 2024, arXiv:2407.15831), with ranks counted as in
-``mine_hard_negatives`` of sentence-transformers: positives are left out, then what is too near, then the first ranks.
+``mine_hard_negatives`` of sentence-transformers: positives are excluded first, then passages that are too near, then
+the first ranks.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from f2llm_jax.release import pick_prompt
 from f2llm_jax.search import nearest
 from f2llm_jax.train.raw import faults, open_dataset, read_rows
 
-# Passages embedded at a time, passages compared at a time, and queries embedded and compared with all at a time.
+# Texts at a time: passages embedded, passages compared, and queries embedded and compared with all passages.
 _ENCODE_TEXTS = 65536
 _BLOCK = 8192
 _QUERIES = 16384
 
-# Rows of a row group: with 26 texts of 1 KB each 200 MB.
+# Rows per row group: 200 MB with 26 texts of 1 KB per row.
 _GROUP_ROWS = 8192
 
-# Queries of the released data have an instruction of their own, before which no prompt belongs.
+# Queries of the released data have their own instructions; no prompt must be prepended to them.
 _INSTRUCTED = "Instruct:"
 
 
@@ -41,18 +42,19 @@ _INSTRUCTED = "Instruct:"
 class Rule:
     """Which passages are the negatives of a query.
 
-    Of the ``last`` nearest passages that are no positives of it, those that score at most ``margin`` times its positive
-    and at most ``max_score``, without the nearest ``first`` of these; the nearest ``negatives`` of what is left.
+    Take the ``last`` nearest passages that are not positives of the query, keep those that score at most ``margin``
+    times its positive and at most ``max_score``, and skip the nearest ``first`` of these; the negatives are the nearest
+    ``negatives`` of the rest.
 
     Attributes:
-        negatives: how many each query gets.
-        first, last: the ranks to begin after and to end with.
-        margin: a share of the positive's cosine, of the least if a query has several. From a cosine below 0, which that
-            share would raise, (1 - margin) of its magnitude is taken off.
-        max_score: a cosine that no negative is above.
+        negatives: number of negatives per query.
+        first, last: the rank to start after and the last rank.
+        margin: the maximum score as a share of the positive's cosine, or of the lowest if a query has several. As that
+            would raise a cosine below 0, (1 - margin) of its magnitude is subtracted instead.
+        max_score: the maximum cosine of a negative.
 
     Raises:
-        InputError: the ranks have no room for the negatives, or a number is out of range.
+        InputError: the range of ranks is too small for the negatives, or a number is out of range.
     """
 
     negatives: int = 24
@@ -76,16 +78,16 @@ class Rule:
     def select(
         self, scores_qk: np.ndarray, numbers_qk: np.ndarray, positive_qk: np.ndarray, lowest_q: np.ndarray
     ) -> np.ndarray:
-        """The negatives.
+        """Selects the negatives.
 
         Args:
-            scores_qk: [queries, k], best first: cosines of the nearest documents.
-            numbers_qk: which documents those are.
+            scores_qk: [queries, k], cosines of the nearest documents, best first.
+            numbers_qk: the numbers of these documents.
             positive_qk: bool, which of them are positives of the query.
-            lowest_q: the least cosine of the query's positives.
+            lowest_q: the lowest cosine among the query's positives.
 
         Returns:
-            int64 [queries, negatives], nearest first; -1 throughout for a query that has fewer.
+            int64 [queries, negatives], nearest first; all -1 for a query with too few.
         """
         limit_q = np.minimum(lowest_q - (1 - self.margin) * np.abs(lowest_q), self.max_score)
         in_depth_qk = ~positive_qk & (np.cumsum(~positive_qk, axis=1) <= self.last)
@@ -100,13 +102,13 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Mined:
-    """What became of the rows of a file.
+    """The outcome for the rows of a file.
 
     Attributes:
-        written: rows with negatives.
-        short: rows without, whose query has too few passages that the rule allows.
-        bad: rows without, whose query or passage is empty.
-        documents: distinct texts that negatives were taken from.
+        written: number of rows written, with negatives.
+        short: number of rows left out because the rule allows too few passages for the query.
+        bad: number of rows left out because the query or the passage is empty.
+        documents: number of distinct texts that negatives were taken from.
     """
 
     written: int
@@ -116,12 +118,12 @@ class Mined:
 
 
 class Pairs:
-    """The texts of a file in memory, each once.
+    """The distinct texts of a file, in memory.
 
     Attributes:
         file: the file.
-        queries, documents: distinct texts in the order of the file; behind its passages those of the corpus.
-        query_r, passage_r: which of them each row has; -1 where one of them is empty.
+        queries, documents: distinct texts in the order of the file; the texts of the corpus follow the passages.
+        query_r, passage_r: indices of the query and the document of each row; -1 for both if either is empty.
     """
 
     def __init__(self, file: str | Path, corpus: Sequence[str] = ()):
@@ -129,11 +131,11 @@ class Pairs:
 
         Args:
             file: the file.
-            corpus: texts to take negatives from, besides its passages.
+            corpus: texts to take negatives from, besides the file's passages.
 
         Raises:
-            InputError: it is damaged, lacks a column, or has no row with a query and a passage.
-            OSError: it cannot be read.
+            InputError: the file is damaged, lacks a column, or has no row with a query and a passage.
+            OSError: the file cannot be read.
         """
         self.file = Path(file)
         queries: dict[str, int] = {}
@@ -159,11 +161,11 @@ class Pairs:
         self._keys = np.unique(self.key(self.query_r[good_r], self.passage_r[good_r]))
 
     def key(self, query: np.ndarray, document: np.ndarray) -> np.ndarray:
-        """A number for each pair."""
+        """A unique number for each pair."""
         return query * len(self.documents) + document
 
     def positives(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The pairs of the queries from ``start`` on, by query: their keys, queries and documents."""
+        """The pairs of the queries from ``start`` to ``stop`` - 1, by query: their keys, queries and documents."""
         first, last = np.searchsorted(self._keys, self.key(np.array([start, stop]), np.array(0)))
         keys_p = self._keys[first:last]
         return keys_p, *np.divmod(keys_p, len(self.documents))
@@ -184,19 +186,19 @@ def mine(
 ) -> Mined:
     """Finds hard negatives for pairs, and writes them in the layout of the released data.
 
-    Every query is compared with every document. The documents' embeddings lie in a temporary file (4 · ``dim`` bytes
-    each).
+    Every query is compared with every document. The embeddings of the documents are kept in a temporary file (4 ·
+    ``dim`` bytes each).
 
     Args:
-        model: what embeds.
+        model: the model that embeds the texts.
         pairs: the texts.
-        out: the Parquet file to write, with columns ``query``, ``passage``, ``negative_1`` …, rows in the order of the
-            pairs. It appears when it is complete; one that is there is replaced.
+        out: the Parquet file to write, with columns ``query``, ``passage``, ``negative_1``, …, rows in the order of the
+            pairs. It appears when it is complete; an existing file is replaced.
         rule: which documents are negatives.
-        prompt_name, prompt: what to put before each query. Default: the prompt ``query``, but before those that begin
-            with ``Instruct:`` nothing.
+        prompt_name, prompt: the prompt to prepend to each query. Default: the prompt ``query``, but none for queries
+            that begin with ``Instruct:``.
         dim, max_length, batch_tokens: as for ``Encoder.encode``.
-        show_progress: a progress bar on standard error.
+        show_progress: show a progress bar on standard error.
 
     Raises:
         InputError: no row gets negatives, or an argument is out of range.
@@ -237,7 +239,7 @@ def _with_prompt(model: Encoder, queries: list[str], name: str | None, prompt: s
 
 
 class _Embed:
-    """Embeds texts under one progress bar, and says at the end how many were cut."""
+    """Embeds texts with a single progress bar, and warns at the end about truncated ones."""
 
     def __init__(self, model: Encoder, options: dict[str, Any], total: int, show_progress: bool):
         self._model = model
@@ -255,7 +257,7 @@ class _Embed:
             warn(f"{self._truncated} of {self._bar.total} texts were longer than {limit} tokens and were truncated")
 
     def __call__(self, texts: list[str], prompt: str) -> np.ndarray:
-        """float32 [texts, dim]."""
+        """Embeds texts: float32 [texts, dim]."""
         so_far = Done(0, 0, 0)
 
         def advance(done: Done) -> None:
@@ -269,7 +271,7 @@ class _Embed:
 
 
 def _embed_to_disk(embed: _Embed, documents: list[str], prompt: str, file: BinaryIO) -> np.ndarray:
-    """The embeddings as a memory map, float32 [documents, dim]."""
+    """Embeds documents; returns a memory map of the embeddings, float32 [documents, dim]."""
     for start in range(0, len(documents), _ENCODE_TEXTS):
         embeddings_nd = embed(documents[start : start + _ENCODE_TEXTS], prompt)
         embeddings_nd.tofile(file)

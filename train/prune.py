@@ -1,24 +1,25 @@
-"""A smaller model cut out of a larger one: the first layers, and the channels with the largest activations.
+"""Prunes a model to a smaller one: the first layers, and the channels with the largest activations.
 
-The reference published no code for this; the paper (arXiv:2603.19223) says: hidden and MLP channels by activation norms
-on calibration data, the first layers, heads and head_dim as they are. Here
+The reference published no code for this. The paper (arXiv:2603.19223) says: hidden and MLP channels by activation norms
+on calibration data, the first layers, heads and head_dim unchanged. Here
 
-1. layers are chosen and cut,
-2. calibration texts run through what is left, and every projection's input is measured where it is read,
-3. hidden channels are chosen once for the whole residual stream, MLP channels layer by layer, and cut.
+1. layers are chosen, and the others removed,
+2. calibration texts run through the remaining model, and the input of every projection is measured,
+3. channels are chosen, hidden ones once for the whole residual stream and MLP ones per layer, and the others removed.
 
-What is cut where follows from the logical axes that ``model.py`` declares: an axis ``embed`` keeps the hidden channels,
-``mlp`` those of its layer, ``layers`` the layers.
+What is cut where follows from the logical axes that ``model.py`` declares: an axis ``embed`` keeps the chosen hidden
+channels, ``mlp`` those of its layer, ``layers`` the chosen layers.
 
-A channel that is always zero must be free to go, and RMSNorm divides by a mean over all channels. Let D channels become
-d, the others being zero, and S be the sum of squares. With the stream scaled by c = sqrt(d / D), and the norm's weights
-by 1 / c,
+Removing a channel that is always zero must not change the result, but RMSNorm divides by a mean over all channels. Let
+D channels become d, the others being zero, and let S be the sum of squares. With the stream scaled by c = sqrt(d / D),
+and the norm's weights by 1 / c,
 
     c x / sqrt(c² S / d + eps) · (w / c) = x / sqrt(S / D + eps) · w
 
-which is what the norm gave before, with the same eps. So whatever writes into the stream (the embedding table, o_proj,
-down_proj) is scaled by c, norms over the stream by 1 / c, and what reads a norm's output stays as it is. Scaling the
-norms alone would ask for eps · D / d, but config.json has one eps, which the norms of queries and keys share.
+which is the norm's previous output, with the same eps. So everything that writes into the stream (the embedding table,
+o_proj, down_proj) is scaled by c, the norms over the stream by 1 / c, and whatever reads a norm's output is unchanged.
+Scaling the norms alone would require eps · D / d, but config.json has a single eps, which the norms of queries and keys
+share.
 """
 
 from __future__ import annotations
@@ -61,21 +62,21 @@ from f2llm_jax.train.teacher import check_tokenizer
 IMPORTANCES = ("l2", "mean", "weighted")
 LAYERS_BY = ("first", "change")
 
-# The axes that are cut by channels, and the size of the config that each has.
+# The axes that are cut, and the config field that holds the size of each.
 _SIZES = {"embed": "hidden_size", "mlp": "intermediate_size", "layers": "num_hidden_layers"}
 
 _INTERMEDIATES = "intermediates"
-_BATCH_TOKENS = 8192  # computed at a time, of every device
+_BATCH_TOKENS = 8192  # computed at a time on each device
 
 Keep = Mapping[str, np.ndarray]
-"""{logical axis: the indices that stay, in order}: ``layers`` [n], ``embed`` [d], ``mlp`` [layers, f]."""
+"""{logical axis: the indices to keep, in order}: ``layers`` [n], ``embed`` [d], ``mlp`` [layers, f]."""
 
 
 class Sums(NamedTuple):
-    """What was measured at a place: over all real tokens, of every channel.
+    """Measurements at one site: sums over all real tokens, for every channel.
 
     Attributes:
-        axis: the logical axis that the channels are of.
+        axis: the logical axis of the channels.
         magnitude, square: sums of absolute values and of squares, float64 [channels], or [layers, channels].
     """
 
@@ -86,11 +87,11 @@ class Sums(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What calibration found.
+    """The result of calibration.
 
     Attributes:
-        texts, tokens: how many there were.
-        sites: {path of a projection: its input}; the empty path is the model's output.
+        texts, tokens: number of calibration texts and of their tokens.
+        sites: {path of a projection: sums of its input}; the empty path is the model's output.
         change: float64 [layers], mean over tokens of 1 - cosine of a layer's input and output.
     """
 
@@ -119,30 +120,30 @@ def prune(
 ) -> dict[str, Any]:
     """Writes a smaller model as a release, with ``pruning.json`` and ``pruning.png`` in it.
 
-    Memory: the parameters in float32 and those of the smaller model.
+    Memory: the parameters in float32, and those of the smaller model.
 
     Args:
         model: release folder, converted folder or hub id.
         out: the folder to write; it appears when it is complete.
-        calibration: texts in a file (txt, jsonl, csv, parquet), or a folder of ``f2llm prepare``, of whose training
-            examples queries and passages are taken.
+        calibration: a file of texts (txt, jsonl, csv, parquet), or a folder written by ``f2llm prepare``, from whose
+            training examples queries and passages are taken.
         hidden, mlp, layers: sizes of the smaller model; None for those of ``model``.
-        importance: of a channel, where a projection reads it: ``mean`` absolute value; ``l2``, root mean square;
-            ``weighted``, root mean square times the norm of the projection's weights for it.
-        layers_by: ``first`` keeps the first ones; ``change`` those that turn their input most.
-        texts: how many, drawn at random where there are more.
-        max_length: tokens of a text; longer ones are cut.
+        importance: how a channel is scored where a projection reads it: ``mean``, mean absolute value; ``l2``, root
+            mean square; ``weighted``, root mean square times the norm of the projection's weights for the channel.
+        layers_by: ``first`` keeps the first layers; ``change`` keeps those that rotate their input most.
+        texts: number of calibration texts, drawn at random if there are more.
+        max_length: maximum tokens per text; longer texts are truncated.
         mesh: from ``make_mesh``; None for one device.
-        dtype: of the weights written; default that of ``model``.
+        dtype: dtype of the written weights; default: that of ``model``.
         force: replace ``out`` if it is a model folder.
-        show_progress: a progress bar on standard error.
+        show_progress: show a progress bar on standard error.
 
     Returns:
         The report, as in ``pruning.json``.
 
     Raises:
-        InputError: a size is above that of ``model``, an argument is none of those above, or ``out`` exists or holds
-            ``model``.
+        InputError: a size is out of range or does not divide over the mesh, an argument is none of those above,
+            ``calibration`` cannot be used, or ``out`` exists or holds ``model``.
         ReleaseError: the model cannot be used.
     """
     _check_arguments(importance, layers_by, out, force)
@@ -150,7 +151,7 @@ def prune(
     release = read_release(find_release(model))
     refuse_to_delete(release.path, output_path(out))
     target = smaller_config(release.config, hidden=hidden, mlp=mlp, layers=layers)
-    param_shardings(padded_config(target, mesh), mesh)  # sizes that do not divide are refused before the work
+    param_shardings(padded_config(target, mesh), mesh)  # rejects sizes that do not divide before any work is done
     sequences = _sequences(calibration, release, texts, max_length)
     params = load_params(open_checkpoint(release.path), release.config, mesh=mesh)
     look = functools.partial(measure, sequences=sequences, mesh=mesh, show_progress=show_progress)
@@ -190,7 +191,7 @@ def prune(
 
 
 def _check_arguments(importance: str, layers_by: str, out: str | Path, force: bool) -> None:
-    """What is better missed before the work than after."""
+    """Raises errors that are better found before the work than after it."""
     for name, value, known in (("importance", importance, IMPORTANCES), ("layers_by", layers_by, LAYERS_BY)):
         if value not in known:
             raise InputError(f"{name} must be one of {', '.join(known)}, not {value!r}")
@@ -200,10 +201,10 @@ def _check_arguments(importance: str, layers_by: str, out: str | Path, force: bo
 
 
 def smaller_config(config: ModelConfig, *, hidden: int | None, mlp: int | None, layers: int | None) -> ModelConfig:
-    """The config with other sizes, None for the same; heads and head_dim stay.
+    """The config with other sizes, None for unchanged; heads and head_dim stay the same.
 
     Raises:
-        InputError: a size is not within 1 … that of ``config``.
+        InputError: a size is not between 1 and that of ``config``.
     """
     sizes = {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers}
     wanted: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
@@ -214,15 +215,15 @@ def smaller_config(config: ModelConfig, *, hidden: int | None, mlp: int | None, 
 
 
 def largest(scores: np.ndarray, count: int) -> np.ndarray:
-    """The indices of the largest scores along the last axis, ascending; of equal ones the first."""
+    """The indices of the largest scores along the last axis, ascending; the first of equal scores win."""
     return np.sort(np.argsort(-scores, axis=-1, kind="stable")[..., :count], axis=-1)
 
 
 def in_place(kept: np.ndarray) -> np.ndarray:
-    """The indices in another order: each that is below their number at its own place, the others where there is room.
+    """Reorders indices: each one below ``len(kept)`` goes to the position equal to itself, the others fill the gaps.
 
-    Distillation and the Matryoshka sizes go by position: a student's channel j is compared with the teacher's channel
-    j. The order of hidden channels is free, so those that both have are put where they are compared.
+    Distillation and the Matryoshka sizes go by position: the student's channel j is compared with the teacher's channel
+    j. The order of hidden channels is free, so channels that both have are placed where they are compared.
     """
     placed = np.full(len(kept), -1)
     own = kept[kept < len(kept)]
@@ -242,14 +243,14 @@ def measure(
     mesh: Mesh | None = None,
     show_progress: bool = False,
 ) -> Measured:
-    """Runs texts through a model, in float32, and sums up what its projections read.
+    """Runs texts through a model in float32, and sums up the inputs of its projections.
 
     Args:
         params: the parameters, on ``mesh``.
         config: their sizes.
         sequences: int32 token ids of every text, EOS included.
-        mesh: None for one device.
-        show_progress: a progress bar on standard error.
+        mesh: the mesh; None for one device.
+        show_progress: show a progress bar on standard error.
     """
     from tqdm import tqdm
 
@@ -263,7 +264,7 @@ def measure(
         for rows in batched([list(sequences)], buckets, pad_id=0):
             assert isinstance(rows.batch, Batch)
             tokens_bt, lengths_b = rows.batch.tokens_bt, np.array(rows.batch.lengths_b)
-            lengths_b[len(rows.texts) :] = 0  # rows that fill the batch are no texts
+            lengths_b[len(rows.texts) :] = 0  # rows that only fill the batch hold no text
             sums = jax.device_get(on_mesh(step, params, Batch(tokens_bt, lengths_b), mesh))
             sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
             total = sums if total is None else jax.tree.map(np.add, total, sums)
@@ -280,7 +281,7 @@ def measure(
 
 
 def _sums(params: Params, batch: Batch, *, config: ModelConfig) -> dict[str, Any]:
-    """What modules note down of a batch, in a tree like the parameters'; tokens beyond a row's length do not count."""
+    """The sums that modules record for a batch, in a tree like that of the parameters; padding is not counted."""
     tokens_bt = batch.tokens_bt
     real_bt = jnp.arange(tokens_bt.shape[1]) < jnp.asarray(batch.lengths_b)[:, None]
 
@@ -312,7 +313,7 @@ def _sums(params: Params, batch: Batch, *, config: ModelConfig) -> dict[str, Any
 
 
 def _reads(axes: tuple[str, ...]) -> str:
-    """The last of a projection's axes: what it takes its inputs from."""
+    """The last of a projection's axes, which is that of its input."""
     return axes[-1]
 
 
@@ -322,12 +323,12 @@ def _cosine(x_btd: jax.Array, y_btd: jax.Array) -> jax.Array:
 
 
 def _input_axes(config: ModelConfig) -> dict[str, str]:
-    """{path of a module with a weight: the last logical axis of that}; the output has the empty path."""
+    """{path of a module with a weight: the last logical axis of the weight}; the output has the empty path."""
     return {"": "embed", **{path.removesuffix(".weight"): _reads(box.names) for path, box in _boxes(config).items()}}
 
 
 def _boxes(config: ModelConfig) -> dict[str, Any]:
-    """{path of a parameter: its box of shape and logical axes}."""
+    """{path of a parameter: its box, with shape and logical axes}."""
     return flax.traverse_util.flatten_dict(abstract_params(config), sep=".")
 
 
@@ -348,11 +349,11 @@ def weight_norms(params: Params, config: ModelConfig, measured: Measured) -> dic
 def channel_scores(
     measured: Measured, axis: str, importance: str, weights: Mapping[str, np.ndarray] | None = None
 ) -> np.ndarray:
-    """How much each channel counts: the mean of its share over all places where it is read.
+    """The importance of each channel: the mean of its share over all sites where it is read.
 
     Args:
-        measured: by calibration.
-        axis: ``embed``, of which there is one choice, or ``mlp``, of which there is one for each layer.
+        measured: the result of calibration.
+        axis: ``embed``, which is chosen once, or ``mlp``, which is chosen per layer.
         importance: one of ``IMPORTANCES``.
         weights: from ``weight_norms``, for ``weighted``.
 
@@ -372,7 +373,7 @@ def channel_scores(
 
 
 def energy_kept(measured: Measured, keep: Keep) -> dict[str, list[float]]:
-    """{what reads which channels: share of the sum of squares that the kept ones have, for each layer}."""
+    """{reader and its channels: the share of the sum of squares in the kept channels, for each layer}."""
     energy = {}
     for path, sums in measured.sites.items():
         square = np.atleast_2d(sums.square)
@@ -389,13 +390,13 @@ def energy_kept(measured: Measured, keep: Keep) -> dict[str, list[float]]:
 
 
 def smaller_params(params: Params, config: ModelConfig, keep: Keep, mesh: Mesh | None) -> tuple[Params, ModelConfig]:
-    """The parameters with what stays of some axes, and their config. See the top of this file for the scales.
+    """The parameters with only the kept indices of some axes, and their config. Scales: see the module docstring.
 
     Args:
-        params: on ``mesh``; if nothing goes they are returned as they are.
+        params: the parameters on ``mesh``; returned as they are if nothing is removed.
         config: the sizes.
-        keep: indices to keep; an axis that is not named stays whole.
-        mesh: None for one device.
+        keep: indices to keep; axes that are not named stay whole.
+        mesh: the mesh; None for one device.
 
     Raises:
         InputError: the smaller sizes do not divide over the mesh.
@@ -424,17 +425,17 @@ def _take(x: jax.Array, axes: Sequence[str], keep: Keep) -> jax.Array:
             continue
         if index.ndim == 1:
             x = jnp.take(x, index, axis=position)
-        else:  # a choice for each layer
+        else:  # one choice per layer
             x = jax.vmap(functools.partial(jnp.take, axis=position - 1))(x, index)
     return x
 
 
 def _scale(axes: Sequence[str], shrink: float) -> float:
-    """What a parameter is multiplied by when the residual stream is multiplied by ``shrink``."""
+    """The factor of a parameter when the residual stream is multiplied by ``shrink``."""
     axes = [axis for axis in axes if axis != "layers"]
     if axes == ["embed"]:  # a norm over the stream
         return 1 / shrink
-    # A row of the table goes into the stream, and so does what a projection puts out; its outputs are its first axes.
+    # Rows of the table and outputs of projections onto the stream are scaled; a projection's output axes come first.
     return shrink if axes[0] in ("vocab", "embed") else 1.0
 
 
@@ -442,7 +443,7 @@ def _scale(axes: Sequence[str], shrink: float) -> float:
 
 
 def _sequences(source: str | Path, release: Release, count: int, max_length: int) -> list[np.ndarray]:
-    """Token ids of ``count`` texts drawn at random, or of all if there are fewer."""
+    """Token ids of ``count`` texts drawn at random, or of all texts if there are fewer."""
     rng = np.random.default_rng(0)
     if Path(source).is_dir():
         prepared = Settings.read(Path(source))
@@ -459,7 +460,7 @@ def _sequences(source: str | Path, release: Release, count: int, max_length: int
 def _prepared_sequences(
     folder: Path, count: int, max_length: int, eos_id: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """As many queries, with their instructions, as passages."""
+    """Token ids of queries, with their instructions, and of their passages, half of ``count`` each."""
     examples = Records(folder, "examples", "train")
     chosen = examples.read(rng.permutation(len(examples))[: -(-count // 2)])
     passages = Records(folder, "documents", "train").read([example["passage"] for example in chosen])
@@ -472,7 +473,7 @@ def _about(config: ModelConfig) -> dict[str, int]:
 
 
 def picture(report: Mapping[str, Any], scores: Mapping[str, np.ndarray]) -> bytes:
-    """A PNG: the energy kept by layer, and the importance of channels in falling order with where they are cut."""
+    """A PNG: the energy kept per layer, and the importance of channels in descending order, with the cut-off."""
     optional("matplotlib")
     from matplotlib.figure import Figure
 

@@ -1,12 +1,12 @@
 """A teacher's states of prepared data, computed once and read in every epoch.
 
-A document is a passage or a negative of many examples, and is read in every epoch: its state is the same each time. ::
+A document is a passage or a negative of many examples, in every epoch, and its state is always the same. ::
 
-    teacher.json                      whose states these are, of which data, cut to how many dimensions and tokens
-    documents-NNNNN.array_record      the state of every distinct document, at its number
-    queries-NNNNN.array_record        the state of every training example's query, at the example's number
+    teacher.json                      the teacher, the data, and the limits on dimensions and tokens
+    documents-NNNNN.array_record      the state of every distinct document; the index is its number
+    queries-NNNNN.array_record        the state of every training example's query; the index is the example's number
 
-A record is the first ``dim`` values of the unnormalised EOS state, in ``dtype``, little-endian.
+A record holds the first ``dim`` values of the unnormalised EOS state, in ``dtype``, little-endian.
 """
 
 from __future__ import annotations
@@ -54,28 +54,28 @@ DTYPES = {"float32": np.dtype("<f4"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 AS_THEY_ARE = "takes the states as they are"
 
-# Texts of a file: what a kill loses at most. Their states are in memory until it is written.
+# Texts per file, and so the most that a kill loses. Their states are in memory until the file is written.
 _FILE_TEXTS = 1 << 14
 _READ_TEXTS = 2048
 
-# Batches dispatched before the states of the one before them are fetched.
+# Batches in flight while the states of the one before them are fetched.
 _IN_FLIGHT = 2
 
-# A random access finds its record without reading others; states do not compress.
+# One record per group, for random access without reading other records; states do not compress.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 @dataclasses.dataclass(frozen=True)
 class StatesSettings:
-    """What ``teacher.json`` says.
+    """The contents of ``teacher.json``.
 
     Attributes:
-        teacher: its name, as given.
-        commit: of its hub repository; None for a folder.
-        teacher_digest, data_digest: of its weights, and of the prepared data.
-        max_length: tokens that texts were cut to.
-        dim, dtype: of a state.
-        documents, queries: how many states there are.
+        teacher: the teacher's name, as given.
+        commit: the commit of its hub repository; None for a folder.
+        teacher_digest, data_digest: digests of its weights and of the prepared data.
+        max_length: number of tokens that texts were truncated to.
+        dim, dtype: size and dtype of a state.
+        documents, queries: number of states.
     """
 
     teacher: str
@@ -90,18 +90,18 @@ class StatesSettings:
 
 
 class TeacherStore:
-    """A folder that ``teach`` wrote, open for reading. Safe to share among threads, and to pickle."""
+    """A folder that ``teach`` wrote, open for reading. Thread-safe, and can be pickled."""
 
     def __init__(self, folder: str | Path, width: int | None = None):
-        """Opens it.
+        """Opens the folder.
 
         Args:
             folder: the folder.
-            width: read only the first so many values of a state, those a student of that width is compared with.
+            width: read only the first ``width`` values of a state, which are compared with a student of that width.
 
         Raises:
-            InputError: there are no states, those of another version, a damaged ``teacher.json``, or fewer values of
-                each state than the width.
+            InputError: there are no states, they are of another format version or narrower than ``width``, or
+                ``teacher.json`` is damaged.
         """
         self.folder = Path(folder)
         file = self.folder / STATES_FILE
@@ -125,7 +125,7 @@ class TeacherStore:
         return TeacherStore, (self.folder, self._width)
 
     def read(self, kind: Kind, numbers: np.ndarray) -> np.ndarray:
-        """The states of these numbers [n, width], in the store's dtype."""
+        """The states with these numbers [n, width], in the store's dtype."""
         distinct, inverse = np.unique(np.asarray(numbers, np.int64), return_inverse=True)
         records = self._sources[kind].__getitems__(distinct.tolist())
         dtype = DTYPES[self.settings.dtype]
@@ -134,7 +134,7 @@ class TeacherStore:
 
 
 def check_width(student: int, teacher: int, of: str) -> None:
-    """An InputError if a student is wider than its teacher."""
+    """Raises an InputError if the student is wider than its teacher."""
     if student > teacher:
         raise InputError(
             f"a student of {student} dimensions cannot be distilled from {teacher}, which is what {of} have: a teacher "
@@ -157,21 +157,21 @@ def teach(
 ) -> StatesSettings:
     """Computes a teacher's states of every distinct document and every training query.
 
-    Killed at any moment, it leaves nothing at ``out``, and ``OUT.incomplete`` beside it; called again with the same
-    arguments it goes on there.
+    If it is killed, there is nothing at ``out``, but an ``OUT.incomplete`` beside it, from which a call with the same
+    arguments resumes.
 
     Args:
         data: a folder that ``f2llm prepare`` wrote.
         teacher: release folder, converted folder or hub id.
         out: the folder to write; it appears when it is complete.
-        dim: keep the first so many values, at least the student's width; default all. On disk a state takes
-            ``dim`` · 2 bytes (4 in float32).
-        dtype: of the operands of matrix products, and of what is written.
-        max_length: tokens that texts are cut to; training's ``data.max_length`` must be the same.
+        dim: keep the first ``dim`` values of a state, at least the student's width; default: all. On disk, a state
+            takes ``dim`` · 2 bytes (4 in float32).
+        dtype: dtype of the operands of matrix products, and of the written states.
+        max_length: texts are truncated to this many tokens; training's ``data.max_length`` must be the same.
         batch_tokens: tokens computed at a time.
         mesh: from ``make_mesh``; None for one device.
         force: replace what is at ``out``.
-        show_progress: a progress bar on standard error.
+        show_progress: show a progress bar on standard error.
 
     Raises:
         InputError: ``data`` holds no prepared data or is for another tokenizer, ``dim`` is above the teacher's hidden
@@ -221,7 +221,7 @@ def teach(
 
 @dataclasses.dataclass(frozen=True)
 class _Compute:
-    """Tokens to states."""
+    """Computes states from tokens."""
 
     params: Params
     config: ModelConfig
@@ -235,7 +235,7 @@ class _Compute:
         return jax.jit(lambda params, batch: eos_states(params, batch, **options)[:, : self.settings.dim])
 
     def states(self, chunks: Iterator[list[np.ndarray]], count: int, pad_id: int, advance: Any) -> np.ndarray:
-        """The states [count, dim] of the texts of all chunks, in the dtype to write."""
+        """The states [count, dim] of the texts in all chunks, in the dtype to write."""
         parts = 1 if self.mesh is None else batch_parts(self.mesh)
         buckets = Buckets(self.batch_tokens, self.settings.max_length, parts)
         result = np.empty((count, self.settings.dim), DTYPES[self.settings.dtype])
@@ -248,7 +248,7 @@ class _Compute:
 
 
 def _write_files(home: Path, data: Path, compute: _Compute, prepared: Settings, *, show_progress: bool) -> None:
-    """Writes the files that an earlier process has not."""
+    """Writes the files that an earlier process has not written."""
     from tqdm import tqdm
 
     settings = compute.settings
@@ -278,11 +278,11 @@ def _chunks(source: Records, numbers: range, field: str, max_length: int, eos_id
         yield [truncated(record[field], max_length, eos_id) for record in records]
 
 
-# --- whose, and of what
+# --- checks of tokenizer, teacher and data
 
 
 def check_tokenizer(release: Path, prepared: Settings, data: str | Path) -> None:
-    """An InputError if data was prepared for models with another EOS or other tokens."""
+    """Raises an InputError if the data was prepared for models with another EOS or other tokens."""
     tokenizer = Tokenizer.from_release(release)
     mend = f"prepare it with --tokenizer {release}"
     if tokenizer.eos_id != prepared.eos_id:
@@ -295,7 +295,7 @@ def check_tokenizer(release: Path, prepared: Settings, data: str | Path) -> None
 
 
 def teacher_digest(folder: Path, config: ModelConfig) -> str:
-    """A digest of the sizes and of the first row of every tensor: the same for every format and sharding of a model."""
+    """A digest of the sizes and of the first row of every tensor; independent of a model's format and sharding."""
     digest = hashlib.blake2b(repr(dataclasses.replace(config, dtype="")).encode(), digest_size=16)
     checkpoint = open_checkpoint(folder)
     table = tensor_table(config)
@@ -309,12 +309,12 @@ def teacher_digest(folder: Path, config: ModelConfig) -> str:
 
 
 def hub_commit(teacher: str | Path, folder: Path) -> str | None:
-    """The commit of a hub model that was found in a folder, which huggingface_hub names by it; None for a folder."""
+    """The commit of a hub model, after which huggingface_hub names its folder; None for a model given as a folder."""
     return None if Path(teacher).expanduser().is_dir() else folder.name
 
 
 def find_teacher(teacher: str, without: str, *, weights: bool = True) -> Path:
-    """``find_release`` of the setting ``teacher``; its errors say so, and what the run does ``without`` one."""
+    """``find_release`` for the setting ``teacher``; errors name the setting, and what the run does ``without`` one."""
     try:
         return find_release(teacher, weights=weights)
     except ReleaseError as error:
@@ -322,14 +322,14 @@ def find_teacher(teacher: str, without: str, *, weights: bool = True) -> Path:
 
 
 def open_store(folder: str | Path, *, data: Path, max_length: int, width: int, teacher: str | None) -> TeacherStore:
-    """Opens a teacher's states for a run, having checked that they are what the run asks for.
+    """Opens a teacher's states for a run, after checking that they are the ones that it needs.
 
     Args:
-        folder: what ``teach`` wrote.
+        folder: a folder that ``teach`` wrote.
         data: the prepared data of the run.
-        max_length: tokens that the run cuts texts to.
+        max_length: number of tokens that the run truncates texts to.
         width: the student's hidden size.
-        teacher: whose states they have to be; None takes those that are there.
+        teacher: the teacher that the states must come from; None for any.
 
     Raises:
         InputError: they are of other data, another length or another teacher, or the student is wider.
@@ -353,7 +353,7 @@ def open_store(folder: str | Path, *, data: Path, max_length: int, width: int, t
 
 
 def _are_of(settings: StatesSettings, teacher: str) -> bool:
-    """Whether states are a teacher's. Of a hub model in the same commit no weights are downloaded."""
+    """Whether states come from this teacher. No weights are downloaded if it is a hub model at the same commit."""
     folder = find_teacher(teacher, AS_THEY_ARE, weights=False)
     if settings.commit is not None and settings.commit == hub_commit(teacher, folder):
         return True
