@@ -1,4 +1,4 @@
-"""What a training step takes: the texts of one global batch, all of one dataset."""
+"""The input of a training step: the texts of one global batch, all from one dataset."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from f2llm_jax.embedding import Batch, PackedBatch
 
 
 class TeacherStates(NamedTuple):
-    """A teacher's unnormalised EOS states of a batch, at least as wide as the student: float [rows, hidden] each."""
+    """A teacher's unnormalised EOS states of a batch, at least as wide as the student's: float [rows, hidden] each."""
 
     query_bd: jax.Array
     passage_bd: jax.Array
@@ -18,14 +18,14 @@ class TeacherStates(NamedTuple):
 
 
 class TrainBatch(NamedTuple):
-    """Queries with their passages and hard negatives, each text in a row of its own (the layout ``bucketed``).
+    """Queries with their passages and hard negatives, one text per row (the layout ``bucketed``).
 
     Attributes:
         query: [batch] rows.
         passage: [batch] rows, the positive of each query.
-        negatives: [batch · count] rows, those of the first query first; None for a dataset without any.
-        passage_ids_b: int32 [batch], equal where two passages are the same document.
-        teacher: states computed beforehand, for distillation; None where there are none.
+        negatives: [batch · count] rows, starting with those of the first query; None for a dataset without negatives.
+        passage_ids_b: int32 [batch], equal for passages that are the same document.
+        teacher: precomputed states for distillation; None if there are none.
     """
 
     query: Batch
@@ -40,13 +40,14 @@ class TrainBatch(NamedTuple):
 
 
 class PackedTrainBatch(NamedTuple):
-    """The same with all texts in the same rows (the layout ``packed``). A slot is row · slots of a row + slot in it.
+    """The same with texts packed into rows (the layout ``packed``). A slot is row · slots per row + slot in the row.
 
     Attributes:
-        rows: of all texts, queries beside passages and negatives.
-        query_slots_b: int32 [batch], where each query is.
-        passage_slots_b: int32 [batch], where the positive of each query is.
-        negative_slots_m: int32 [batch · count], those of the first query first; None for a dataset without any.
+        rows: the rows of all texts; queries, passages and negatives share rows.
+        query_slots_b: int32 [batch], the slot of each query.
+        passage_slots_b: int32 [batch], the slot of the positive of each query.
+        negative_slots_m: int32 [batch · count], starting with those of the first query; None for a dataset without
+            negatives.
         passage_ids_b, teacher: as in ``TrainBatch``.
     """
 

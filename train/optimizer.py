@@ -1,4 +1,4 @@
-"""AdamW with the reference's schedule, by Optax."""
+"""AdamW with the reference's schedule, built with Optax."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class OptimizerConfig:
     """The reference's values; the learning rate depends on the model's size (``configs/``).
 
     Attributes:
-        learning_rate: the peak.
-        min_learning_rate: the floor of the decay.
-        warmup_steps: steps of linear warm-up from 0.
-        b1, b2, eps, weight_decay: AdamW's; the decay acts on all parameters.
-        clip_norm: largest global gradient norm.
+        learning_rate: the peak learning rate.
+        min_learning_rate: the floor of the learning rate.
+        warmup_steps: number of steps of linear warm-up from 0.
+        b1, b2, eps, weight_decay: as in AdamW; the decay applies to all parameters.
+        clip_norm: maximum global gradient norm.
     """
 
     learning_rate: float = 1e-5
@@ -32,17 +32,17 @@ class OptimizerConfig:
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Linear warm-up, cosine to 0, never below the floor once the first step is done.
+    """Linear warm-up, then cosine decay to 0, but never below the floor once the first step is done.
 
-    transformers' ``get_cosine_schedule_with_warmup`` under the floor of the reference's ``accelerate_train``, which it
-    applies after each step: the very first step of a warm-up has a learning rate of 0.
+    This is transformers' ``get_cosine_schedule_with_warmup`` with the floor of the reference's ``accelerate_train``,
+    which applies it after each step: the very first step of a warm-up has a learning rate of 0.
     """
     warmup, total = config.warmup_steps, max(total_steps, config.warmup_steps + 1)
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         rise = step / max(warmup, 1)
-        # (1 + cos(pi * progress)) / 2 cancels where the decay ends; the same by the steps that remain keeps its digits.
+        # (1 + cos(pi * progress)) / 2 cancels at the end of the decay; in terms of the remaining steps it stays exact.
         remaining = jnp.maximum(total - step, 0.0) / (total - warmup)
         fall = jnp.sin(0.5 * jnp.pi * remaining) ** 2
         rate = config.learning_rate * jnp.where(step < warmup, rise, fall)
@@ -52,7 +52,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW along ``make_schedule``."""
+    """Clipping by the global norm, then AdamW with the rates of ``make_schedule``."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(

@@ -1,7 +1,7 @@
-"""Training batches in packed rows: the shape of a batch, and which text lies in which row.
+"""Training batches in packed rows: the shape of a batch, and the row of each text.
 
-The lengths of all its texts decide the shape of a batch. Every process knows those of the whole batch, so that all come
-to the same shape without a word, and each fills its part of the rows with its own texts.
+The shape of a batch depends on the lengths of all its texts. Every process knows the lengths of the whole global batch,
+so all arrive at the same shape without communicating, and each fills its part of the rows with its own texts.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from f2llm_jax.packing import (
 )
 from f2llm_jax.ragged import block_size, windows
 
-# Of the number of rows, per doubling: an eighth more than needed at most, a sixteenth on average, and none up to 16. Of
-# the lengths of fitted rows from 256 on as well.
+# Steps per doubling of the number of rows: at most an eighth more rows than needed, a sixteenth more on average, and
+# none up to 16. Also those of the lengths of fitted rows from 256 on.
 _STEPS = 8
 
-# Keys that a query is scored with, for what a token costs beside, by training steps of the 80M on two cores.
+# Scoring a query against this many keys costs as much as the rest of a token's computation, according to training steps
+# of the 80M on two cores.
 _KEYS = 250
 
 
@@ -40,10 +41,10 @@ class PackPlan(NamedTuple):
     """Where the texts of a global batch go.
 
     Attributes:
-        rows: of all processes together.
-        length: of each row.
-        slots: for texts, of each row.
-        shares: the rows that each process fills, with the numbers of its texts; there may be fewer than its part.
+        rows: number of rows of all processes together.
+        length: length of each row.
+        slots: number of slots for texts per row.
+        shares: the rows that each process fills, with the indices of its texts; may be fewer than its part of ``rows``.
     """
 
     rows: int
@@ -56,15 +57,15 @@ class PackPlan(NamedTuple):
 class TrainPacking:
     """The shapes that packed training batches may have.
 
-    A program is compiled for each shape. The number of rows has eight steps per doubling, the slots of a row four times
-    as many per step (``row_slots``): the texts of one dataset make a few shapes, and other datasets the same ones.
+    A program is compiled for each shape. The number of rows has eight steps per doubling, and the slots per row grow by
+    a factor of four (``row_slots``), so the batches of a dataset have few shapes, and other datasets share them.
 
     Attributes:
-        multiple: the rows of a batch are a multiple of it: devices that share a batch get equal parts.
-        chunk_rows: rows computed at a time; more rows than these are a multiple of it. 0 for all at once.
-        row_length: rows are of so many tokens, or for longer texts of a power of two times that.
-        fitted: of 64, 128, 192, 256 and then eight lengths per doubling up to that instead: each batch in those that
-            cost least. For CPUs, where short rows are as fast as long ones.
+        multiple: the number of rows is a multiple of this, so that devices that share a batch get equal parts.
+        chunk_rows: rows computed at a time; a number of rows above this is a multiple of it. 0 for all at once.
+        row_length: rows have this many tokens or, for longer texts, this times a power of two.
+        fitted: instead choose, for each batch, the cheapest of the lengths 64, 128, 192, 256 and then eight per
+            doubling, up to that length. For CPUs, where short rows are as fast as long ones.
     """
 
     multiple: int = 1
@@ -78,7 +79,7 @@ class TrainPacking:
         return cls(multiple, chunk_rows, packed_length(platform), fitted=platform == "cpu")
 
     def lengths(self, longest: int) -> list[int]:
-        """The row lengths to choose from, ascending, for a batch whose longest text has so many tokens."""
+        """The row lengths to choose from, ascending, for a batch whose longest text has ``longest`` tokens."""
         length = self.row_length
         while length < longest:
             length *= 2
@@ -91,7 +92,7 @@ class TrainPacking:
         return sorted(lengths)
 
     def rows(self, at_least: int, processes: int = 1) -> int:
-        """The number of rows of a batch that needs so many."""
+        """The number of rows of a batch that needs at least ``at_least``."""
         unit = math.lcm(self.multiple, processes)
         rows = round_rows(at_least, unit, steps=_STEPS)
         if self.chunk_rows and rows > self.chunk_rows:
@@ -116,7 +117,7 @@ class TrainPacking:
 
 
 def _cost(shares: Sequence[np.ndarray], plan: PackPlan) -> float:
-    """Of a batch on a CPU, in tokens: those of its rows, and what ``ragged`` scores of them."""
+    """The cost of a batch on a CPU, in tokens: those of its rows, plus the scores that ``ragged`` computes."""
     size = block_size(plan.rows, plan.length)
     sizes = np.array(windows(size, plan.length, plan.rows * plan.length))
     block_starts = np.arange(0, plan.length, size)
@@ -131,16 +132,16 @@ def _cost(shares: Sequence[np.ndarray], plan: PackPlan) -> float:
 
 
 def pack(plan: PackPlan, process: int, texts: Sequence[np.ndarray], pad_id: int) -> tuple[PackedBatch, Any]:
-    """A process's part of the rows, filled.
+    """Fills a process's part of the rows.
 
     Args:
-        plan: of the global batch.
-        process: which part.
-        texts: the tokens of its texts, in the order of the lengths that were planned with.
-        pad_id: fills what is left of rows.
+        plan: the plan of the global batch.
+        process: the number of the process.
+        texts: the tokens of its texts, in the order of the lengths given to ``plan``.
+        pad_id: fills the rest of each row.
 
     Returns:
-        The rows, and int32 [texts]: the slot of each text, counted through these rows.
+        The rows, and int32 [texts]: the slot of each text, numbered within these rows.
     """
     bucket = Bucket(plan.rows // len(plan.shares), plan.length)
     filled = fill_packed(plan.shares[process], bucket, plan.slots, texts, pad_id)

@@ -1,8 +1,9 @@
 """One training step: (state, batch) -> (state, metrics).
 
-The loss takes the states of the whole global batch. With ``chunk_rows`` its gradient is computed in pieces (GradCache,
-arXiv:2101.06983): a forward pass in chunks keeps only the EOS states, the loss is differentiated with respect to those,
-and a second pass runs each chunk again, forward and backward. Memory is then that of one chunk, whatever the batch.
+The loss needs the states of the whole global batch. With ``chunk_rows``, its gradient is computed in pieces (GradCache,
+arXiv:2101.06983): a forward pass in chunks keeps only the EOS states, the loss is differentiated with respect to them,
+and a second pass runs each chunk again, forward and backward. Activations then take the memory of one chunk, whatever
+the batch size.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from f2llm_jax.train.batch import AnyTrainBatch, PackedTrainBatch
 
 
 class TrainState(NamedTuple):
-    """What training changes.
+    """The training state.
 
     Attributes:
-        step: int32 scalar, updates made so far.
+        step: int32 scalar, the number of updates made so far.
         params: float32 parameters (or bfloat16, to train as the reference does).
-        opt_state: Optax's.
+        opt_state: the state of the Optax optimizer.
     """
 
     step: jax.Array
@@ -38,15 +39,15 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Which losses, and how.
+    """The losses and their options.
 
     Attributes:
         temperature: divides the cosines.
         mrl_dims: Matryoshka sizes besides the full one; empty for none.
-        mask_duplicates: leave passages that are a query's own document out of its in-batch denominator.
+        mask_duplicates: leave duplicates of a query's own passage out of its in-batch denominator.
         stop_passage_gradient: see ``losses.in_batch_loss``.
-        kd_weight: of the distillation terms, where there is a teacher.
-        kd_mrl: compare with the teacher at every Matryoshka size; the reference does at the full one alone.
+        kd_weight: the weight of the distillation terms, if there is a teacher.
+        kd_mrl: compare with the teacher at every Matryoshka size; the reference does so at the full size only.
     """
 
     temperature: float = losses.TEMPERATURE
@@ -62,11 +63,11 @@ class ComputeConfig:
     """How states are computed.
 
     Attributes:
-        dtype: of the operands of matrix products.
+        dtype: dtype of the operands of matrix products.
         remat: which activations are kept for the backward pass, see ``model.REMAT_POLICIES``.
-        kernel: which attention, see ``attention.KERNELS``; "auto" for the platform's.
-        chunk_rows: rows of a GradCache chunk, of one text each or packed as ``data.layout`` says, rounded up to what
-            divides over the mesh; 0 computes all rows at once.
+        kernel: the attention kernel, see ``attention.KERNELS``; "auto" for the platform's default.
+        chunk_rows: maximum rows per GradCache chunk, with one text each or packed according to ``data.layout``; rounded
+            up to a number that divides over the mesh. 0 computes all rows at once.
     """
 
     dtype: str = "bfloat16"
@@ -83,7 +84,7 @@ class Teacher(NamedTuple):
 
 
 class States(NamedTuple):
-    """Unnormalised EOS states of a batch: queries [b, d]; documents [(1 + n) · b, d], the passages first."""
+    """Unnormalised EOS states of a batch: queries [b, d]; documents [(1 + n) · b, d], passages before negatives."""
 
     query_bd: jax.Array
     documents_md: jax.Array
@@ -101,20 +102,20 @@ def train_step(
     in_batch: bool,
     teacher_config: ModelConfig | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Updates the parameters by one batch.
+    """Updates the parameters with one batch.
 
     Args:
-        state: before; may be donated.
-        batch: the global batch; if it holds a teacher's states, those are distilled from.
-        teacher_params: of a teacher whose states are computed here; None for none.
-        config: the sizes.
-        loss, compute: which losses, and how they are computed.
+        state: the state before the update; may be donated.
+        batch: the global batch; if it holds a teacher's states, the student is distilled from them.
+        teacher_params: parameters of a teacher whose states are computed here; None for none.
+        config: the sizes of the model.
+        loss, compute: the losses, and how states are computed.
         optimizer: from ``make_optimizer``.
         in_batch: whether the in-batch loss applies (retrieval only).
-        teacher_config: the teacher's sizes.
+        teacher_config: the sizes of the teacher.
 
     Returns:
-        The state after, and float32 scalars: ``loss``, ``hard``, ``in_batch``, ``distill``, ``grad_norm``.
+        The state after the update, and float32 scalars: ``loss``, ``hard``, ``in_batch``, ``distill``, ``grad_norm``.
     """
     teacher = teacher_states(batch, teacher_params, teacher_config, compute)
 
@@ -132,7 +133,7 @@ def train_step(
 def teacher_states(
     batch: AnyTrainBatch, params: Params | None, config: ModelConfig | None, compute: ComputeConfig
 ) -> States | None:
-    """What a batch is distilled from: computed by a teacher, or as the batch holds it; None for nothing."""
+    """The teacher's states of a batch, computed here or taken from the batch; None without a teacher."""
     if params is not None:
         assert config is not None
         return batch_states(params, batch, config, compute)
@@ -151,9 +152,9 @@ def loss_terms(
     teacher: States | None = None,
     example_mask_b: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """The terms ``hard``, ``in_batch`` and ``distill`` (unweighted) of a batch, float32 scalars; 0 where one is off.
+    """The terms ``hard``, ``in_batch`` and ``distill`` (unweighted) of a batch, float32 scalars; 0 for those not used.
 
-    The first two are of the examples in ``example_mask_b`` alone, a bool [batch], if it is there.
+    If ``example_mask_b`` is given, a bool [batch], the first two cover only these examples.
     """
     query_bd, passage_bd, negatives_bnd = split_states(states)
     options: dict[str, Any] = {
@@ -197,7 +198,7 @@ def split_states(states: States) -> tuple[jax.Array, jax.Array, jax.Array | None
 def loss_and_grads(
     batch_loss: Any, params: Params, batch: AnyTrainBatch, config: ModelConfig, compute: ComputeConfig
 ) -> tuple[jax.Array, dict[str, jax.Array], Params]:
-    """The loss of a batch, its terms, and its gradient, directly or by cached gradients."""
+    """The loss of a batch, its terms and its gradient, directly or with GradCache."""
 
     def loss_of(states: tuple[jax.Array, ...]) -> tuple[jax.Array, dict[str, jax.Array]]:
         return batch_loss(text_states(batch, states))
@@ -225,7 +226,7 @@ def batch_states(params: Params, batch: AnyTrainBatch, config: ModelConfig, comp
 
 
 def batch_rows(batch: AnyTrainBatch) -> tuple[AnyBatch, ...]:
-    """The runs of rows that the model computes: one if they are packed, else the queries, and all documents."""
+    """The groups of rows that the model computes: one if they are packed, else the queries and all documents."""
     if isinstance(batch, PackedTrainBatch):
         return (batch.rows,)
     if batch.negatives is None:
@@ -236,7 +237,7 @@ def batch_rows(batch: AnyTrainBatch) -> tuple[AnyBatch, ...]:
 def row_states(
     params: Params, runs: tuple[AnyBatch, ...], config: ModelConfig, compute: ComputeConfig
 ) -> tuple[jax.Array, ...]:
-    """``eos_states`` of each run of rows (``batch_rows``), all at once or in chunks."""
+    """``eos_states`` of each group of rows (``batch_rows``), all at once or in chunks."""
 
     def encode(rows: AnyBatch) -> jax.Array:
         return _eos_states(params, rows, config, compute)
@@ -247,7 +248,7 @@ def row_states(
 
 
 def text_states(batch: AnyTrainBatch, states: tuple[jax.Array, ...]) -> States:
-    """The states of queries and documents out of those of the rows (``row_states``)."""
+    """The states of queries and documents, gathered from those of the rows (``row_states``)."""
     if not isinstance(batch, PackedTrainBatch):
         return States(*states)
     (states_bed,) = states
@@ -276,7 +277,7 @@ def _add_chunk_grads(
 
 
 def _padded(rows: Any, spare: int) -> Any:
-    """Rows with so many without a text behind them, or an array with as many zeros."""
+    """Appends ``spare`` rows without a text to a batch, or ``spare`` rows of zeros to an array."""
     if not spare:
         return rows
     rows = jax.tree.map(lambda x: jnp.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1)), rows)
@@ -284,9 +285,9 @@ def _padded(rows: Any, spare: int) -> Any:
 
 
 def _chunks(tree: Any, rows: int) -> Any:
-    """[b, …] as [chunks, at most ``rows``, …], all of a size: rows without a text are added to what does not divide.
+    """Reshapes [b, …] to [chunks, at most ``rows``, …]; if b does not divide, rows without a text are appended.
 
-    A chunk takes every chunks-th row: each device then has its part of every chunk.
+    A chunk takes every chunks-th row, so that each device holds its part of every chunk.
     """
     count = len(jax.tree.leaves(tree)[0])
     chunks = -(-count // rows)
@@ -295,5 +296,5 @@ def _chunks(tree: Any, rows: int) -> Any:
 
 
 def _join(x: jax.Array, count: int) -> jax.Array:
-    """Undoes ``_chunks``: the first so many rows."""
+    """The inverse of ``_chunks``: the first ``count`` rows."""
     return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:count]
