@@ -1,9 +1,9 @@
-"""Checkpoints of a run, by Orbax: written while training goes on, read onto any mesh.
+"""Checkpoints of a run, by Orbax: written while training continues, read onto any mesh.
 
-``DIR/STEP`` holds ``params`` and ``optimizer`` (arrays), ``data`` (where the loader stands) and ``config`` (JSON). It
-appears when it is complete: what a kill leaves behind has another name, and is removed at the next start.
-It is no model folder, as it lacks config and tokenizer: ``train.average`` makes a release of it, for which
-``convert.load`` reads the parameters.
+``DIR/STEP`` holds ``params`` and ``optimizer`` (arrays), ``data`` (the loader's position) and ``config`` (JSON). It
+appears when it is complete: what a kill leaves behind has another name, and is removed at the next start. It is not a
+model folder, as it lacks the model's config and tokenizer: ``train.average`` makes a release of it, with parameters
+read by ``convert.load``.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ class Checkpoints:
     """The checkpoints of a run; a context manager that waits for the last one to be written.
 
     Attributes:
-        folder: where they are.
-        best: the step of a checkpoint that is kept besides the latest; None for none. All processes set the same. One
-            that is the best no more goes with the next ``save``.
+        folder: the folder that holds them.
+        best: the step of a checkpoint to keep besides the latest ones; None for none. All processes must set the same
+            step. The previous best is removed by the next ``save``, unless it is one of the latest.
     """
 
     def __init__(self, folder: Path, *, keep: int = 0, read_only: bool = False):
         """Opens the folder, which may be new.
 
         Args:
-            folder: where they are, on a disk that all processes see.
-            keep: the latest so many are kept; 0 keeps all.
-            read_only: touch nothing; a run may be writing there.
+            folder: the folder that holds them, on a disk that all processes see.
+            keep: number of latest checkpoints to keep; 0 keeps all.
+            read_only: change nothing; a run may be writing there.
         """
         self.folder = folder.absolute()
         self.best: int | None = None
@@ -68,20 +68,20 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The step of the last checkpoint, be it still in the writing; None if there is none."""
+        """The step of the last checkpoint, which may still be being written; None if there is none."""
         return self._manager.latest_step()
 
     def path(self, step: int) -> Path:
         return self.folder / str(step)
 
     def save(self, step: int, state: TrainState, data: Any, config: TrainConfig) -> None:
-        """Copies the state and begins to write it; the state may be donated to the next step at once.
+        """Copies the state and starts writing it; the state may be donated to the next step at once.
 
         Args:
-            step: updates made so far.
+            step: number of updates made so far.
             state: the state after them.
-            data: where the loader stands, as JSON can hold it; the same in all processes.
-            config: of the run.
+            data: the loader's position as a JSON value; the same in all processes.
+            config: the config of the run.
         """
         if step == self.latest:
             return
@@ -95,19 +95,19 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more."""
+        """Waits until nothing is being written any more."""
         self._manager.wait_until_finished()
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, Any]:
-        """Reads a checkpoint, from whatever mesh it was saved.
+        """Reads a checkpoint, whatever mesh it was saved from.
 
         Args:
-            step: which.
-            like: ``jax.ShapeDtypeStruct`` leaves with the shardings to read onto. Rows that their mesh adds to the
+            step: the step of the checkpoint.
+            like: ``jax.ShapeDtypeStruct`` leaves with the shardings to read onto. Rows that this mesh adds to the
                 vocabulary are zeros.
 
         Returns:
-            The state, and where the loader stood.
+            The state, and the loader's position.
         """
         trees = {PARAMS: like.params, OPTIMIZER: {"step": like.step, "state": like.opt_state}}
         items: dict[str, Any] = {name: _restore_args(tree) for name, tree in trees.items()}
@@ -123,7 +123,7 @@ class Checkpoints:
 
 
 class _Best:
-    """Preserves ``Checkpoints.best``. Orbax's BestN does not serve: it has to know the metrics when it saves."""
+    """Preserves ``Checkpoints.best``. Orbax's BestN cannot be used: it needs the metrics at the time of saving."""
 
     def __init__(self, checkpoints: Checkpoints):
         self._checkpoints = checkpoints

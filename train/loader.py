@@ -1,4 +1,4 @@
-"""What the training loop needs of a source of batches."""
+"""The interface that the training loop requires of a source of batches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from f2llm_jax.train.batch import AnyTrainBatch
 
 
 class Item(Protocol):
-    """A batch, of which this process has its share; whatever follows its first ``examples`` is there to fill it."""
+    """A batch, of which this process holds its share; rows after the first ``examples`` only fill it."""
 
     @property
     def dataset(self) -> str: ...
@@ -25,24 +25,24 @@ class Item(Protocol):
 
 
 class Loader(Protocol):
-    """Batches, the same in every process but for the share."""
+    """Batches, the same in every process except for its share."""
 
     @property
     def steps(self) -> int:
-        """Batches of all epochs."""
+        """The number of batches of all epochs."""
 
     def __iter__(self) -> Iterator[Item]:
-        """The batches from where the loader stands."""
+        """The batches from the loader's position on."""
 
     def get_state(self) -> Any:
-        """Where the loader stands, as JSON can hold it; the same in every process."""
+        """The loader's position as a JSON value; the same in every process."""
 
     def set_state(self, state: Any) -> None:
-        """Goes to where a loader stood, of however many processes."""
+        """Moves to the position of a loader, which may have had another number of processes."""
 
     @property
     def validation_batches(self) -> int:
-        """Batches of a validation."""
+        """The number of batches of a validation."""
 
     def validation(self) -> Mapping[str, Iterable[Item]]:
-        """Batches of the held-back examples of every dataset."""
+        """Batches of the held-back examples of each dataset."""

@@ -55,26 +55,26 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Steps dispatched before the metrics of an older one are fetched.
+# Steps in flight while the metrics of an older one are fetched.
 _IN_FLIGHT = 2
 
-# The TPU compiler would make one loop of small products and permutes of a large product and its reduce-scatter: a step
-# of the 8B on fsdp=16 then has 1.2 times the FLOPs and twice the memory traffic.
+# Otherwise, the TPU compiler turns a large product and its reduce-scatter into a loop of small products and permutes: a
+# step of the 8B on fsdp=16 then has 1.2 times the FLOPs and twice the memory traffic.
 _TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 class TrainingError(F2LLMError):
-    """Training cannot go on; the message names the step, the dataset and the last good checkpoint."""
+    """Training cannot continue; the message names the step, the dataset and the last good checkpoint."""
 
 
 class Outcome(NamedTuple):
     """How a run ended.
 
     Attributes:
-        step: updates made.
-        total: updates planned; fewer were made if a SIGTERM came.
-        checkpoint: the last one.
-        finished: all updates were made, and the last validation.
+        step: number of updates made.
+        total: number of updates planned; fewer were made if a SIGTERM was received.
+        checkpoint: the last checkpoint.
+        finished: whether all updates were made, and the last validation completed.
     """
 
     step: int
@@ -95,25 +95,26 @@ def train(
 ) -> Outcome:
     """Trains a model.
 
-    Losses are looked at two steps late, so that the device never waits for the host. SIGTERM saves a checkpoint and
-    stops, also within a validation, which a resumed run does anew. The first process logs, as INFO of the logger
-    ``f2llm_jax``, what it begins with, a line every ``every.log`` steps, and the averages of each validation.
+    Losses are read two steps late, so that the device never waits for the host. On SIGTERM, a checkpoint is saved and
+    training stops, also during a validation, which a resumed run repeats. The first process logs, at level INFO of the
+    logger ``f2llm_jax``, what it starts with, a line every ``every.log`` steps, and the averages of each validation.
 
     Args:
-        config: the run.
+        config: the config of the run.
         loader: the batches.
-        out: the run's folder, for ``checkpoints/``, ``tensorboard/`` and ``scalars.jsonl``; all processes see it.
-        resume: go on from the last checkpoint in ``out``, if there is one.
+        out: the run's folder, for ``checkpoints/``, ``tensorboard/`` and ``scalars.jsonl``; visible to all processes.
+        resume: continue from the last checkpoint in ``out``, if there is one.
         export: a folder to write the trained model to, as a release.
-        show_progress: a progress bar on standard error.
-        on_scalars: called in the first process with a step and what was just written of it to ``scalars.jsonl``, by
-            name: to hand it on to Weights & Biases, say. A resumed run repeats the steps after its last checkpoint.
+        show_progress: show a progress bar on standard error.
+        on_scalars: called in the first process with a step and the values just written for it to ``scalars.jsonl``, by
+            name; for example, to pass them on to Weights & Biases. A resumed run repeats the steps after its last
+            checkpoint.
 
     Raises:
         TrainingError: a loss or a gradient is not finite.
-        InputError: ``out`` holds a run and ``resume`` is off, or one of other data, of a model of other sizes, with
-            more steps or going on right now; ``export`` exists, or one of the two is a URL; or the config does not fit
-            the model or the devices.
+        InputError: ``out`` holds a run and ``resume`` is off, or a run with other data, with a model of other sizes,
+            with more steps or still in progress; ``export`` exists, or one of the two is a URL; or the config does not
+            fit the model or the devices.
     """
     from tqdm import tqdm
 
@@ -151,7 +152,7 @@ def train(
             validations = _validations(config.every.validation, total) - ({step} if scalars.validated else set())
 
             def save() -> None:
-                under_way.settle()  # a state is kept only if the losses up to it are finite
+                under_way.settle()  # a state is saved only if all losses up to it are finite
                 with meter.paused():
                     checkpoints.save(step, state, loader.get_state(), config)
 
@@ -172,7 +173,7 @@ def train(
                     _log(f"step {step}/{total}: validation: {_averages(values)}")
 
             note_best()
-            if step in validations:  # an earlier start was stopped before or in it
+            if step in validations:  # an earlier start was stopped before or during it
                 write_validation()
             items, first = iter(loader), step + 1
             while step < total and not preemption.reached():
@@ -187,7 +188,7 @@ def train(
                 under_way.add(Step(step, item.dataset, item.task, has_negatives, work, metrics))
                 validates = step in validations and step < total
                 if config.every.checkpoint and (step % config.every.checkpoint == 0 or validates):
-                    save()  # also before a validation, in which a kill would lose the steps
+                    save()  # also before a validation, since a kill during it would lose the steps
                 if validates:
                     write_validation()
             save()
@@ -201,7 +202,7 @@ def train(
 
 
 def _log(message: str) -> None:
-    """A line of the log, for all processes by the first."""
+    """Logs a line, in the first process only."""
     if jax.process_index() == 0:
         logger.info(message)
 
@@ -222,7 +223,7 @@ def _averages(values: Mapping[str, float]) -> str:
 
 @contextlib.contextmanager
 def _claimed(out: Path) -> Iterator[None]:
-    """Keeps other runs out of a run's folder: the first process locks it, and the others hear whether it could."""
+    """Keeps other runs out of a run's folder: the first process locks it, and tells the others whether it could."""
     error: Exception | None = None
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
@@ -230,7 +231,7 @@ def _claimed(out: Path) -> Iterator[None]:
                 out.mkdir(parents=True, exist_ok=True)
                 try:
                     stack.enter_context(take_lock(out / ".lock", out))
-                except OSError as caught:  # a file system without locks, as some of clusters are
+                except OSError as caught:  # a file system without locks, as on some clusters
                     warn(f"{caught}: nothing keeps a second run out of {out}")
             except Exception as caught:
                 error = caught
@@ -240,7 +241,7 @@ def _claimed(out: Path) -> Iterator[None]:
 
 
 class _UnderWay:
-    """Steps that were dispatched: the device always has its next one while the host looks at an older one."""
+    """The dispatched steps: the device always has its next one while the host processes the results of an older one."""
 
     def __init__(
         self,
@@ -261,7 +262,7 @@ class _UnderWay:
         self.settle(_IN_FLIGHT)
 
     def settle(self, left: int = 0) -> None:
-        """Waits until all but ``left`` steps are done, and looks at what they gave."""
+        """Waits until all but ``left`` steps are done, and processes their metrics."""
         while len(self._steps) > left:
             done = self._steps.popleft()
             metrics = {name: float(value) for name, value in jax.device_get(done.metrics).items()}
@@ -288,12 +289,12 @@ class _UnderWay:
 
 
 def _validations(interval: int, total: int) -> set[int]:
-    """After which steps: every so many, and the last; none for 0."""
+    """The steps after which to validate: every ``interval`` steps, and the last; none if it is 0."""
     return {total, *range(interval, total, interval)} if interval else set()
 
 
 def check_dims(config: TrainConfig, model: ModelConfig) -> None:
-    """An InputError if the model has not all of the Matryoshka sizes."""
+    """Raises an InputError if a Matryoshka size is out of the model's range."""
     if not all(1 <= dim <= model.hidden_size for dim in config.loss.mrl_dims):
         mend = ",".join(map(str, model.matryoshka_dims[:-1]))
         raise InputError(
@@ -303,7 +304,7 @@ def check_dims(config: TrainConfig, model: ModelConfig) -> None:
 
 
 def load_teacher(config: TrainConfig, student: Release, mesh: Mesh) -> Teacher | None:
-    """The teacher, in the dtype it computes in; None if there is none, or its states are read from disk.
+    """The teacher, in the dtype that it computes in; None if there is none or its states are read from disk.
 
     Raises:
         InputError: the student is wider than its teacher, or their tokenizers differ.
@@ -329,7 +330,7 @@ def make_update(
     optimizer: optax.GradientTransformation,
     like: TrainState,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """``train_step``, compiled: the state is donated and stays where it rests, the metrics are on every device."""
+    """``train_step``, compiled: the state is donated and keeps its shardings, the metrics are on every device."""
     step = functools.partial(
         train_step,
         config=model,
@@ -357,7 +358,7 @@ def initial_state(
     like: TrainState,
     mesh: Mesh,
 ) -> TrainState:
-    """The state before the first step: the release's weights."""
+    """The state before the first step, with the release's weights."""
     params = load_params(open_checkpoint(release.path), release.config, dtype=config.params_dtype, mesh=mesh)
     shardings = shardings_of(like)
     init = jax.jit(
@@ -368,9 +369,9 @@ def initial_state(
 
 
 def check_finite(step: Step, metrics: Mapping[str, float], checkpoints: Checkpoints) -> None:
-    """Stops a run whose loss or gradient is no number any more.
+    """Raises a TrainingError if a loss or the gradient is not finite.
 
-    A checkpoint is good if a step from it went well: one of the step right before may hold what went wrong.
+    A checkpoint counts as good if a step from it succeeded: that of the step right before may contain the cause.
     """
     wrong = [f"{name} is {metrics[name]}" for name in (*LOSSES, "grad_norm") if not math.isfinite(metrics[name])]
     if not wrong:
@@ -390,9 +391,9 @@ def export_run(
     dtype: str | None = None,
     force: bool = False,
 ) -> Path:
-    """Writes trained parameters as a release, by default in the dtype of the one training began with.
+    """Writes trained parameters as a release, by default in the dtype of the release that training started from.
 
-    It states the Matryoshka sizes it was trained at; without any, those of the one training began with.
+    It states the Matryoshka sizes of the training or, without any, those of the release that training started from.
     """
     model = release.config
     if config.loss.mrl_dims:
@@ -410,7 +411,7 @@ def export_run(
 
 
 def _first_step(config: TrainConfig, release: Release, checkpoints: Checkpoints, total: int, *, resume: bool) -> int:
-    """The step to go on from; 0 for a new run."""
+    """The step to resume from; 0 for a new run."""
     step = checkpoints.latest
     if step is None:
         return 0
@@ -425,7 +426,7 @@ def _first_step(config: TrainConfig, release: Release, checkpoints: Checkpoints,
     if changed := differences(checkpoints.read_config(step), config):
         warnings.warn(f"going on from step {step} with another config: {', '.join(changed)}", stacklevel=3)
     checkpoint = open_checkpoint(checkpoints.path(step))
-    try:  # Orbax would cut or fill up arrays of other sizes
+    try:  # Orbax would truncate or pad arrays of other sizes
         checkpoint.check(tensor_table(release.config))
     except ReleaseError as error:
         raise InputError(

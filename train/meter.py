@@ -1,4 +1,4 @@
-"""What training steps add up to between two lines of the log: losses by dataset, throughput, utilisation."""
+"""Statistics of the training steps between two lines of the log: losses by dataset, throughput, utilisation."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from f2llm_jax.planning.chips import CHIPS
 from f2llm_jax.planning.counts import flops_of_lengths
 from f2llm_jax.train.batch import AnyTrainBatch, PackedTrainBatch
 
-# JAX names a chip as libtpu does or by its short name.
+# JAX names a chip either as libtpu does or by its short name.
 PEAK_FLOPS = {kind: chip.flops for chip in CHIPS.values() for kind in (chip.kind, f"TPU {chip.name}")}
 """Dense bfloat16 operations per second of a device, by ``jax.Device.device_kind``."""
 
-# Names of the losses in the log, which are the reference's.
+# The names of the losses in the log, as in the reference.
 LOSSES = {"hard": "loss_hard", "in_batch": "loss_in_batch", "distill": "loss_distill"}
 
 
 class Work(NamedTuple):
-    """What a batch holds, over all processes.
+    """The contents of a batch, over all processes.
 
     Attributes:
-        examples: queries.
-        tokens: of queries, passages and negatives.
-        computed_tokens: tokens with padding.
+        examples: number of queries.
+        tokens: number of tokens of queries, passages and negatives.
+        computed_tokens: number of tokens with padding.
         squares: sum of the squared lengths of the texts.
     """
 
@@ -42,7 +42,7 @@ class Work(NamedTuple):
 
     @classmethod
     def of(cls, batch: AnyTrainBatch) -> Work:
-        """That of a batch whose share is held by this process, taken to be like those of the others."""
+        """The work of a global batch, estimated from this process's share: the others are assumed to be like it."""
         if isinstance(batch, PackedTrainBatch):
             computed_tokens = batch.rows.tokens_bt.size
             lengths = text_lengths(batch.rows)
@@ -56,20 +56,20 @@ class Work(NamedTuple):
     def forward_flops(self, config: ModelConfig) -> float:
         """Operations of a forward pass over the tokens: matrix products, and attention below the diagonal.
 
-        Those of all positions in every layer, as MFU is counted, though of the last not all may be computed.
+        All positions count in every layer, as is usual for MFU, although the last layer may not compute all of them.
         """
         return flops_of_lengths(config, self.tokens, self.squares).total
 
 
 class Step(NamedTuple):
-    """A step under way.
+    """A step in flight.
 
     Attributes:
-        number: from 1.
-        dataset, task: of its batch.
-        has_negatives: whether its examples have any; without, there is no hard loss.
-        work: in its batch.
-        metrics: of ``train_step``, still on their way.
+        number: the number of the step, counted from 1.
+        dataset, task: dataset and task type of its batch.
+        has_negatives: whether its examples have hard negatives; without them there is no hard loss.
+        work: the work in its batch.
+        metrics: the metrics of ``train_step``, possibly not yet computed.
     """
 
     number: int
@@ -81,11 +81,11 @@ class Step(NamedTuple):
 
 
 class Meter:
-    """Sums of the steps since the last ``scalars``.
+    """Accumulates the steps since the last call of ``scalars``.
 
     Args:
         config: the student's sizes.
-        teacher: the teacher's, if it computes in the step.
+        teacher: the teacher's sizes, if it runs within the step.
         distilled: whether there is a distillation loss.
     """
 
@@ -114,7 +114,7 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in here is not training's."""
+        """Time in this block does not count as training."""
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
@@ -124,11 +124,11 @@ class Meter:
         return sum(work.examples for work in self._work) / (time.perf_counter() - self._start)
 
     def losses(self) -> dict[str, float]:
-        """The means of ``loss`` and of its terms since the last ``scalars``, each over the steps that have it."""
+        """The means of ``loss`` and its terms since the last call of ``scalars``, each over the steps that have it."""
         return {name: float(np.mean(values)) for name, values in self._terms.items()}
 
     def scalars(self) -> dict[str, float]:
-        """The means since the last call: losses by dataset and task as the reference names them, and throughput."""
+        """The means since the last call: losses by dataset and task, named as in the reference, and throughput."""
         examples, tokens, computed_tokens, squares = (sum(counts) for counts in zip(*self._work, strict=True))
         total = Work(examples, tokens, computed_tokens, squares)
         seconds = time.perf_counter() - self._start

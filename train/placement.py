@@ -1,4 +1,4 @@
-"""Where the state and the batches of a run lie on its mesh."""
+"""The placement of the state and the batches of a run on its mesh."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from f2llm_jax.train.step import TrainState
 
 
 def make_train_mesh(config: MeshConfig) -> Mesh:
-    """The mesh, its one free axis as large as there are devices.
+    """The mesh; the axis of size 0, if any, takes all remaining devices.
 
     Raises:
-        InputError: there are not as many devices, two axes are free, or tensor parts lie in different processes.
+        InputError: there are not enough devices, two axes are 0, or the tensor axis spans processes.
     """
     sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
     free = [name for name, size in sizes.items() if size == 0]
@@ -44,7 +44,7 @@ def make_train_mesh(config: MeshConfig) -> Mesh:
 
 
 def check_batch(config: TrainConfig, mesh: Mesh) -> None:
-    """An InputError with the numbers if a batch does not divide over the mesh."""
+    """Raises an InputError, with the numbers, if a batch does not divide over the mesh."""
     parts = batch_parts(mesh)
     if config.data.batch_size % parts:
         raise InputError(
@@ -54,7 +54,7 @@ def check_batch(config: TrainConfig, mesh: Mesh) -> None:
 
 
 def abstract_state(model: ModelConfig, optimizer: optax.GradientTransformation, dtype: str, mesh: Mesh) -> TrainState:
-    """The state's shapes and where it rests: moments with their parameters, counters on every device."""
+    """The shapes and shardings of the state: moments are sharded like their parameters, counters are replicated."""
 
     def put(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -73,7 +73,7 @@ def abstract_state(model: ModelConfig, optimizer: optax.GradientTransformation, 
 
 
 def on_mesh(step: Callable[..., Any], params: Params, batch: AnyBatch, mesh: Mesh | None) -> Any:
-    """Calls a compiled function of parameters, which lie on the mesh, and rows; without a mesh, on one device."""
+    """Calls a compiled function with parameters on the mesh and a batch of rows; without a mesh, on one device."""
     if mesh is None:
         return step(params, batch)
     with jax.set_mesh(mesh):
@@ -81,25 +81,25 @@ def on_mesh(step: Callable[..., Any], params: Params, batch: AnyBatch, mesh: Mes
 
 
 def shardings_of(tree: Any) -> Any:
-    """The tree of the shardings of a tree's arrays."""
+    """The shardings of the arrays in a tree, as a tree."""
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def global_batch(batch: AnyTrainBatch, mesh: Mesh) -> AnyTrainBatch:
-    """The batch of all processes, over the mesh, from this one's share."""
+    """The global batch, sharded over the mesh, from this process's share."""
     if isinstance(batch, PackedTrainBatch):
         batch = _with_global_slots(batch, NamedSharding(mesh, BATCH_SPEC))
     return jax.tree.map(functools.partial(global_rows, mesh=mesh), batch)
 
 
 def global_rows(x: np.ndarray, mesh: Mesh) -> jax.Array:
-    """The rows of all processes, over the mesh, from this one's share."""
+    """The rows of all processes, sharded over the mesh, from this process's share."""
     shape = (jax.process_count() * len(x), *x.shape[1:])
     return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH_SPEC), x, shape)
 
 
 def _with_global_slots(batch: PackedTrainBatch, sharding: NamedSharding) -> PackedTrainBatch:
-    """The slots of a share, which count through its own rows, counted through those of all processes."""
+    """Renumbers the slots of a share from its own rows to the rows of all processes."""
     rows, per_row = batch.rows.ends_be.shape
     count = jax.process_count() * rows
     parts = sharding.addressable_devices_indices_map((count,)).values()

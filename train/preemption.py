@@ -1,4 +1,4 @@
-"""SIGTERM: what a scheduler sends before it takes a machine away."""
+"""SIGTERM, which a scheduler sends before it takes a machine away."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import jax
 
 
 class Preemption:
-    """Notices a SIGTERM while its block runs.
+    """Notices a SIGTERM while its with block runs.
 
-    With several processes JAX's preemption service does, and makes all of them stop at the same place: it counts their
-    calls of ``reached``, and stops them one after the most that any has made when the signal comes.
+    With several processes, JAX's preemption service notices it, and stops all of them at the same point: it counts
+    their calls of ``reached``, and stops them one call after the highest count of any process when the signal arrives.
     """
 
     def __init__(self) -> None:
@@ -37,9 +37,9 @@ class Preemption:
         self._stops = True
 
     def reached(self) -> bool:
-        """Whether to stop here, and from then on. All processes call it in the same places; it waits for none of them.
+        """Whether to stop here; once True, it stays so. All processes must call it at the same points; it never waits.
 
-        Without a signal a call takes a microsecond: the service looks at a number that it has.
+        Without a signal, a call takes a microsecond: the service only looks up a number.
         """
         if jax.process_count() > 1 and not self._stops:
             from jax.experimental import multihost_utils
