@@ -1,11 +1,11 @@
-"""What distillation and pruning are worth, at a scale that two cores allow; writes docs/distillation.md and .png.
+"""Measures what distillation and pruning gain, at a scale for two cores; writes docs/distillation.md and .png.
 
     python benchmarks/distill.py WORK --data ../shared/data [--minutes 8]
 
-A teacher is trained from scratch, and smaller students: cut out of it or of random weights, with its distillation or
-without, three seeds each. DATA holds train_raw/, xquad/ and bitext/. WORK keeps what is done: stopped after so many
-minutes, or killed, the same command goes on. Everything is a few steps of what f2llm prepare, prune, teach and train do
-at full size, on rows of two lengths, so that few programs are compiled.
+A teacher is trained from scratch, and then smaller students: pruned from it or with random weights, with distillation
+from it or without, three seeds each. DATA holds train_raw/, xquad/ and bitext/. WORK keeps finished work: when
+--minutes are over, or after a kill, the same command resumes. Everything is what f2llm prepare, prune, teach and train
+do at full size, but with few steps, and with rows of two lengths only, so that few programs are compiled.
 """
 
 from __future__ import annotations
@@ -70,16 +70,16 @@ BATCH_SIZE = 32
 ROW_LENGTHS = (64, 128)
 MAX_LENGTH = ROW_LENGTHS[-1]
 TEACHER_STEPS, STUDENT_STEPS = 400, 100
-# Weights begin at about 0.02. A rate of 1e-3 moves them by a twentieth a step, and what random weights know of equal
-# words is lost before anything is learnt: after 100 steps of a teacher of three layers nDCG@10
-# was 3, and that of its random weights 14.
+# Weights start at about 0.02. A rate of 1e-3 moves them by a twentieth per step, and the ability of random weights to
+# match equal words is lost before anything is learnt: after 100 steps of a teacher of three layers, nDCG@10 was 3, and
+# with its random weights 14.
 TEACHER_RATE, STUDENT_RATE = 3e-4, 3e-4
 SEEDS = (0, 1, 2)
 
-# Questions and paragraphs in eight languages, and translations into English of the seven that are not English.
+# The languages of the translation pairs: the eight of the questions and paragraphs, except English.
 PAIRS = ("ara", "cmn", "deu", "hin", "rus", "spa", "tur")
 
-# The questions from here on, and the pairs, were held back from train_raw.
+# The questions and the pairs from these indices on were held back from train_raw.
 HELD_BACK = {"xquad": 1071, "bitext": 900}
 
 PAGE = """\
@@ -137,7 +137,7 @@ COMPUTE = ComputeConfig(dtype="float32", remat="none")
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """A way to make a student."""
+    """One way to make a student."""
 
     pruned: bool
     distilled: bool
@@ -171,11 +171,11 @@ def main() -> None:
 
 
 class StoppedError(Exception):
-    """The time is up; what was done is kept."""
+    """The time is up; finished work is kept."""
 
 
 class Study:
-    """The pieces of work, each of which leaves a result in the folder, or finds it there."""
+    """The pieces of work; each leaves its result in the folder, and is skipped if the result is there."""
 
     def __init__(self, work: Path, source: Path, deadline: float):
         self.work, self.source, self.deadline = work, source, deadline
@@ -183,7 +183,7 @@ class Study:
         self.data, self.states = work / "data", work / "states"
 
     def run_pieces(self) -> None:
-        """What is not done; several processes can share the students."""
+        """Does the remaining work; several processes can share the students."""
         with self.claimed("teacher", wait=True):
             for piece in (self.prepare, self.score_random, self.train_teacher, self.prune_and_teach, self.score_pruned):
                 piece()
@@ -196,7 +196,7 @@ class Study:
 
     @contextlib.contextmanager
     def claimed(self, name: str, *, wait: bool = False) -> Iterator[bool]:
-        """Whether this process has a piece of work to itself."""
+        """Claims a piece of work; yields whether this process has it to itself."""
         with (self.work / f"{name}.lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -215,7 +215,7 @@ class Study:
         print(name, {key: value for key, value in values.items() if not isinstance(value, list)}, flush=True)
 
     def prepare(self) -> None:
-        """The tokenizer, a random model, and the training data: questions and pairs, without hard negatives."""
+        """Makes the tokenizer, a random model and the training data: questions and pairs, without hard negatives."""
         if self.data.exists():
             return
         raw = self.work / "raw"
@@ -231,7 +231,7 @@ class Study:
             write_settings(Path(settings), tokenizer, TEACHER)
             params = init_params(TEACHER, jax.random.key(0))
             export_release(params, TEACHER, self.base, like=settings, prompts={"query": "", "document": ""}, force=True)
-        # Without instructions, as in stage 1: to random weights, texts that begin alike are all the same.
+        # Without instructions, as in stage 1: to random weights, texts with a common beginning look the same.
         prepare(raw, self.base, self.data, stage=1, workers=1, max_length=MAX_LENGTH)
 
     def batches(self, seed: int, store: TeacherStore | None = None) -> TrainBatches:
@@ -247,7 +247,7 @@ class Study:
         self.write_result("teacher", **values, **self.score(params, TEACHER))
 
     def prune_and_teach(self) -> None:
-        """The student's weights, and what it is compared with."""
+        """Makes the weights of the pruned student, and the teacher's states."""
         if self.states.exists():
             return
         prune(
@@ -264,7 +264,7 @@ class Study:
         teach(self.data, self.teacher, self.states, dtype="float32", max_length=MAX_LENGTH, dim=STUDENT.hidden_size)
 
     def score_random(self) -> None:
-        """What random weights give: a study whose teacher is no better says nothing."""
+        """Scores random weights: a study whose teacher is no better says nothing."""
         if not (self.work / "untrained.json").exists():
             self.write_result("untrained", **self.score(f2llm_jax.load(self.base).params, TEACHER))
 
@@ -285,7 +285,7 @@ class Study:
     def run(
         self, name: str, params: Params, config: ModelConfig, batches: TrainBatches, steps: int, rate: float
     ) -> tuple[Params, dict[str, Any]]:
-        """Trains; the state is kept for the next start, at the end and when the time is up."""
+        """Trains; at the end and when the time is up, the state is saved for the next start."""
         optimizer = make_optimizer(OptimizerConfig(learning_rate=rate, warmup_steps=steps // 10), steps)
         step = jax.jit(
             functools.partial(
@@ -321,7 +321,7 @@ class Study:
         return state.params, {"minutes": (time.monotonic() - start) / 60, "log": log}
 
     def score(self, params: Params, config: ModelConfig) -> dict[str, float]:
-        """nDCG@10 of held-back questions and accuracy of held-back pairs, means over languages."""
+        """nDCG@10 of the held-back questions and accuracy of the held-back pairs, as means over languages."""
         tokenizer = Tokenizer.from_release(self.base)
         embed = functools.partial(embeddings, params, config, tokenizer)
         ndcg, accuracy = [], []
@@ -397,7 +397,7 @@ class Study:
 
 
 def padded(batch: TrainBatch) -> TrainBatch:
-    """The batch with rows of ``ROW_LENGTHS``."""
+    """The batch with rows padded to ``ROW_LENGTHS``."""
 
     def pad(rows: Batch) -> Batch:
         length = row_length(rows.tokens_bt.shape[1])
@@ -430,7 +430,7 @@ def embeddings(params: Params, config: ModelConfig, tokenizer: Tokenizer, texts:
 
 
 def means(arms: Mapping[tuple[bool, bool], list[dict[str, Any]]]) -> dict[tuple[bool, bool], np.ndarray]:
-    """(nDCG@10, accuracy) in points, over the seeds."""
+    """Means over the seeds of (nDCG@10, accuracy), in points."""
     return {
         arm: np.array([[100 * result[metric] for metric in ("ndcg@10", "accuracy")] for result in results]).mean(axis=0)
         for arm, results in arms.items()
@@ -438,7 +438,7 @@ def means(arms: Mapping[tuple[bool, bool], list[dict[str, Any]]]) -> dict[tuple[
 
 
 def effects(arms: Mapping[tuple[bool, bool], list[dict[str, Any]]]) -> str:
-    """What each choice adds, in points: the difference of the means over seeds."""
+    """What each choice gains, in points: differences of the means over seeds."""
     mean = means(arms)
     lines = {
         "distilling a pruned student": mean[True, True] - mean[True, False],
@@ -450,7 +450,7 @@ def effects(arms: Mapping[tuple[bool, bool], list[dict[str, Any]]]) -> str:
 
 
 def finding(arms: Mapping[tuple[bool, bool], list[dict[str, Any]]]) -> str:
-    """What the figures say, whichever way they go."""
+    """A summary of the results, whichever way they turn out."""
     mean = means(arms)
     gain_ndcg, gain_accuracy = mean[True, True] - mean[True, False]
     agrees = gain_ndcg > 0 and gain_accuracy > 0
@@ -493,7 +493,7 @@ def plot(
         axes.set_title({"ndcg@10": "XQuAD, nDCG@10", "accuracy": "Tatoeba, accuracy"}[metric])
         axes.legend()
     for place, (name, results) in enumerate(zip(names, arms.values(), strict=True)):
-        # Ten logged steps at a time: batches of two kinds follow each other at random.
+        # Means over ten logged steps: batches of two kinds follow each other at random.
         loss = np.mean([[entry["in_batch"] for entry in result["log"]] for result in results], axis=0)
         smooth = np.convolve(loss, np.ones(10) / 10, "valid")
         panels[2].plot(5 * np.arange(10, 10 + len(smooth)), smooth, color=f"C{place}", label=name)

@@ -1,11 +1,11 @@
-"""Trains a small model from random weights on real text, and measures what it learnt: docs/training.md.
+"""Trains a small model from random weights on real text, and measures what it learns: writes docs/training.md.
 
     python benchmarks/train_quality.py --data ../shared/data --work DIR
 
-DATA holds train_raw/*.parquet in the released layout, xquad/ and bitext/ (the last 10 % of the questions and the pairs
-after 900 are in no training file), and qwen3-tokenizer/. Two runs that differ in one setting, with Matryoshka losses
-and without, start from the same weights and see the same batches. DIR keeps what is done: after a kill, the same
-command goes on. The time of a start that a SIGTERM stopped is counted, that of one killed outright is not.
+DATA holds train_raw/*.parquet in the released layout, xquad/ and bitext/ (the last 10 % of the questions, and the pairs
+after the first 900, are in no training file), and qwen3-tokenizer/. Two runs, with and without Matryoshka losses but
+otherwise equal, start from the same weights and see the same batches. DIR keeps finished work: after a kill, the same
+command resumes. The time of a process that a SIGTERM stopped is counted, that of one killed outright is not.
 """
 
 from __future__ import annotations
@@ -55,17 +55,17 @@ CONFIG = ModelConfig(
     max_position_embeddings=512,
     dtype="float32",
 )
-# Most paragraphs as a whole: cut to 64 tokens, most of the answers are gone.
+# Enough for most paragraphs as a whole; with 64 tokens, most of the answers would be cut off.
 MAX_LENGTH = 192
 BATCH_SIZE = 32
-# An embedding starts with values of 0.02, which AdamW moves by up to the learning rate in a step: at 2e-3, the words
-# that a question shares with its paragraph soon look alike no more, and nothing as good is learnt in their place.
+# Embedding values start at about 0.02, and AdamW moves them by up to the learning rate in each step. At 2e-3, words
+# that a question shares with its paragraph soon no longer match, and nothing as good is learnt instead.
 LEARNING_RATE = 5e-4
 DIMS = (None, 64, 32, 16)
 MRL_DIMS = (8, 16, 32, 64)
 RUNS = {"with Matryoshka": MRL_DIMS, "without": ()}
 
-# Pairs of a language from here on, and the share of questions before the held-back ones, that training never sees.
+# Held back from training: the pairs of each language from this index on, and the questions after this share of them.
 HELD_BACK_PAIRS = 900
 TRAINED_QUESTIONS = 0.9
 
@@ -100,12 +100,12 @@ def build_release(tokenizer: Path, folder: Path) -> Path:
 
 
 def train_one(start: Path, data: Path, work: Path, folder: Path, mrl_dims: tuple[int, ...], epochs: int) -> Path:
-    """A run from the prepared data to a release; goes on where it was."""
+    """A run, from the prepared data to a release; resumes where it stopped."""
     prepared, trained = work / "prepared", folder / "release"
     if trained.exists():
         return trained
     if not prepared.exists():
-        # Without instructions, as in stage 1: to random weights, texts that begin alike are all the same.
+        # Without instructions, as in stage 1: to random weights, texts with a common beginning look the same.
         raw = write_raw(data / "train_raw", work / "raw")
         prepare(raw, start, prepared, stage=1, max_length=MAX_LENGTH, show_progress=True)
     config = TrainConfig(
@@ -135,9 +135,9 @@ def train_one(start: Path, data: Path, work: Path, folder: Path, mrl_dims: tuple
 
 
 def write_raw(files: Path, folder: Path) -> Path:
-    """The training files with one negative for each query: the first of its 24 that is some other query's passage.
+    """Writes the training files with one negative per query: the first of its 24 that is another query's passage.
 
-    The others may be the held-back paragraphs and sentences, which a model would learn are never the answer.
+    Other negatives may be held-back paragraphs and sentences; a model would learn that these are never the answer.
     """
     folder.mkdir(exist_ok=True)
     for file in [*files.glob("xquad_*.parquet"), *files.glob("tatoeba_*.parquet")]:
@@ -155,7 +155,7 @@ def trained_negative(row: dict[str, str], passages: set[str]) -> str | None:
 
 
 def measured(release: Path, data: Path, file: Path) -> dict[str, dict[str, float]]:
-    """``score`` of a release, kept in a file."""
+    """``score`` of a release, cached in a file."""
     if not file.exists():
         found = score(release, data)
         file.write_text(json.dumps(found))
@@ -163,7 +163,7 @@ def measured(release: Path, data: Path, file: Path) -> dict[str, dict[str, float
 
 
 def score(release: Path, data: Path) -> dict[str, dict[str, float]]:
-    """{"ndcg@10" and "accuracy": {size: mean over languages}}."""
+    """{metric, "ndcg@10" or "accuracy": {size: mean over languages}}."""
     model = F2LLMEmbedder(release.name, f2llm_jax.load(release), max_length=MAX_LENGTH)
     model.prompts["bitext"] = ""
     languages = sorted(file.stem.removesuffix("_queries") for file in data.glob("xquad/*_queries.parquet"))
@@ -174,7 +174,7 @@ def score(release: Path, data: Path) -> dict[str, dict[str, float]]:
 
 
 def ndcg(model: Embedder, xquad: Path, language: str) -> dict[int, float]:
-    """Held-back questions against all paragraphs of a language."""
+    """nDCG@10 of the held-back questions of a language against all its paragraphs, {size: score}."""
     corpus = parquet.read_table(xquad / f"{language}_corpus.parquet").to_pylist()
     questions = parquet.read_table(xquad / f"{language}_queries.parquet").to_pylist()
     held_back = list(enumerate(questions))[round(TRAINED_QUESTIONS * len(questions)) :]
@@ -190,7 +190,7 @@ def ndcg(model: Embedder, xquad: Path, language: str) -> dict[int, float]:
 
 
 def accuracy(model: Embedder, file: Path) -> dict[int, float]:
-    """Does a held-back sentence find its English translation among all held-back ones of its language?"""
+    """How often a held-back sentence finds its English translation among those of its language, {size: share}."""
     pairs = parquet.read_table(file).slice(HELD_BACK_PAIRS).to_pylist()
     with tempfile.TemporaryDirectory() as name:
         held_back = Path(name, "pairs.jsonl")
@@ -257,7 +257,7 @@ def page(scores: dict[str, dict[str, dict[str, float]]], runs: list[dict[str, fl
 
 
 def finding(scores: dict[str, dict[str, dict[str, float]]]) -> str:
-    """What the figures say, whichever way they go."""
+    """A summary of the results, whichever way they turn out."""
     full, matryoshka, without = str(CONFIG.hidden_size), scores["with Matryoshka"], scores["without"]
     return "\n".join(
         f"{title}, with Matryoshka: {scores['before'][metric][full]:.3f} before and {matryoshka[metric][full]:.3f} "

@@ -1,20 +1,20 @@
-"""Training steps, ours and PyTorch's, side by side in one run.
+"""Compares the speed of training steps, ours and PyTorch's, in one run.
 
     python benchmarks/train_speed.py --data ../shared/data
     python benchmarks/train_speed.py --data ../shared/data --device gpu --size 0.6B --queries 4
 
-Both take the same batches of real text (DATA/train_raw, the Qwen3 tokenizer), the same weights, losses, optimizer and
-schedule: hard negatives and in-batch at every Matryoshka size, AdamW, clipping. PyTorch's side is the loop of the
-reference as its repository describes it, around transformers' Qwen3Model: rows padded to the longest of the batch,
-pooled at the EOS. Ours is what training does by itself, the texts of a batch in packed rows; --layout bucketed gives it
-PyTorch's rows. In float32 both are that throughout. In bfloat16, PyTorch trains bfloat16 weights, as the reference
-does; ours are float32 with bfloat16 products.
+Both sides use the same batches of real text (DATA/train_raw, the Qwen3 tokenizer), weights, losses, optimizer and
+schedule: hard-negative and in-batch losses at every Matryoshka size, AdamW, clipping. PyTorch's side is the reference's
+loop, as its repository describes it, around transformers' Qwen3Model: rows padded to the longest of the batch, EOS
+pooling. Our side is what training does by default, with the texts of a batch in packed rows; --layout bucketed gives it
+PyTorch's rows. In float32, both sides are float32 throughout. In bfloat16, PyTorch trains bfloat16 weights, as the
+reference does; our weights are float32, with bfloat16 products.
 
-The two take turns of two steps, of which the second is timed: in the first, the kernel gives one side the pages that
-the other had, which costs ours up to 2 s and PyTorch's up to 1 s. The ratio is the median of the ratios of neighbouring
-turns, so that what slows the machine for a while slows both. Not equally, though: where something else takes a core,
-PyTorch's step takes several times the processor time, and ours does not. On a machine that was not idle, two runs of
-the same row gave 0.70 and 3.59. Needs the ``train`` and ``test`` extras.
+The two sides take turns of two steps, of which the second is timed: during the first, the kernel hands one side the
+pages that the other had, which costs ours up to 2 s and PyTorch's up to 1 s. The ratio is the median of the ratios of
+neighbouring turns, so that whatever slows the machine for a while slows both sides. They are not slowed equally,
+though: when another process takes a core, PyTorch's step takes several times the processor time, and ours does not. On
+a machine that was not idle, two runs of the same row gave 0.70 and 3.59. Needs the ``train`` and ``test`` extras.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ from f2llm_jax.train.step import ComputeConfig, LossConfig, TrainState, batch_ro
 
 DATASETS = {"paragraphs": "xquad_en", "sentences": "tatoeba_deu"}
 
-# Of a batch; each has a passage and 7 negatives.
+# Queries per batch; each has a passage and 7 negatives.
 QUERIES = {"cpu": {"paragraphs": 2, "sentences": 16}, "gpu": {"paragraphs": 16, "sentences": 128}}
 
-# A GPU has next to no matrix units for float32.
+# GPUs have practically no matrix units for float32.
 DTYPES = {"cpu": ("float32", "bfloat16"), "gpu": ("bfloat16",)}
 OPTIMIZER = OptimizerConfig(learning_rate=4e-5)
 TOTAL_STEPS = 1000
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--remat", default="dots", help="our rematerialisation policy; default: %(default)s")
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory of the same card
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory on the same card
     if jax.default_backend() != args.device:
         raise SystemExit(f"JAX sees no {args.device}, but {jax.devices()}; JAX_PLATFORMS and its extras say which")
     print(f"{args.size} shape, {machine(args.device, 'jax', 'torch', 'transformers')}\n")
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def first_batch(prepared: Path, size: int, layout: str) -> tuple[AnyTrainBatch, TrainBatch]:
-    """A batch as we lay it out, and as PyTorch's side does."""
+    """The first batch, in our layout and in that of PyTorch's side."""
     packing = TrainPacking.on(jax.default_backend())
     packed, padded = (
         TrainBatches(TrainingData(prepared, packing=option), batch_size=size)[0].batch for option in (packing, None)
@@ -107,7 +107,7 @@ def first_batch(prepared: Path, size: int, layout: str) -> tuple[AnyTrainBatch, 
 
 
 def own_length(batch: TrainBatch) -> TrainBatch:
-    """The rows cut to the longest of queries and of documents: no side pads more than the other."""
+    """Trims the rows to the longest query and the longest document, so that neither side pads more than the other."""
 
     def cut(rows: Batch, length: int) -> Batch:
         return Batch(rows.tokens_bt[:, :length], rows.lengths_b)
@@ -124,7 +124,7 @@ def own_length(batch: TrainBatch) -> TrainBatch:
 def timed(
     ours: Step, theirs: Step, batches: tuple[AnyTrainBatch, TrainBatch], rounds: int
 ) -> Iterator[tuple[float, float, float, float]]:
-    """Seconds of both and losses of both: of the first steps, which compile, and of the second ones of each round."""
+    """Seconds and losses of both sides: first of the steps that compile, then of the second step of each round."""
     our_batch, torch_batch = batches
     for number in range(1 + rounds):
         if number:
@@ -145,7 +145,7 @@ def row(
     batches: tuple[AnyTrainBatch, TrainBatch],
     rounds: list[tuple[float, float, float, float]],
 ) -> str:
-    _, _, our_loss, torch_loss = rounds[0]  # the first round compiles, and shows that both compute the same
+    _, _, our_loss, torch_loss = rounds[0]  # the first round compiles, and shows that both sides compute the same
     our_seconds, torch_seconds = (statistics.median(column) for column in list(zip(*rounds[1:], strict=True))[:2])
     ratio = statistics.median(theirs / ours for ours, theirs, _, _ in rounds[1:])
     size = len(batches[1].query.lengths_b)
@@ -162,7 +162,7 @@ def row(
 
 
 def shape_of(batch: AnyTrainBatch) -> str:
-    """Its runs of rows, and what of them is padding."""
+    """The shapes of a batch's rows, and the share of padding."""
     work = Work.of(batch)
     runs = " + ".join("{} x {}".format(*rows.tokens_bt.shape) for rows in batch_rows(batch))
     return f"{runs}, {1 - work.tokens / work.computed_tokens:.0%} padding"
