@@ -1,9 +1,9 @@
-"""A model folder into another: release to converted folder, back, or into another dtype or other shards.
+"""Converts model folders: a release to a converted folder, the reverse, or to another dtype or shard size.
 
-Both ends are tables of where each tensor lies (``TensorInfo``), and a conversion copies tensors from one to the other,
-a few MiB at a time, each value checked on its way. Names, shapes and dtypes are checked before anything is written; a
-NaN or an infinity is only seen when its bytes pass. The folder in the making is then removed: nothing is ever found at
-``OUT`` but a complete model.
+Source and output are both tables of tensor locations (``TensorInfo``); a conversion copies tensors from one to the
+other, a few MiB at a time, and checks every value on the way. Names, shapes and dtypes are checked before anything is
+written, but a NaN or an infinity is found only when its bytes are copied. The unfinished folder is then removed: only
+a complete model ever appears at ``OUT``.
 """
 
 from __future__ import annotations
@@ -40,30 +40,30 @@ def convert_release(
     revision: str | None = None,
     show_progress: bool = False,
 ) -> Path:
-    """Converts a model folder; memory does not grow with the model.
+    """Converts a model folder; memory use does not grow with the model.
 
-    Killed at any moment, it leaves nothing at ``out``, and ``OUT.incomplete`` beside it; called again with the same
-    arguments it goes on there.
+    If it is killed, nothing is at ``out``, only ``OUT.incomplete`` beside it; another call with the same arguments
+    resumes from there.
 
     Args:
         source: a release or converted folder, or a hub id.
         out: the folder to write; it appears when it is complete.
         to: ``flax`` for a converted folder (an Orbax checkpoint among the release's files); ``hf`` for a release.
-        dtype: ``float32``, ``bfloat16`` or ``float16``; default that of the weights, whose bits stay as they are.
-        max_shard_size: of a safetensors file, in bytes or like ``5GB``.
-        force: replace ``out`` if it is a model folder, and drop unfinished work with other arguments.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; default: the dtype of the weights, which are copied bit by bit.
+        max_shard_size: maximum size of a safetensors file, in bytes or like ``5GB``.
+        force: replace ``out`` if it is a model folder, and discard unfinished work with other arguments.
         revision: branch, tag or commit of a hub id.
-        show_progress: a bar with bytes, rate and time left on standard error.
+        show_progress: show a progress bar with bytes, rate and time left on standard error.
 
     Returns:
         The absolute path of ``out``.
 
     Raises:
         ReleaseError: the source is damaged, incomplete or not supported, has tensors of several dtypes and ``dtype``
-            is None, or holds a NaN, an infinity or a value that ``dtype`` has no room for. The message names it.
-        InputError: an argument is none of those above, ``out`` exists, it is the source or holds it, or there is
-            unfinished work with other arguments.
-        F2LLMError: the disk has too little room.
+            is None, or holds a NaN, an infinity or a value out of the range of ``dtype``. The message names it.
+        InputError: an argument is invalid, ``out`` exists, ``out`` is or contains the source, or there is unfinished
+            work with other arguments.
+        F2LLMError: there is too little space on the disk.
     """
     place = output_path(out)
     folder = find_release(source, revision)
@@ -92,7 +92,7 @@ def convert_release(
 
 
 def _output_dtype(checkpoint: Checkpoint, config: ModelConfig, dtype: str | None) -> str:
-    """The dtype to write, a key of ``DTYPES``; surprises in the source's own dtypes are named."""
+    """The dtype to write, a key of ``DTYPES``; mixed dtypes are an error, a mismatch with config.json is a warning."""
     if dtype is not None:
         return dtype_code(dtype)
     counts = Counter(info.dtype for info in checkpoint.tensors.values())
@@ -110,13 +110,13 @@ def _output_dtype(checkpoint: Checkpoint, config: ModelConfig, dtype: str | None
 
 
 def _identities(checkpoint: Checkpoint) -> list[list[Any]]:
-    """Name, size and time of change of every file of weights: unfinished work goes on only with the same ones."""
+    """Name, size and modification time of every weight file: unfinished work is resumed only if these are the same."""
     stats = [(file, file.stat()) for file in checkpoint.files()]
     return [[str(file.relative_to(checkpoint.folder)), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
 
 def _copy(checkpoint: Checkpoint, table: list[Tensor], layout: Layout, staging: Staging, show_progress: bool) -> None:
-    """Copies every tensor that is not finished, in the order in which the source holds them."""
+    """Copies all unfinished tensors, in the order in which the source stores them."""
     from tqdm import tqdm
 
     shapes = {name: tensor.layer_shape for tensor in table for name in tensor.hf_names}
@@ -141,7 +141,7 @@ def _copy(checkpoint: Checkpoint, table: list[Tensor], layout: Layout, staging: 
                 for future in as_completed([pool.submit(work, name) for name in names]):
                     staging.finish(future.result())
             finally:
-                stop.set()  # after an error or Ctrl-C, what is queued or half done is left
+                stop.set()  # after an error or Ctrl-C, abandons tensors that are queued or half copied
 
 
 def _copy_tensor(

@@ -1,4 +1,4 @@
-"""Telling models apart without reading all of their weights."""
+"""Identifies a model without reading all of its weights."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from f2llm_jax.convert.safetensors import read_header
 from f2llm_jax.errors import ReleaseError
 from f2llm_jax.release import SETTINGS_PATTERNS, WEIGHT_PATTERNS
 
-# A page of weights is read in every stretch, and where a tensor of a safetensors file begins: 9 MB of the 14B.
+# One page of weights is read per stretch, and one where each tensor of a safetensors file begins: 9 MB of the 14B.
 _PAGE = 4 << 10
 _STRETCH = 16 << 20
 
 
 def model_digest(folder: Path) -> str:
-    """A SHA-256 of a model's settings, and of samples of its weights: of every tensor, of every file at least.
+    """SHA-256 of a model's settings and of samples of its weights, from every tensor or at least from every file.
 
-    What lies in other folders, such as ``.git`` or ``results``, does not count.
+    Files in other folders, such as ``.git`` or ``results``, do not count.
     """
     digest = hashlib.sha256()
     weights = _files(folder, WEIGHT_PATTERNS) | {file for file in (folder / PARAMS).rglob("*") if file.is_file()}
@@ -29,7 +29,7 @@ def model_digest(folder: Path) -> str:
         if file not in weights:
             digest.update(file.read_bytes())
             continue
-        with file.open("rb", buffering=0) as stream:  # a network file system's buffer may be as long as a stretch
+        with file.open("rb", buffering=0) as stream:  # the buffer for a network file system may be as long as a stretch
             for offset in sorted({*range(0, size, _STRETCH), max(0, size - _PAGE), *_tensor_offsets(file)}):
                 stream.seek(offset)
                 digest.update(stream.read(_PAGE))
@@ -41,10 +41,10 @@ def _files(folder: Path, patterns: Iterable[str]) -> set[Path]:
 
 
 def _tensor_offsets(file: Path) -> list[int]:
-    """Where tensors begin in a safetensors file. Those of our Orbax checkpoints have files of their own."""
+    """Where tensors begin in a safetensors file; none for our Orbax checkpoints, where each tensor has its own file."""
     if file.suffix != ".safetensors":
         return []
     try:
         return [info.offset for info in read_header(file).values()]
-    except ReleaseError:  # no weights of ours, or damaged ones, of which loading tells
+    except ReleaseError:  # not weights of the model, or damaged ones, which loading reports
         return []

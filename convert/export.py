@@ -1,4 +1,4 @@
-"""Parameters on devices to a folder: a release for everybody, or a converted folder for this package."""
+"""Writes parameters on devices to a folder: a release for any library, or a converted folder for this package."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ FORMATS = ("hf", "flax")
 
 
 class Layout:
-    """Where every tensor of a folder in the making lies.
+    """The location of every tensor in a folder that is being written.
 
     Attributes:
-        infos: {name: where it lies}.
-        nbytes: of all of them.
+        infos: {tensor name: its location}.
+        nbytes: total bytes of all tensors.
     """
 
     def __init__(self, folder: Path, config: ModelConfig, *, to: str, dtype: str, max_shard_size: int | str):
         """Plans the files.
 
         Args:
-            folder: where they are to be.
+            folder: where to put them.
             config: the sizes.
             to: ``hf`` for safetensors, ``flax`` for an Orbax checkpoint.
             dtype: a key of ``DTYPES``.
-            max_shard_size: of safetensors files, as transformers takes it.
+            max_shard_size: maximum size of a safetensors file, in the form that transformers takes.
 
         Raises:
-            InputError: no such format, or no such size.
+            InputError: the format is unknown or the size is invalid.
         """
         if to not in FORMATS:
             raise InputError(f"a folder can be written as {' or '.join(FORMATS)}, not {to!r}")
@@ -66,7 +66,7 @@ class Layout:
     def complete(
         self, like: Path, prompts: Mapping[str, str] | None = None, files: Mapping[str, bytes] | None = None
     ) -> None:
-        """Writes what a folder holds besides weights; it is a model from then on."""
+        """Writes everything but the weights, which makes the folder a complete model."""
         self._write_marker()
         for name, content in (files or {}).items():
             (self._folder / name).write_bytes(content)
@@ -88,35 +88,35 @@ def export_release(
 ) -> Path:
     """Writes parameters as a complete model folder: weights, config, tokenizer, prompts, pooling, model card.
 
-    Rows that a mesh added to the vocabulary are left out. Host memory beyond the parameters is one shard of one
-    parameter. With several processes all of them call this, and ``out`` is on a disk that all of them see; each writes
-    its own shards.
+    Vocabulary rows added as padding for a mesh are left out. Beyond the parameters, host memory holds one shard of one
+    parameter. With several processes, all of them must call this and see the disk of ``out``; each writes its own
+    shards.
 
     Args:
-        params: the parameters, on one device or any mesh; the layers on axis 0.
-        config: the sizes, with the vocabulary that the model has off the mesh.
+        params: the parameters, on one device or any mesh; layers stacked on axis 0.
+        config: the sizes, with the vocabulary without padding for a mesh.
         out: the folder to write; it appears when it is complete.
-        like: a release folder or hub id whose tokenizer, prompts and settings the model has.
+        like: a release folder or hub id to take the tokenizer, prompts and settings from.
         to: ``hf``, which sentence-transformers, transformers and this package load; ``flax``, which ``f2llm_jax.load``
             and Orbax load.
-        dtype: ``float32``, ``bfloat16`` or ``float16``; default that of the parameters.
-        max_shard_size: of a safetensors file, in bytes or like ``5GB``.
-        prompts: {name: text} instead of the prompts of ``like``.
-        files: {name: content} of more files to put into the folder.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; default: the dtype of the parameters.
+        max_shard_size: maximum size of a safetensors file, in bytes or like ``5GB``.
+        prompts: {name: text}, replaces the prompts of ``like``.
+        files: {name: content}, additional files for the folder.
         force: replace ``out`` if it is a model folder.
 
     Returns:
         The absolute path of ``out``.
 
     Raises:
-        InputError: ``out`` exists or holds ``like``, the parameters do not fit the config or have several dtypes, or an
-            argument is none of those above.
-        ReleaseError: a parameter holds a NaN, an infinity, or a value that the dtype has no room for; or ``like``
-            cannot be used.
+        InputError: ``out`` exists or contains ``like``, the parameters do not fit the config or have several dtypes, or
+            an argument is invalid.
+        ReleaseError: a parameter holds a NaN, an infinity, or a value out of the range of the dtype; or ``like`` cannot
+            be used.
     """
     place = output_path(out)
     source = find_release(like, weights=False)
-    if source.resolve() != place.resolve():  # weights may be replaced by others
+    if source.resolve() != place.resolve():  # other weights may replace those of the same folder
         refuse_to_delete(source, place)
     table = tensor_table(config)
     flat = flatten_dict(params, sep=".")
@@ -139,7 +139,7 @@ def export_release(
             if first:
                 layout.complete(source, prompts, files)
 
-        for step in (create, write, complete, stack.close):  # the last puts the folder in its place
+        for step in (create, write, complete, stack.close):  # the last moves the folder into place
             _together(step)
     return place
 
@@ -165,7 +165,7 @@ def _common_dtype(flat: Mapping[str, jax.Array]) -> str:
 
 
 def _write_parameter(array: jax.Array | np.ndarray, tensor: Tensor, infos: Mapping[str, TensorInfo]) -> None:
-    """Writes what of a parameter lies on this process's devices, every value by one device of all that have it."""
+    """Writes the shards of a parameter on this process's devices; of replicated shards, only one replica is written."""
     on_devices = array if isinstance(array, jax.Array) else jax.device_put(array)
     for shard in on_devices.addressable_shards:
         if shard.replica_id:
@@ -180,7 +180,7 @@ def _write_parameter(array: jax.Array | np.ndarray, tensor: Tensor, infos: Mappi
 
 
 def _write_slice(values: np.ndarray, begins: list[int], info: TensorInfo, tensor: Tensor) -> None:
-    """Writes a slice of a tensor from ``begins`` on, without the rows that a mesh added."""
+    """Writes a slice of a tensor that starts at ``begins``, without vocabulary rows added as padding for a mesh."""
     inner = tuple(slice(begin, begin + size) for begin, size in zip(begins[1:], values.shape[1:], strict=True))
     for first, block in array_blocks(values[: max(0, tensor.layer_shape[0] - begins[0])]):
         check_finite(block, tensor.path, Path("the parameters"))
@@ -189,7 +189,7 @@ def _write_slice(values: np.ndarray, begins: list[int], info: TensorInfo, tensor
 
 
 def _together(step: Callable[[], None]) -> None:
-    """Runs a step in all processes: the next begins when all have done it, and a failure of one fails all."""
+    """Runs a step in all processes and waits until all have finished; a failure in one is an error in all."""
     error: Exception | None = None
     try:
         step()

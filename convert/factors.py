@@ -1,10 +1,10 @@
-"""ML-Embed: releases that hold the embedding table as two factors.
+"""ML-Embed: releases that store the embedding table as two factors.
 
-ML-Embed trains U [vocabulary, r] and V [r, hidden] instead of the table. Followed here: the reference's
-``ML-Embed/utils.py: save_checkpoint``, which puts them beside the weights as ``U.pth`` and ``V.pth`` (one tensor each,
-by ``torch.save``) and the product ``U @ V``, in their own dtype, among the weights as ``embed_tokens.weight``; and
-``ML-Embed/model.py``, whose forward pass looks tokens up in that product. A release with the table is therefore read
-like any other, and the factors stay closed; one without it gets the table from them.
+ML-Embed trains U [vocabulary, r] and V [r, hidden] instead of the table. This follows the reference's
+``ML-Embed/utils.py: save_checkpoint``, which stores them beside the weights as ``U.pth`` and ``V.pth`` (one tensor
+each, by ``torch.save``) and their product ``U @ V``, in their own dtype, among the weights as ``embed_tokens.weight``;
+and ``ML-Embed/model.py``, whose forward pass looks tokens up in that product. A release with the table is therefore
+read like any other, and the factors are not opened; without it, the table is computed from the factors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TABLE = HF_NAMES["embed_tokens"]
 
 
 def open_release(folder: Path) -> Checkpoint:
-    """The weights of a release folder, of ML-Embed's kind or of the usual.
+    """The weights of a release folder, with a factored embedding table (ML-Embed) or a plain one.
 
     Raises:
         ReleaseError: as for ``Checkpoint`` and ``FactoredCheckpoint``.
@@ -38,13 +38,13 @@ def open_release(folder: Path) -> Checkpoint:
 
 
 class FactoredCheckpoint(Checkpoint):
-    """A release whose embedding table is the product of two factors, which is computed here and kept in memory."""
+    """A release whose embedding table is the product of two factors; the product is computed and kept in memory."""
 
     def __init__(self, folder: Path):
         """Reads all headers, and the factors.
 
         Raises:
-            ReleaseError: as for ``Checkpoint``; or the factors are no two matrices that fit, or PyTorch is missing.
+            ReleaseError: as for ``Checkpoint``; or the factors cannot be multiplied, or PyTorch is missing.
         """
         super().__init__(folder)
         try:
@@ -77,7 +77,7 @@ class FactoredCheckpoint(Checkpoint):
             return torch.from_numpy(values.view(bits)).view(getattr(torch, values.dtype.name))
         file = self.folder / f"{name}.pth"
         try:
-            # The one pickle that is read, and of that nothing but tensors.
+            # The only pickle that this package reads from a release, and only tensors are loaded from it.
             factor = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ReleaseError(f"{file} holds no plain tensor: {type(error).__name__}: {error}") from None

@@ -1,4 +1,4 @@
-"""Release weights into device arrays, tensor by tensor, each device getting just its shard."""
+"""Loads the weights of a model folder into device arrays, tensor by tensor; each device receives only its shard."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PARAM_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.
 
 
 def params_bytes(config: ModelConfig, dtype: str) -> int:
-    """Bytes of the parameters that ``f2llm_jax.load`` gives in ``float32``, ``bfloat16`` or ``int8``."""
+    """Bytes of the parameters that ``f2llm_jax.load`` returns for ``float32``, ``bfloat16`` or ``int8``."""
 
     def of(tensor: Tensor) -> int:
         if dtype == "int8" and tensor.inputs:
@@ -41,10 +41,10 @@ def params_bytes(config: ModelConfig, dtype: str) -> int:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """The weights of a release folder or of a converted one, whichever it is; headers are read, no weights.
+    """The weights of a release folder or of a converted one; reads headers only.
 
     Raises:
-        ReleaseError: as for the two kinds of ``Checkpoint``.
+        ReleaseError: as for the kinds of ``Checkpoint``.
     """
     if (folder / MARKER).exists():
         return FlaxCheckpoint(folder)
@@ -63,21 +63,21 @@ def load_params(
 ) -> Params:
     """Reads the parameters of a release or a converted folder.
 
-    Host memory beyond the result is one shard of one parameter (on a CPU not even that: the buffer becomes the array).
-    On a mesh every process reads only the bytes of its own shards; a vocabulary that does not divide over the tensor
-    axis is padded with zero rows.
+    Beyond the result, host memory holds one shard of one parameter (on a CPU not even that: the buffer becomes the
+    array). On a mesh, every process reads only the bytes of its own shards; a vocabulary that does not divide over the
+    tensor axis is padded with zero rows.
 
     Args:
         checkpoint: the weights.
         config: the sizes.
-        dtype: of the parameters, ``float32`` or ``bfloat16``.
+        dtype: dtype of the parameters, ``float32`` or ``bfloat16``.
         int8: round the projections to int8, each with a ``scale`` beside its ``weight`` (``model.Projection``). While
-            one is rounded, all its layers are there in ``dtype`` too, where they will lie.
-        mesh: where to; None for the first device.
+            a projection is rounded, the devices also hold all its layers in ``dtype``.
+        mesh: the mesh to shard over; None for the first device.
 
     Raises:
-        ReleaseError: tensors missing, unexpected, of the wrong shape, damaged or not finite.
-        InputError: the dtype is another one, or the sizes do not divide over the mesh.
+        ReleaseError: tensors are missing, unexpected, of the wrong shape, damaged or not finite.
+        InputError: the dtype is not supported, or the sizes do not divide over the mesh.
     """
     if dtype not in PARAM_DTYPES:
         raise InputError(f"dtype must be one of {', '.join(PARAM_DTYPES)}, not {dtype!r}")
@@ -87,7 +87,7 @@ def load_params(
     vocab_size = padded_config(config, mesh).vocab_size
     read = checkpoint.restore if isinstance(checkpoint, OrbaxCheckpoint) else partial(_read_sharded, checkpoint)
     flat: dict[str, jax.Array] = {}
-    with jax.set_mesh(mesh):  # the caller may have set another
+    with jax.set_mesh(mesh):  # the caller may have set a different one
         for tensor in table:
             shape = tuple(
                 vocab_size if axis == "vocab" else size for size, axis in zip(tensor.shape, tensor.axes, strict=True)
@@ -105,7 +105,7 @@ def load_params(
 
 
 def _to_int8(weight: jax.Array, inputs: int) -> tuple[jax.Array, jax.Array]:
-    """A projection as ``int8_rows``, which rest where it rested."""
+    """The int8 weight and the scale of a projection (``int8_rows``), sharded like the projection."""
     sharding = weight.sharding
     of_scale = sharding
     if isinstance(sharding, NamedSharding):
@@ -128,7 +128,7 @@ def _read_sharded(
 
 
 def _fill(buffers: dict[Bounds, np.ndarray], checkpoint: Checkpoint, tensor: Tensor) -> None:
-    """Reads the parts of a parameter within the bounds; rows beyond the tensor's own vocabulary are zeros."""
+    """Reads the parts of a parameter within the bounds; rows beyond the vocabulary are set to zero."""
     for layer, name in enumerate(tensor.hf_names):
         parts: dict[Bounds, np.ndarray] = {}
         for bounds, buffer in buffers.items():
@@ -150,7 +150,7 @@ def _fill(buffers: dict[Bounds, np.ndarray], checkpoint: Checkpoint, tensor: Ten
 
 
 def _boxes(parts: list[Bounds]) -> dict[Bounds, list[Bounds]]:
-    """What to read, and the parts in it: all in one go where they tile a box, since parts of a row lie side by side."""
+    """{box to read: the parts in it}: one box if the parts tile it, as parts of one row are adjacent in the file."""
     axes = list(zip(*parts, strict=True))
     hull = tuple((min(begin for begin, _ in axis), max(end for _, end in axis)) for axis in axes)
     tiled = sum(math.prod(_extents(bounds)) for bounds in parts) == math.prod(_extents(hull))
@@ -158,7 +158,7 @@ def _boxes(parts: list[Bounds]) -> dict[Bounds, list[Bounds]]:
 
 
 def _copy_rows(part: np.ndarray, bounds: Bounds, block: np.ndarray, origin: tuple[int, ...]) -> None:
-    """Copies into a part its share of some rows read from ``origin`` on, cast to the part's dtype."""
+    """Copies from a block that starts at ``origin`` the rows and columns of a part, cast to the part's dtype."""
     begin, end = bounds[0]
     first, last = max(begin, origin[0]), min(end, origin[0] + len(block))
     if first < last:
@@ -171,7 +171,7 @@ def _extents(bounds: Bounds) -> tuple[int, ...]:
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array that a CPU device takes over without a copy, which it does for addresses that 64 divides."""
+    """An array aligned to 64 bytes, which a CPU device takes over without a copy."""
     nbytes = math.prod(shape) * dtype.itemsize
     raw = np.empty(nbytes + 64, np.uint8)
     start = -raw.ctypes.data % 64
