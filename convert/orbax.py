@@ -1,9 +1,8 @@
 """Converted folders: a release's files around ``params/``, an Orbax checkpoint of the parameter tree.
 
-The checkpoint that we write is of Orbax's one-directory-per-array kind, in Zarr version 2, uncompressed, with a chunk
-for each layer. Orbax itself writes its metadata and anybody's Orbax reads it, onto any mesh. A chunk is a file that
-holds the bytes of one Hugging Face tensor, nothing before or behind them, so that converting copies bytes, in both
-directions, and a process reads of it just what its shards need.
+We write Orbax's format with one directory per array: Zarr version 2, uncompressed, one chunk per layer. Orbax writes
+the metadata, and any Orbax reads the checkpoint, onto any mesh. A chunk is a file with exactly the bytes of one Hugging
+Face tensor, so that conversion copies bytes in both directions, and a process reads only what its shards need.
 """
 
 from __future__ import annotations
@@ -38,16 +37,16 @@ _ZARR_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "bfloat16"}
 
 
 class FlaxCheckpoint(Checkpoint):
-    """The weights of a converted folder, read like those of a release: by Hugging Face's names.
+    """The weights of a converted folder, read like those of a release, by their Hugging Face names.
 
-    The shape of a tensor is here that of a layer of the parameter, its axes apart.
+    The shape of a tensor is here that of one layer of the parameter, with (heads, head_dim) as separate axes.
     """
 
     def __init__(self, folder: Path):
         """Reads the arrays' metadata, no weights.
 
         Raises:
-            ReleaseError: the folder is of a later format, or an array or a chunk of one is missing or damaged.
+            ReleaseError: the folder has another format version, or an array or a chunk of one is missing or damaged.
         """
         version = read_json(folder / MARKER).get("format_version")
         if version != FORMAT_VERSION:
@@ -70,7 +69,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _chunks(file: Path) -> dict[str, TensorInfo]:
-    """The Hugging Face tensors that an array's chunks are; every chunk is there, with all its bytes."""
+    """The Hugging Face tensors in the chunks of an array; checks that every chunk exists at its full size."""
     array, path = read_json(file), file.parent.name
     codes = {name: code for code, name in _ZARR_DTYPES.items()}
     stacked = path.startswith("layers.")
@@ -100,9 +99,9 @@ def _chunk_name(layer: int | None, layer_shape: tuple[int, ...]) -> str:
 
 
 class OrbaxCheckpoint(Checkpoint):
-    """The weights of a folder whose ``params/`` Orbax itself saved, from any mesh: a training run's, say.
+    """The weights of a folder whose ``params/`` was saved by Orbax itself, from any mesh, such as by a training run.
 
-    Orbax stores what each device held as a compressed chunk, so that what is read at a time is a parameter.
+    Orbax stores each device's shard as a compressed chunk, so parameters are read whole, one at a time.
     """
 
     def files(self) -> list[Path]:
@@ -125,7 +124,7 @@ class OrbaxCheckpoint(Checkpoint):
                 yield name, TensorInfo(home / path, CODES[dtype.name], array.shape[1:] if stacked else array.shape, 0)
 
     def check(self, table: list[Tensor]) -> None:
-        for tensor in table:  # rows that a mesh added to the vocabulary may be there
+        for tensor in table:  # the vocabulary may have padding rows for a mesh
             info = self.tensors.get(tensor.hf_names[0])
             if info and tensor.axes[0] == "vocab" and info.shape[0] > tensor.shape[0]:
                 self.tensors[tensor.hf_names[0]] = info._replace(shape=(tensor.shape[0], *info.shape[1:]))
@@ -134,18 +133,18 @@ class OrbaxCheckpoint(Checkpoint):
     def restore(
         self, tensor: Tensor, shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding
     ) -> jax.Array:
-        """Reads a parameter into shards, by Orbax; rows beyond the tensor's own vocabulary are zeros."""
+        """Reads a parameter into shards with Orbax; rows beyond the vocabulary are set to zero."""
         import orbax.checkpoint as ocp
 
         args = ocp.ArrayRestoreArgs(sharding=sharding, global_shape=shape, dtype=dtype, strict=False)
         value = self._restore(tensor.path, args)
-        if shape != tensor.shape:  # the mesh adds rows, and whoever saved may have filled as many
+        if shape != tensor.shape:  # padding rows for the mesh: if the checkpoint has them too, they may not be zero
             rows = jnp.arange(shape[0]).reshape(-1, *(1 for _ in shape[1:]))
             value = jax.jit(lambda x: jnp.where(rows < tensor.shape[0], x, 0), out_shardings=sharding)(value)
         return value
 
     def check_finite(self, arrays: Mapping[str, jax.Array]) -> None:
-        """Raises a ReleaseError naming the arrays, of {path: array}, that hold NaNs or infinities."""
+        """Raises a ReleaseError that names the arrays in {path: array} that hold NaNs or infinities."""
         finite = jax.jit(lambda arrays: jax.tree.map(lambda x: jnp.isfinite(x).all(), arrays))(dict(arrays))
         if damaged := [path for path, ok in finite.items() if not ok]:
             raise ReleaseError(f"{self.folder / PARAMS}: {some(damaged)} hold NaNs or infinities: they are damaged")
@@ -181,7 +180,7 @@ class OrbaxCheckpoint(Checkpoint):
 
 @contextlib.contextmanager
 def _reading(home: Path) -> Iterator[Any]:
-    """An Orbax checkpointer; whatever it raises is a ReleaseError that names the folder."""
+    """An Orbax checkpointer; any exception becomes a ReleaseError that names the folder."""
     import orbax.checkpoint as ocp
 
     try:
@@ -192,15 +191,15 @@ def _reading(home: Path) -> Iterator[Any]:
 
 
 def plan_chunks(folder: Path, table: list[Tensor], dtype: str) -> dict[str, TensorInfo]:
-    """Lays out a converted folder's weights on paper.
+    """Plans the files for the weights of a converted folder.
 
     Args:
-        folder: where ``params/`` is to be.
+        folder: the folder that will hold ``params/``.
         table: the tensors.
-        dtype: of all of them, a key of ``DTYPES``.
+        dtype: the dtype of all tensors, a key of ``DTYPES``.
 
     Returns:
-        {name: where it will lie}.
+        {name: its future location}.
     """
     infos = {}
     for tensor in table:
@@ -211,15 +210,15 @@ def plan_chunks(folder: Path, table: list[Tensor], dtype: str) -> dict[str, Tens
 
 
 def create_chunks(folder: Path, table: list[Tensor], dtype: str) -> None:
-    """Creates the planned files at their full sizes, and the metadata that makes an Orbax checkpoint of them.
+    """Creates the planned files at their full sizes, and the metadata that makes them an Orbax checkpoint.
 
-    Orbax saves a tree of the right structure with one number for every array; the arrays' own metadata then gets their
-    shapes and chunks, and no compression.
+    Orbax saves a tree of the right structure with one number per array; then the metadata of each array is changed to
+    its real shape, its chunks, and no compression.
     """
     import orbax.checkpoint as ocp
 
     tree = unflatten_dict({tensor.path: np.zeros(1, DTYPES[dtype]) for tensor in table}, sep=".")
-    # Of several processes only one comes here: Orbax is not to wait for the others.
+    # Only one of several processes gets here: Orbax must not wait for the others.
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix="f2llm_jax"
@@ -240,14 +239,14 @@ def create_chunks(folder: Path, table: list[Tensor], dtype: str) -> None:
 
 
 def write_marker(folder: Path, dtype: str) -> None:
-    """Says that the folder is a converted one, and complete."""
+    """Marks the folder as a complete converted folder."""
     values = {"format": "f2llm_jax", "format_version": FORMAT_VERSION, "dtype": DTYPES[dtype].name, "complete": True}
     write_text(folder / MARKER, json.dumps(values, indent=2) + "\n")
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Orbax warns, through absl's logger, of merging nothing and of restoring numpy arrays: both are meant."""
+    """Hides Orbax's warnings (in absl's logger) of merging nothing and restoring numpy arrays: both are intended."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Everything in a release folder but its weights: written anew where our reading decides, copied where it is theirs."""
+"""Everything in a release folder but its weights: written anew if this package interprets it, otherwise copied."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from f2llm_jax.convert.staging import write_text
 from f2llm_jax.release import read_release
 from f2llm_jax.tokens import Tokenizer
 
-# What a tokenizer may consist of; tokenizer.json has it all, the others serve older readers.
+# Files that are copied: the settings of sentence_bert_config.json, the licence, and what a tokenizer may have besides
+# tokenizer.json, which is complete: older readers need the other files.
 _COPIED = (
     "tokenizer_config.json",
     "vocab.json",
@@ -25,8 +26,8 @@ _COPIED = (
     "LICENSE",
 )
 
-# Of config.json, what servers read and this package does not: it takes special ids from the tokenizer, and cuts
-# embeddings to any size.
+# Keys of config.json that servers read and this package does not: it takes special ids from the tokenizer, and
+# truncates embeddings to any size.
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "is_matryoshka")
 
 _MODULES = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
@@ -46,16 +47,16 @@ def write_release_files(
 ) -> None:
     """Writes ``config.json``, sentence-transformers' module files, prompts, the tokenizer and a model card.
 
-    ``config.json`` goes last: a folder without it is no model to anybody.
+    ``config.json`` is written last: without it, no library takes the folder for a model.
 
     Args:
-        folder: where to; it exists.
-        config: the sizes, and the dtype that the weights are in.
-        like: a release whose tokenizer, prompts and settings the model has.
-        prompts: {name: text} to have instead of those of ``like``.
+        folder: an existing folder to write to.
+        config: the sizes, and the dtype of the weights.
+        like: a release to take the tokenizer, prompts and settings from.
+        prompts: {name: text}, replaces the prompts of ``like``.
 
     Raises:
-        ReleaseError: ``like`` lacks something or has something this package does not compute.
+        ReleaseError: ``like`` lacks something, or has something that this package does not support.
     """
     release = read_release(like)
     for name in _COPIED:
@@ -89,7 +90,7 @@ def write_release_files(
 
 
 def _write_tokenizer(file: Path, like: Path) -> None:
-    """The tokenizer with the EOS in its own post-processing: sentence-transformers appends none by itself."""
+    """Writes the tokenizer with the EOS in its own post-processing: sentence-transformers does not append one."""
     tokenizer = Tokenizer.from_release(like)
     source = like / "tokenizer.json"
     if source.exists() and _appends_eos(tokenizer):

@@ -1,4 +1,4 @@
-"""Safetensors files: the weights of a release, read with every byte accounted for, and written without holding them.
+"""Safetensors files: reads the weights of a release, accounting for every byte, and writes them without holding them.
 
 The format: 8 bytes of little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the
 tensors' bytes, row-major, without gaps (huggingface/safetensors README).
@@ -30,10 +30,10 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of one file, with the file's size checked against what its header promises.
+    """The tensors of one file; checks the size of the file against its header.
 
     Raises:
-        ReleaseError: the file is missing, truncated, no safetensors file, or has tensors of another dtype.
+        ReleaseError: the file is missing, truncated, not a safetensors file, or has tensors of an unsupported dtype.
     """
     try:
         size = file.stat().st_size
@@ -79,19 +79,19 @@ def _tensor_info(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
 
 
 class Checkpoint:
-    """The weights of a release folder: one file, or else shards under an index.
+    """The weights of a release folder: one file, or shards with an index.
 
     Attributes:
-        folder: where they are.
-        tensors: {name without prefix: where it lies}, without the ignored ones, in the order of the files.
-        bytes_read: how many bytes of tensors this class has read so far; what Orbax reads does not count.
+        folder: the folder.
+        tensors: {name without prefix: its location}, without the ignored tensors, in the order of the files.
+        bytes_read: bytes of tensors read so far by this class; what Orbax reads does not count.
     """
 
     def __init__(self, folder: Path):
         """Reads all headers, no weights.
 
         Raises:
-            ReleaseError: no weights, a missing shard, a damaged file, a tensor that is there twice.
+            ReleaseError: there are no weights, a shard is missing, a file is damaged, or a tensor appears twice.
         """
         self.folder = folder
         self.bytes_read = 0
@@ -110,14 +110,14 @@ class Checkpoint:
                     yield name.removeprefix(PREFIX), infos[name]
 
     def files(self) -> list[Path]:
-        """The files that the weights are in."""
+        """The files that hold the weights."""
         return _weight_files(self.folder)
 
     def check(self, table: list[Tensor]) -> None:
-        """Every tensor of the table is there with its shape, and nothing else is.
+        """Checks that the weights are exactly the tensors of the table, with the same shapes.
 
         Raises:
-            ReleaseError: names the missing, the unexpected, and the ones of another shape.
+            ReleaseError: tensors are missing, unexpected or of another shape; the message names them.
         """
         self._compare({name: tensor.hf_shape for tensor in table for name in tensor.hf_names})
 
@@ -143,12 +143,12 @@ class Checkpoint:
         """Reads a tensor, or a slice of it, some rows at a time.
 
         Args:
-            name: of the tensor, without prefix.
-            shape: how to see the tensor: its own shape, or one with axes taken apart.
-            index: a slice with step 1 for each axis of ``shape``; None for all of it.
+            name: name of the tensor, without prefix.
+            shape: the shape to read it in: its own, or one with axes split.
+            index: a slice with step 1 for each axis of ``shape``; None for the whole tensor.
 
         Yields:
-            (first row, block [rows, ...] in the file's dtype); the next block is read into the same memory.
+            (first row, block [rows, ...] in the file's dtype); the next block may reuse the same memory.
 
         Raises:
             ReleaseError: the file ended early, or the values hold a NaN or an infinity.
@@ -177,7 +177,7 @@ class Checkpoint:
 
 def _weight_files(folder: Path) -> list[Path]:
     single, index = folder / SINGLE, folder / INDEX
-    if single.exists():  # first, as transformers has it: an index beside it, or shards, are left of older weights
+    if single.exists():  # takes precedence, as in transformers: an index or shards beside it are from older weights
         return [single]
     if not index.exists():
         raise ReleaseError(f"{folder} has neither {SINGLE} nor {INDEX}")
@@ -194,10 +194,10 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes of ``5GB``, ``512MiB`` or a plain number, read as transformers reads max_shard_size.
+    """Bytes of ``5GB``, ``512MiB`` or a plain number, as transformers reads max_shard_size.
 
     Raises:
-        InputError: it is none of them, or not positive.
+        InputError: it has another form, or is not positive.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B|)\s*", str(size), re.IGNORECASE)
     if match is None or (count := int(float(match[1]) * _UNITS[match[2].upper()])) < 1:
@@ -208,19 +208,19 @@ def parse_size(size: int | str) -> int:
 def plan_shards(
     folder: Path, table: list[Tensor], dtype: str, max_shard_size: int
 ) -> tuple[dict[str, TensorInfo], dict[Path, bytes]]:
-    """Lays out a release's weights on paper.
+    """Plans the files for the weights of a release.
 
-    Tensors go in order of layers, without prefix, into shards of at most ``max_shard_size`` bytes (a larger tensor has
-    a shard to itself), under the names that transformers gives.
+    Tensors are laid out in the order of layers, without prefix, in shards of at most ``max_shard_size`` bytes (a larger
+    tensor gets a shard of its own), with the file names of transformers.
 
     Args:
-        folder: where they are to be.
+        folder: the folder for the files.
         table: the tensors.
-        dtype: of all of them, a key of ``DTYPES``.
+        dtype: the dtype of all tensors, a key of ``DTYPES``.
         max_shard_size: in bytes.
 
     Returns:
-        {name: where it will lie}, and the bytes that each file begins with: a shard its header, the index all of it.
+        {name: its future location}, and {file: its first bytes}: the header of a shard, all of the index.
     """
     shapes = {name: tensor.hf_shape for tensor in table for name in tensor.hf_names}
     sizes = {name: math.prod(shape) * DTYPES[dtype].itemsize for name, shape in shapes.items()}
@@ -247,7 +247,7 @@ def plan_shards(
 
 
 def create_shards(infos: Mapping[str, TensorInfo], beginnings: Mapping[Path, bytes]) -> None:
-    """Creates the planned files at their full sizes; the tensors read as zeros until they are written."""
+    """Creates the planned files at their full sizes; tensors read as zeros until they are written."""
     sizes: dict[Path, int] = {}
     for info in infos.values():
         sizes[info.file] = max(sizes.get(info.file, 0), info.offset + info.nbytes)
@@ -273,7 +273,7 @@ def _header(names: list[str], shapes: Mapping[str, tuple[int, ...]], sizes: Mapp
 
 
 def _reading_order(name: str) -> tuple[int, int, str]:
-    """Embedding, layers by number, final norm: the order in which a forward pass asks for them."""
+    """Sort key: embedding, layers by number, final norm, which is the order in which a forward pass needs them."""
     layer = re.match(r"layers\.(\d+)\.", name)
     if layer:
         return 1, int(layer[1]), name
@@ -281,6 +281,6 @@ def _reading_order(name: str) -> tuple[int, int, str]:
 
 
 def some(names: list[str]) -> str:
-    """The first few of many, for a message."""
+    """The first few names, for a message."""
     shown = ", ".join(names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

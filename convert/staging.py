@@ -1,8 +1,8 @@
-"""Output folders that appear complete or not at all, and work on them that outlives its process.
+"""Output folders that appear complete or not at all, and that can be finished after their process was killed.
 
-While it is made, a folder ``OUT`` lies in ``OUT.incomplete``, beside ``plan.json``, which says what is being made of
-what, and whatever else the work needs. Then one rename puts it in its place. A process that is killed leaves
-``OUT.incomplete``, and nothing at ``OUT``; the same command goes on from there.
+While a folder ``OUT`` is being written, it is in ``OUT.incomplete``, beside ``plan.json``, which states the inputs and
+settings, and whatever else the work needs. Then a rename moves it into place. A process that is killed leaves
+``OUT.incomplete`` and nothing at ``OUT``; the same command resumes from there.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ _NOTE = "This model folder is incomplete. The command that began it goes on with
 
 
 class OutputAppearedError(InputError):
-    """Something that is not to be replaced appeared where a folder was to be put; the folder itself is whole."""
+    """Something that must not be replaced appeared at the place for a folder; the folder itself is complete."""
 
 
 class Workplace:
-    """A folder in the making, and a place beside it for work on it, claimed for this process.
+    """A folder that is being written, and a working folder around it, claimed for this process.
 
     Attributes:
         out: where the folder is to appear.
-        home: ``OUT.incomplete``, the place.
-        folder: where the folder is made, in ``home``.
+        home: the working folder, ``OUT.incomplete``.
+        folder: where the folder is written, in ``home``.
     """
 
     _FOLDER = "result"
     _STRANGER = "has no {marker}, so no such command made it"
 
     def __init__(self, out: Path, plan: dict[str, Any], *, marker: str, force: bool = False):
-        """Claims the place: starts afresh, or goes on with what a killed process left.
+        """Claims the working folder: starts afresh, or resumes what a killed process left.
 
         Args:
-            out: where the folder is to appear; its parent is made if need be.
-            plan: JSON values that say what is made of what; unfinished work goes on only under an equal plan.
-            marker: a file that every folder of this kind has; one without it is not replaced.
-            force: replace a folder at ``out``, and drop unfinished work under another plan.
+            out: where the folder is to appear; its parent is created if necessary.
+            plan: inputs and settings as JSON values; unfinished work is resumed only if its plan is equal.
+            marker: a file that every folder of this kind has; a folder without it is not replaced.
+            force: replace a folder at ``out``, and discard unfinished work with another plan.
 
         Raises:
-            InputError: ``out`` exists, there is unfinished work under another plan, or it is being made right now.
+            InputError: ``out`` exists, there is unfinished work with another plan, or another process is writing it.
         """
         self.out, self.home = out, _home(out)
         self.folder = self.home / self._FOLDER
@@ -79,7 +79,7 @@ class Workplace:
             raise InputError(f"{out} exists and {self._STRANGER.format(marker=marker)}; it is not replaced")
 
     def _refuse_strangers(self) -> None:
-        """A place of ours has a lock from its first moment to its last."""
+        """An InputError if the working folder is not ours: ours has a lock from its first moment to its last."""
         if self.home.exists() and not (self.home / _LOCK).exists() and (found := sorted(self.home.iterdir())):
             raise InputError(f"{self.home} holds {found[0].name}, which is none of this command's; move it away")
 
@@ -94,11 +94,11 @@ class Workplace:
                 )
         if found != plan or not self._begun():
             self._start(plan)
-        for left in self.home.rglob(".*/"):  # of parts that were cut off
+        for left in self.home.rglob(".*/"):  # temporary folders of interrupted parts
             shutil.rmtree(left, ignore_errors=True)
 
     def _read_plan(self) -> dict[str, Any] | None:
-        """The plan that is found; None if there is none, or a damaged one: nobody can go on under that."""
+        """The plan in the working folder; None if there is none or it is damaged, as that work cannot be resumed."""
         try:
             found = json.loads((self.home / _PLAN).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
@@ -106,7 +106,7 @@ class Workplace:
         return found if isinstance(found, dict) else None
 
     def _begun(self) -> bool:
-        """Whether there is work to go on with, under the plan that is found."""
+        """Whether there is work to resume, with the plan in the working folder."""
         return self.folder.is_dir()
 
     def _start(self, plan: dict[str, Any]) -> None:
@@ -116,17 +116,17 @@ class Workplace:
             stream.write(json.dumps(plan, indent=2).encode())
 
     def _clear(self) -> None:
-        """Leaves the lock only; the plan goes first, so that nobody goes on with a part of the rest."""
+        """Deletes all but the lock; the plan goes first, so that no process resumes from what is left of the rest."""
         (self.home / _PLAN).unlink(missing_ok=True)
         for path in self.home.iterdir():
             if path.name != _LOCK:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def commit(self) -> None:
-        """Brings everything to disk, and puts the folder in its place.
+        """Flushes everything to disk, and moves the folder into place.
 
         Raises:
-            OutputAppearedError: there is a folder at ``out`` that was not there before, or that is none to replace.
+            OutputAppearedError: something new appeared at ``out``, or what is there may not be replaced.
         """
         sync(self.folder)
         try:
@@ -142,21 +142,21 @@ class Workplace:
         self.discard()
 
     def discard(self) -> None:
-        """Leaves nothing behind but what stands at ``out``."""
+        """Deletes everything but what is at ``out``."""
         self._clear()
         self.close()
         shutil.rmtree(self.home)
 
     def close(self) -> None:
-        """Lets go of unfinished work, so that another process can go on with it."""
+        """Releases unfinished work, so that another process can resume it."""
         self._lock.close()
 
 
 class Staging(Workplace):
-    """A model folder in the making: files of their full size that are filled tensor by tensor.
+    """A model folder that is being written: its files have their full size and are filled tensor by tensor.
 
     Attributes:
-        finished: names of what an earlier process has finished; empty on a fresh start.
+        finished: names of the tensors that an earlier process finished; empty on a fresh start.
     """
 
     _FOLDER = "release"
@@ -165,7 +165,8 @@ class Staging(Workplace):
     def __init__(self, out: Path, plan: dict[str, Any], *, force: bool = False):
         """See ``Workplace``."""
         self.finished: set[str] = set()
-        # A page that a process wrote survives the process, not the machine: after a restart nothing is taken as done.
+        # Written pages survive a kill of the process, not a crash of the machine: after a reboot, nothing counts as
+        # finished.
         super().__init__(out, {"note": _NOTE, **plan, "boot": _boot_id()}, marker="config.json", force=force)
 
     def _begun(self) -> bool:
@@ -173,18 +174,18 @@ class Staging(Workplace):
         if super()._begun() and file.exists():
             text = file.read_bytes()
             whole = text[: text.rfind(b"\n") + 1]
-            os.truncate(file, len(whole))  # the last line may have been cut off
+            os.truncate(file, len(whole))  # the last line may be incomplete
             self.finished = set(whole.decode().split())
         return bool(self.finished)
 
     def finish(self, name: str) -> None:
-        """Notes that something is done, for a process that goes on after this one was killed."""
+        """Records a tensor as finished, for a process that resumes after this one was killed."""
         with (self.home / _FINISHED).open("a", encoding="utf-8") as journal:
             journal.write(name + "\n")
 
 
 def output_path(out: str | Path) -> Path:
-    """The absolute path of a folder to write: one that has a name, so that there can be one beside it, and no URL."""
+    """The absolute path of a folder to write; an InputError for a URL or for a path without a name, such as ``/``."""
     path = Path(os.path.abspath(local_path(out)))
     if not path.name:
         raise InputError(f"{out} cannot be written; name a folder in it")
@@ -192,7 +193,7 @@ def output_path(out: str | Path) -> Path:
 
 
 def refuse_to_delete(source: Path, out: Path) -> None:
-    """An InputError if the output, or what is made of it before, would take the place of a source."""
+    """An InputError if the output, or its working folder, would replace the source."""
     for place in (out, _home(out)):
         if source.resolve().is_relative_to(place.resolve()):
             raise InputError(f"{place} is, or holds, the model {source}, and would replace it; write to another folder")
@@ -203,16 +204,16 @@ def _home(out: Path) -> Path:
 
 
 def unfinished_folder(out: Path) -> Path:
-    """Where a model folder ``out`` is made."""
+    """Where the model folder ``out`` is written before it is complete."""
     return _home(out) / Staging._FOLDER
 
 
 @contextlib.contextmanager
 def staged(out: Path, plan: dict[str, Any], *, needed: int, force: bool = False) -> Iterator[Staging]:
-    """A folder in the making, for a with block; it is committed at the end of it.
+    """A model folder that is written in a with block, and committed at the end of the block.
 
-    What went wrong with the source or the arguments (an ``F2LLMError``) leaves nothing behind; anything else, a full
-    disk, an interruption, or a folder that appeared at ``out``, leaves the work for the same command to go on with.
+    An error in the source or the arguments (an ``F2LLMError``) leaves nothing behind; anything else (a full disk, an
+    interruption, a folder that appeared at ``out``) leaves the work for the same command to resume.
 
     Args:
         out, plan, force: as for ``Staging``.
@@ -220,7 +221,7 @@ def staged(out: Path, plan: dict[str, Any], *, needed: int, force: bool = False)
 
     Raises:
         InputError: as for ``Staging``.
-        F2LLMError: the disk has too little room, before or after the start.
+        F2LLMError: there is too little space on the disk, before the start or during the work.
     """
     staging = Staging(out, plan, force=force)
     try:
@@ -267,14 +268,14 @@ def _boot_id() -> str:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes a text file as UTF-8, and its folder if need be."""
+    """Writes a text file as UTF-8, and creates its folder if necessary."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
 
 
 def sync(folder: Path) -> None:
-    """Brings a folder and all it holds to disk."""
-    with ThreadPoolExecutor(8) as pool:  # several at a time share a commit of the file system's journal
+    """Flushes a folder and everything in it to disk."""
+    with ThreadPoolExecutor(8) as pool:  # concurrent calls share one commit of the file system's journal
         list(pool.map(_sync, [folder, *folder.rglob("*")]))
 
 
