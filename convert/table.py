@@ -1,8 +1,8 @@
-"""The one table between our parameters and Hugging Face's tensors.
+"""The one table that maps our parameters to Hugging Face tensors.
 
-A parameter's Hugging Face name is given here; its shape, stacking and axes come from its declaration in ``model.py``.
-Weights keep PyTorch's orientation, so a Hugging Face tensor is one layer of our parameter with (heads, head_dim)
-written as a single axis: the same bytes under another shape, in both directions.
+It has the Hugging Face name of each parameter; shape, stacking and axes come from the declaration in ``model.py``.
+Weights keep PyTorch's orientation, so a Hugging Face tensor is one layer of our parameter with (heads, head_dim) merged
+into one axis: the same bytes with another shape, in both directions.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ HF_NAMES = {
 }
 
 PREFIX = "model."
-"""Before every name in a checkpoint saved from a causal language model; absent from one of the bare backbone."""
+"""Prefix of every name in a checkpoint of a causal language model; a checkpoint of the bare backbone has none."""
 
 IGNORED = ("lm_head.weight",)
-"""Tensors that a checkpoint may have and this model does not: read past, never written."""
+"""Tensors that a checkpoint may have but this model does not: skipped when reading, never written."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One parameter and the Hugging Face tensors it is made of.
+    """One parameter and the Hugging Face tensors that it is made of.
 
     Attributes:
-        path: where it is in the tree of parameters, joined with dots.
-        shape: of the parameter, layers first if it is stacked.
-        axes: logical name of each of its axes.
-        hf_names: the Hugging Face tensors, one a layer in order, or just one.
+        path: its path in the parameter tree, joined with dots.
+        shape: shape of the parameter, with the layers first if it is stacked.
+        axes: logical name of each axis.
+        hf_names: names of the Hugging Face tensors, one per layer in order, or just one.
     """
 
     path: str
@@ -61,12 +61,12 @@ class Tensor:
 
     @property
     def layer_shape(self) -> tuple[int, ...]:
-        """The shape of one Hugging Face tensor, its axes still apart."""
+        """The shape of one Hugging Face tensor, with (heads, head_dim) as separate axes."""
         return self.shape[1:] if self.stacked else self.shape
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
-        """The shape of one Hugging Face tensor as its file states it."""
+        """The shape of one Hugging Face tensor, as stated in its file."""
         axes = self.axes[1:] if self.stacked else self.axes
         shape: list[int] = []
         for size, axis, before in zip(self.layer_shape, axes, ("", *axes), strict=False):
@@ -78,7 +78,7 @@ class Tensor:
 
     @property
     def inputs(self) -> int:
-        """How many of its last axes a projection sums over; 0 for what is no projection."""
+        """How many of the last axes a projection sums over; 0 if it is not a projection."""
         if not self.stacked or len(self.layer_shape) == 1:
             return 0
         return 2 if self.axes[-1] == "head_dim" else 1
@@ -89,7 +89,7 @@ class Tensor:
 
 
 def tensor_table(config: ModelConfig) -> list[Tensor]:
-    """Every parameter of a model of this config, largest first: whoever holds one at a time holds the largest alone."""
+    """All parameters of a model of this config, largest first: loaded in turn, the largest has the most free memory."""
     is_box = nn.LogicallyPartitioned
     boxes = jax.tree_util.tree_leaves_with_path(abstract_params(config), is_leaf=lambda x: isinstance(x, is_box))
     tensors = []

@@ -1,9 +1,9 @@
-"""Tensors as rows of bytes in files: where they lie, read and written by the slice.
+"""Tensors as bytes in files: where they are, and how to read and write slices of them.
 
-Safetensors files and uncompressed Zarr chunks both hold a tensor as its values in row-major order from some offset on.
-What reads, writes, casts or checks values is therefore here once, for both. Files are read with ``pread`` instead of a
-memory map, so that resident memory is what is asked for, only the asked bytes travel, and a file that shrinks is an
-error, not a SIGBUS.
+Safetensors files and uncompressed Zarr chunks both store the values of a tensor in row-major order from some offset on.
+Both therefore share this code for reading, writing, casting and checking values. Files are read with ``pread`` instead
+of a memory map: resident memory is only what was asked for, only those bytes are transferred, and a file that shrinks
+is an error, not a SIGBUS.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-"""The dtypes a tensor may have, under the names that safetensors gives them."""
+"""{name in safetensors: dtype}, the dtypes that a tensor may have."""
 
 CODES = {dtype.name: code for code, dtype in DTYPES.items()}
-"""{name of a dtype in JAX and in config.json: its name in safetensors}."""
+"""{name of a dtype in JAX and config.json: its name in safetensors}."""
 
-# The bits that are all set in infinities and NaNs, and in no other number.
+# Exponent bits: all set in infinities and NaNs, and in no other number.
 _EXPONENTS: dict[str, Any] = {
     "F32": np.uint32(0x7F800000),
     "F16": np.uint16(0x7C00),
     "BF16": np.uint16(0x7F80),
 }
 
-# Read and cast this much at a time: small enough to stay in cache and out of the memory bill.
+# Bytes read and cast at a time: small enough to stay in the cache and not to count in memory use.
 _BLOCK_BYTES = 8 << 20
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor lies: file, dtype (a key of ``DTYPES``), shape, and the offset of its first byte."""
+    """The location of a tensor: file, dtype (a key of ``DTYPES``), shape, and offset of its first byte."""
 
     file: Path
     dtype: str
@@ -55,7 +55,7 @@ class TensorInfo(NamedTuple):
 
 
 def dtype_code(dtype: str) -> str:
-    """``bfloat16`` to ``BF16``; an InputError for what is none of the three."""
+    """``bfloat16`` to ``BF16``; an InputError if the dtype is not one of the three."""
     if dtype not in CODES:
         raise InputError(f"dtype must be one of {', '.join(CODES)}, not {dtype!r}")
     return CODES[dtype]
@@ -65,8 +65,8 @@ def read_blocks(info: TensorInfo, shape: tuple[int, ...], index: tuple[slice, ..
     """Reads a slice of a tensor, some rows at a time.
 
     Args:
-        info: where the tensor lies.
-        shape: how to see it: its own shape, or one with axes taken apart.
+        info: the location of the tensor.
+        shape: the shape to read it in: its own, or one with axes split.
         index: a slice with step 1 for each axis of ``shape``.
 
     Yields:
@@ -91,7 +91,7 @@ def read_blocks(info: TensorInfo, shape: tuple[int, ...], index: tuple[slice, ..
 
 
 def array_blocks(array: np.ndarray, index: tuple[slice, ...] | None = None) -> Iterator[tuple[int, np.ndarray]]:
-    """A slice of an array that is in memory, in blocks like those of ``read_blocks``."""
+    """A slice of an array in memory, in blocks like those of ``read_blocks``."""
     begin, end = (index[0] if index else slice(None)).indices(len(array))[:2]
     rest = index[1:] if index else ()
     step = max(1, _BLOCK_BYTES * len(array) // max(1, array.nbytes))
@@ -100,11 +100,11 @@ def array_blocks(array: np.ndarray, index: tuple[slice, ...] | None = None) -> I
 
 
 def write_part(info: TensorInfo, shape: tuple[int, ...], index: tuple[slice, ...], values: np.ndarray) -> None:
-    """Writes a slice of a tensor into its file, which exists.
+    """Writes a slice of a tensor to its file, which must exist.
 
     Args:
         info, shape, index: as for ``read_blocks``.
-        values: the slice, of the dtype that ``info`` states.
+        values: the slice, in the dtype of ``info``.
     """
     view = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
     descriptor = os.open(info.file, os.O_WRONLY)
@@ -119,7 +119,7 @@ def write_part(info: TensorInfo, shape: tuple[int, ...], index: tuple[slice, ...
 
 
 def check_finite(block: np.ndarray, name: str, file: Path) -> None:
-    """Raises a ReleaseError that names the tensor and its file if the block holds a NaN or an infinity."""
+    """A ReleaseError that names the tensor and its file if the block holds a NaN or an infinity."""
     mask = _EXPONENTS[CODES[block.dtype.name]]
     block = np.ascontiguousarray(block)
     if block.size and np.bitwise_and(block.view(mask.dtype), mask).max() == mask:
@@ -128,7 +128,7 @@ def check_finite(block: np.ndarray, name: str, file: Path) -> None:
 
 
 def cast(block: np.ndarray, dtype: str, name: str) -> np.ndarray:
-    """The block in another dtype; finite values that the dtype has no room for are a ReleaseError, not infinities."""
+    """The block in another dtype; a finite value out of its range is a ReleaseError instead of becoming infinite."""
     wanted = DTYPES[dtype]
     if block.dtype == wanted:
         return block
@@ -142,11 +142,11 @@ def cast(block: np.ndarray, dtype: str, name: str) -> np.ndarray:
 
 
 def _runs(info: TensorInfo, shape: tuple[int, ...], index: tuple[slice, ...]) -> Iterator[tuple[int, int]]:
-    """A slice of a row-major tensor as (offset in the file, number of bytes) runs, in order."""
+    """The contiguous runs (file offset, number of bytes) of a slice of a row-major tensor, in order."""
     bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
     itemsize = DTYPES[info.dtype].itemsize
     strides = [math.prod(shape[axis + 1 :]) * itemsize for axis in range(len(shape))]
-    # Whole axes at the end are one run together with the axis before them.
+    # Trailing axes that are complete form one run with the axis before them.
     axis = len(shape) - 1
     while axis > 0 and bounds[axis] == (0, shape[axis]):
         axis -= 1

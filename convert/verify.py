@@ -1,4 +1,4 @@
-"""Whether two model folders are the same model: by their settings, their tensors and what they make of texts."""
+"""Checks whether two model folders are the same model, by their settings, tensors and embeddings."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ TEXTS = (
     "def gcd(a, b):\n    return a if b == 0 else gcd(b, a % b)",
     "",
 )
-"""What embeddings are compared on when no texts are given."""
+"""The texts to compare embeddings on by default."""
 
-# Between the same weights; and between weights and their roundings to float16, in which no model is computed here.
+# For equal weights; and for weights compared with the same rounded to float16, a dtype that no model is computed in.
 EMBEDDING_TOLERANCE = 5e-6
 ROUNDED_EMBEDDING_TOLERANCE = 5e-3
 
@@ -42,13 +42,13 @@ _SHOWN = 10
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A tensor that is not the same in both.
+    """A tensor that differs.
 
     Attributes:
-        name: Hugging Face's.
-        largest: absolute difference.
-        index: where it is, in the tensor as Hugging Face shapes it.
-        values: what A and B hold there.
+        name: its Hugging Face name.
+        largest: the largest absolute difference.
+        index: its position in the tensor, in the Hugging Face shape.
+        values: the values of A and B there.
     """
 
     name: str
@@ -59,16 +59,16 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What ``verify`` found.
+    """The result of ``verify``.
 
     Attributes:
         a, b: the folders.
-        dtypes: of their weights, as in config.json; several are joined with a plus.
-        tensors: how many were compared.
-        settings: differences of sizes, tokenizer and prompts, a line each.
-        differences: of tensors, the largest first.
-        embeddings: largest difference of an element over the texts, or None if not compared.
-        cosine: the least of the cosines of A's and B's embedding of a text, or None.
+        dtypes: dtypes of the weights of A and of B, named as in config.json; several are joined with a plus.
+        tensors: number of tensors compared.
+        settings: differences in sizes, tokenizer and prompts, one line each.
+        differences: tensors that differ, the largest difference first.
+        embeddings: largest difference of an embedding element over all texts, or None if not compared.
+        cosine: smallest cosine between A's and B's embeddings of the same text, or None.
     """
 
     a: Path
@@ -82,13 +82,13 @@ class Report:
 
     @property
     def tolerance(self) -> float:
-        """The largest difference of an element of two unit embeddings that counts as agreement."""
+        """The largest difference between elements of two unit embeddings that still counts as agreement."""
         rounded = set(self.dtypes) == {"float16", "float32"}
         return ROUNDED_EMBEDDING_TOLERANCE if rounded else EMBEDDING_TOLERANCE
 
     @property
     def agree(self) -> bool:
-        """No difference of settings or tensors, and embeddings, if compared, within ``tolerance``."""
+        """Whether settings and tensors are equal, and embeddings, if compared, differ by at most ``tolerance``."""
         close = self.embeddings is None or self.embeddings <= self.tolerance
         return not self.settings and not self.differences and close
 
@@ -123,22 +123,22 @@ def verify(
 ) -> Report:
     """Compares two models of any kind: release or converted folders, or hub ids.
 
-    Tensors are compared bit by bit, a few MiB at a time. If one model is a copy of the other in a narrower dtype, the
-    comparison is in that: a conversion that rounds right agrees. Embeddings are computed with A first, then with B,
-    each loaded whole, and for the same reason in bfloat16 if one of the two is.
+    Tensors are compared bit by bit, a few MiB at a time. If one model has a narrower dtype, they are compared in that
+    dtype, so that a correctly rounded conversion agrees. Embeddings are computed with A, then with B, each loaded
+    whole; for the same reason they are computed in bfloat16 if only one model is in bfloat16.
 
     Args:
         a, b: the models.
-        texts: what to embed, plainly and with the query prompt; default ``TEXTS``.
-        embeddings: compare those too.
-        show_progress: a bar on standard error while tensors are compared.
+        texts: texts to embed, without a prompt and with the query prompt; default ``TEXTS``.
+        embeddings: whether to compare embeddings too.
+        show_progress: show a progress bar on standard error while tensors are compared.
 
     Returns:
-        The report; print it, or ask whether they ``agree``.
+        The report, to be printed or asked whether they ``agree``.
 
     Raises:
-        ReleaseError: one of them cannot be read, or holds a NaN or an infinity.
-        InputError: no texts.
+        ReleaseError: a model cannot be read, or holds a NaN or an infinity.
+        InputError: ``texts`` is empty.
     """
     if texts is not None and not texts:
         raise InputError("there are no texts to compare embeddings on")
@@ -166,14 +166,14 @@ def _dtypes(checkpoint: Checkpoint) -> str:
 
 
 def _common_dtype(a: str, b: str) -> np.dtype:
-    """In which two tensors are compared: the narrower of theirs; float32 for bfloat16 and float16."""
+    """The dtype in which two tensors are compared: the narrower of the two; float32 for bfloat16 and float16."""
     if a == b:
         return DTYPES[a]
     return DTYPES[(b if a == "F32" else a) if "F32" in (a, b) else "F32"]
 
 
 def _compare_settings(a: Release, b: Release) -> list[str]:
-    """Differences of what is in the files around the weights; the dtype is not one of them."""
+    """Differences between the files other than weights; the dtype does not count."""
     tokenizers = [Tokenizer.from_release(release.path) for release in (a, b)]
 
     def described(release: Release, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -197,13 +197,13 @@ def _compare_settings(a: Release, b: Release) -> list[str]:
 
 
 def _tokenizer_model(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What decides how text is split; what is put around it is compared as the EOS."""
+    """The part of the tokenizer that decides how text is split; special tokens around it are compared by the EOS."""
     values = json.loads(tokenizer.backend.to_str())
     return {name: value for name, value in values.items() if name not in ("post_processor", "truncation", "padding")}
 
 
 def _compare_tensors(checkpoints: list[Checkpoint], table: list[Tensor], show_progress: bool) -> list[Difference]:
-    """The tensors that differ, the one that differs most first."""
+    """The tensors that differ, the largest difference first."""
     from tqdm import tqdm
 
     found = []
