@@ -1,4 +1,4 @@
-"""Evaluation: MTEB, and retrieval and bitext mining on data of one's own. Needs the extra ``[eval]``."""
+"""Evaluation: MTEB, and retrieval and bitext mining on your own data. Needs the extra ``[eval]``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from f2llm_jax.errors import InputError
 
 
 def optional(module: str) -> ModuleType:
-    """Imports a module that comes with the extra ``[eval]``; without it, an InputError that says so."""
+    """Imports a module of the extra ``[eval]``; an InputError that says so if it is not installed."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

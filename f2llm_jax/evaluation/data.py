@@ -23,14 +23,14 @@ _PARQUET_ROWS = 4096
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalData:
-    """Queries, and which documents of a corpus answer them. The corpus itself stays on disk: see ``documents``.
+    """Queries, and relevance judgements on the documents of a corpus, which stays on disk (see ``documents``).
 
     Attributes:
-        query_ids, queries: the queries.
-        document_ids: of the corpus, in its order.
+        query_ids, queries: ids and texts of the queries.
+        document_ids: ids of the corpus, in its order.
         qrels: {query id: {document id: grade}}; grades above 0 are relevant.
-        corpus_file: where the texts of the corpus are.
-        ignore_identical_ids: a document of a query's own id is not in its ranking.
+        corpus_file: the file with the texts of the corpus.
+        ignore_identical_ids: whether to leave a document with the id of the query out of the query's ranking.
     """
 
     query_ids: list[str]
@@ -41,7 +41,7 @@ class RetrievalData:
     ignore_identical_ids: bool = False
 
     def documents(self) -> Iterator[str]:
-        """The texts of the corpus in the order of ``document_ids``: title and text joined as MTEB joins them."""
+        """The texts of the corpus in the order of ``document_ids``; title and text are joined as in MTEB."""
         for _, text in _documents(self.corpus_file):
             yield text
 
@@ -49,22 +49,22 @@ class RetrievalData:
 def read_retrieval(
     folder: str | Path, *, split: str = "test", judged_only: bool = False, ignore_identical_ids: bool = False
 ) -> RetrievalData:
-    """Reads a retrieval set in BEIR's layout, and checks all of it before anything is encoded.
+    """Reads a retrieval set in BEIR's layout and checks all of it, so that errors are found before anything is encoded.
 
-    The folder holds ``corpus`` (``_id``, ``title`` if there is one, ``text``), ``queries`` (``_id``, ``text``) and
+    The folder holds ``corpus`` (``_id``, optional ``title``, ``text``), ``queries`` (``_id``, ``text``) and
     ``qrels/SPLIT`` (``query-id``, ``corpus-id``, ``score``), each as .jsonl, .parquet, .tsv or .csv.
 
     Args:
         folder: the folder.
-        split: which judgements.
-        judged_only: leave out queries without a judgement, as BEIR and MTEB do: their query files hold those of all
-            splits. By default such a query is an error.
-        ignore_identical_ids: leave a document of a query's own id out of its ranking, as BEIR does, and MTEB for tasks
-            whose queries are documents (ArguAna, Quora). Without it, there is a warning if there is such a document.
+        split: the split of the judgements.
+        judged_only: leave out queries without judgements, as BEIR and MTEB do, whose query files have the queries of
+            all splits. By default such a query is an error.
+        ignore_identical_ids: leave a document with the id of the query out of the query's ranking, as BEIR always does,
+            and MTEB in tasks whose queries are documents (ArguAna, Quora). Without it, such a document is a warning.
 
     Raises:
-        InputError: a file or column is missing, an id appears twice, the corpus is empty, a query has no judgement, or
-            a judgement names a query or document that is not there.
+        InputError: a file or column is missing, an id appears twice, the corpus is empty, a query has no judgements, or
+            a judgement names an unknown query or document.
     """
     folder = Path(folder)
     corpus_file = _find(folder / "corpus")
@@ -103,14 +103,14 @@ def _warn_of_identical_ids(query_ids: Sequence[str], document_ids: Sequence[str]
 
 
 def read_bitext(file: str | Path, *, columns: tuple[str, str] | None = None) -> tuple[list[str], list[str]]:
-    """Reads translations side by side.
+    """Reads pairs of translations.
 
     Args:
         file: .tsv, .csv, .jsonl or .parquet with named columns.
-        columns: which two; default those of a file that has just two.
+        columns: the two columns; may be omitted if the file has only two.
 
     Raises:
-        InputError: the file or a column is missing, there are no pairs, or a cell is no text.
+        InputError: the file or a column is missing, there are no pairs, or a cell is not text.
     """
     file = Path(file)
     if columns is None:
@@ -128,10 +128,10 @@ def read_rows(
     """The rows of a file, one at a time.
 
     Yields:
-        Where the row is, for messages, and {column: value} with every column asked for; optional ones may be None.
+        The place of the row, for messages, and {column: value} of all requested columns; optional ones may be None.
 
     Raises:
-        InputError: the file is missing or damaged, of another format, or lacks a required column.
+        InputError: the file is missing, damaged or of an unsupported format, or lacks a required column.
     """
     for where, row in _rows(file, (*required, *optional)):
         for column in required:
@@ -141,7 +141,7 @@ def read_rows(
 
 
 def _rows(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """All rows with all columns; of a Parquet file, only ``columns`` unless that is None."""
+    """All rows with all columns; from a Parquet file only ``columns``, unless that is None."""
     if file.suffix not in FORMATS:
         raise InputError(f"{file}: the format is none of {', '.join(FORMATS)}")
     if not file.is_file():
@@ -159,8 +159,8 @@ def _read_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_table(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB a cell is less than long documents have
-    # Tabs separate and nothing quotes in .tsv, as BEIR writes it: a lone quotation mark is part of the text.
+    csv.field_size_limit(2**31 - 1)  # the default limit of 128 KiB per cell is too small for long documents
+    # .tsv as BEIR writes it is separated by tabs and has no quoting: a lone quotation mark is part of the text.
     options: dict[str, Any] = {} if file.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     with file.open(encoding="utf-8-sig", newline="") as stream:
         rows = csv.reader(stream, strict=True, **options)
@@ -196,7 +196,7 @@ def _read_parquet(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[s
 
 
 def _records(batch: pyarrow.RecordBatch) -> Iterable[dict[str, Any]]:
-    """The rows; where one is no text, those before it first."""
+    """The rows of a batch; if one is not valid UTF-8, the rows before it are returned first."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:
@@ -204,14 +204,14 @@ def _records(batch: pyarrow.RecordBatch) -> Iterable[dict[str, Any]]:
 
 
 def _documents(file: Path) -> Iterator[tuple[str, str]]:
-    """Ids, and texts with the title in front."""
+    """Ids, and texts prefixed with their titles."""
     for where, row in read_rows(file, ("text",), ("_id", "id", "title")):
         text, title = check_text(row["text"], where, "text"), row["title"]
         yield _id(row, where), (check_text(title, where, "title") + " " + text if title else text).strip()
 
 
 def _find(stem: Path) -> Path:
-    """The file of this name in one of the formats."""
+    """The file with this name in one of the formats."""
     if not stem.parent.is_dir():
         raise InputError(f"{stem.parent} is no folder")
     files = [file for suffix in FORMATS if (file := stem.with_name(stem.name + suffix)).is_file()]
@@ -240,7 +240,7 @@ def _read_qrels(file: Path, queries: dict[str, str], documents: set[str]) -> dic
 def _grade(score: Any, where: str) -> int:
     try:
         grade = int(score)
-        if isinstance(score, str) or grade == score:  # int() cuts 1.9 to 1
+        if isinstance(score, str) or grade == score:  # int() truncates 1.9 to 1
             return grade
     except (TypeError, ValueError, OverflowError):
         pass
@@ -256,7 +256,7 @@ def _two_columns(file: Path) -> tuple[str, str]:
 
 
 def _id(row: dict[str, Any], where: str) -> str:
-    """BEIR's files say ``_id``, datasets on the hub also ``id``; numbers are taken as written."""
+    """The id of a row as a string: ``_id`` as in BEIR's files, or ``id`` as in some datasets on the hub."""
     value = row["_id"] if row["_id"] is not None else row["id"]
     if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
         raise InputError(f"{where}: no '_id' (a string or whole number)")

@@ -1,4 +1,4 @@
-"""The models that are compared, each with its own prompts, behind one interface."""
+"""One interface for the models to be compared, each with its own prompts."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from f2llm_jax.release import find_release, read_release
 
 Role = Literal["query", "document", "bitext"]
 
-# Written before the name of a model that sentence-transformers is to load.
+# Prefix for the name of a model that sentence-transformers is to load.
 SENTENCE_TRANSFORMERS = "st:"
 
 
 class Embedder(Protocol):
-    """What an evaluation needs of a model.
+    """What an evaluation needs from a model.
 
     Attributes:
-        name: for tables.
-        dtype: what it computes in.
-        dim: of its full embeddings.
-        prompts: {role: what is put before each text}; that of ``bitext`` may be found out by the first ``encode``.
+        name: its name in tables.
+        dtype: the dtype that it computes in.
+        dim: the size of its full embeddings.
+        prompts: {role: text prepended to every input}; that of ``bitext`` may be set only by the first ``encode``.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Embedder(Protocol):
 
 
 class F2LLMEmbedder:
-    """An ``Encoder``, with its own prompts and that of ``translation_prompt``."""
+    """An ``Encoder`` with its own prompts, and ``translation_prompt`` for bitext."""
 
     def __init__(self, name: str, encoder: Encoder, *, instructions_of: str | None = None, **options: Any):
         self.name = name
@@ -64,7 +64,7 @@ class F2LLMEmbedder:
 class SentenceTransformersEmbedder:
     """Any sentence-transformers model, with the prompts that the same model would have as an ``Encoder``.
 
-    What is not instructed (``is_instructed``) has no more for translations than it was saved with.
+    A model that is not instructed (``is_instructed``) has a prompt for translations only if one was saved with it.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class SentenceTransformersEmbedder:
     ):
         sentence_transformers = optional("sentence_transformers")
         self.name = SENTENCE_TRANSFORMERS + name
-        name = os.path.expanduser(name)  # which sentence-transformers would ask the hub for
+        name = os.path.expanduser(name)  # sentence-transformers would look for ~ on the hub
         self._release, self._revision = name, revision
         self._instructions_of = instructions_of
         self._options = options
@@ -93,7 +93,7 @@ class SentenceTransformersEmbedder:
     def encode(self, texts: Sequence[str], role: Role) -> np.ndarray:
         if role == "bitext" and role not in self.prompts:
             self.prompts[role] = self._translation_prompt()
-        # A model with parts for queries and for documents takes the side from the method.
+        # A model with separate parts for queries and documents selects the part by the method that is called.
         encode = {"query": self._model.encode_query, "document": self._model.encode_document}.get(
             role, self._model.encode
         )
@@ -109,11 +109,11 @@ class SentenceTransformersEmbedder:
 
 
 def find_embedder(model: str, revision: str | None = None) -> None:
-    """Finds out that a model is not there before it is loaded; of what is there reads or downloads no weights.
+    """Checks that a model exists, without reading or downloading its weights.
 
     Raises:
-        ReleaseError: there is no such folder or hub repository, or it is no model for ``load``. Of models that
-            sentence-transformers loads, which has a cache and names of its own, only folders are looked for.
+        ReleaseError: there is no such folder or hub repository, or it is not a model for ``load``. For models that
+            sentence-transformers loads, which has its own cache and names, only folders are checked.
     """
     name = model.removeprefix(SENTENCE_TRANSFORMERS)
     if name == model:
@@ -133,15 +133,16 @@ def load_embedder(
     batch_tokens: int | None = None,
     show_progress: bool = False,
 ) -> Embedder:
-    """Loads a model to be evaluated.
+    """Loads a model for evaluation.
 
     Args:
         model: release folder, converted folder or hub id; after ``st:``, anything that sentence-transformers loads.
-        dtype: as for ``load``; with ``int8``, which sentence-transformers does not take, its models are in bfloat16.
+        dtype: as for ``load``; for ``int8``, which sentence-transformers does not support, it uses bfloat16.
         mesh, revision: as for ``load``.
-        instructions_of: the model in MTEB's registry whose instruction for translations is used, see
+        instructions_of: the model in MTEB's registry whose instruction for translations to use, see
             ``translation_prompt``.
-        max_length, batch_tokens, show_progress: as for ``Encoder.encode``; sentence-transformers has its own batches.
+        max_length, batch_tokens, show_progress: as for ``Encoder.encode``; sentence-transformers does not use
+            ``batch_tokens``.
 
     Raises:
         ReleaseError: the model cannot be loaded.
@@ -169,22 +170,22 @@ def load_embedder(
 
 
 def role_prompts(name: str, saved: Mapping[str, str | None]) -> dict[Role, str]:
-    """Those of sentence-transformers' ``encode_query`` and ``encode_document``, or of an entry in MTEB's registry.
+    """Prompts as in sentence-transformers' ``encode_query`` and ``encode_document``, or else from MTEB's registry.
 
     Args:
-        name: the model's.
+        name: the name of the model.
         saved: ``SentenceTransformer.prompts``.
     """
     prompts = saved
     if not any(saved.values()) and (entry := registered(name)) is not None:
-        # multilingual-e5 was saved without the "query: " and "passage: " that it was trained with.
+        # multilingual-e5 was saved without the prompts "query: " and "passage: " that it was trained with.
         prompts = entry.loader_kwargs.get("model_prompts") or {}
     names: dict[Role, tuple[str, ...]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
     return {role: next((prompts[key] or "" for key in names[role] if key in prompts), "") for role in names}
 
 
 def translation_prompt(name: str, saved: Mapping[str, str | None], instructions_of: str | None = None) -> str:
-    """The prompt for translations: of ``instructions_of``, else saved as BitextMining, else of MTEB's ``instructions``.
+    """The prompt for translations: from ``instructions_of``, else saved as BitextMining, else from ``instructions``.
 
     Args:
         name, saved: as for ``role_prompts``.
@@ -199,9 +200,9 @@ def translation_prompt(name: str, saved: Mapping[str, str | None], instructions_
 
 
 def is_instructed(name: str, revision: str | None = None) -> bool:
-    """Whether MTEB's registry states instructions for a model, or, if it is not there, ``load`` takes it.
+    """Whether MTEB's registry has instructions for a model; if the model is not registered, whether ``load`` reads it.
 
-    ``instructions`` gives what is not in the registry those of F2LLM-v2, which do not fit other kinds of models.
+    ``instructions`` falls back to those of F2LLM-v2 for unregistered models, which is wrong for other kinds of models.
     """
     entry = registered(name)
     if entry is not None:

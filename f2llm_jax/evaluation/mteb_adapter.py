@@ -1,4 +1,4 @@
-"""An Encoder as MTEB 2 sees a model, and runs of MTEB tasks with it."""
+"""Adapts an Encoder to MTEB 2, and runs MTEB tasks with it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from f2llm_jax.release import find_release
 
 optional("mteb")
 
-import mteb  # noqa: E402 - an installation without it gets the message above
+import mteb  # noqa: E402 - if it is not installed, the line above raises an error that says so
 import torch  # noqa: E402 - mteb's similarities are torch tensors
 from mteb.models.abs_encoder import AbsEncoder, PromptSource  # noqa: E402
 from mteb.models.model_meta import ModelMeta, ScoringFunction  # noqa: E402
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from mteb.types import Array, BatchedInput
     from torch.utils.data import DataLoader
 
-# As the released models were evaluated; a registry entry may state another length.
+# The settings with which the released models were evaluated; a registry entry may state another length.
 DTYPE = "bfloat16"
 MAX_LENGTH = 8192
 
@@ -45,14 +45,14 @@ _OUTPUT_DTYPES = {"int8": OutputDType.BF16, "bfloat16": OutputDType.BF16, "float
 
 
 class MTEBEncoder(AbsEncoder):
-    """An ``Encoder`` behind mteb's EncoderProtocol. Made by ``mteb_model``.
+    """An ``Encoder`` with mteb's EncoderProtocol, as returned by ``mteb_model``.
 
-    Instructions are chosen and formatted by mteb's own code (``AbsEncoder``), from the arguments that its registry has
+    Instructions are chosen and formatted by mteb's own code (``AbsEncoder``), from the arguments in its registry entry
     for the model.
 
     Attributes:
         model: the ``Encoder``.
-        mteb_model_meta: what mteb knows of it.
+        mteb_model_meta: mteb's metadata of the model.
     """
 
     mteb_model_meta: ModelMeta
@@ -91,8 +91,8 @@ class MTEBEncoder(AbsEncoder):
         """Embeds the texts of a task.
 
         Args:
-            inputs: batches with a ``text`` column. How they are cut has no influence: rows are batched by length here.
-            task_metadata, prompt_type: choose the instruction; documents get none if the registry says so.
+            inputs: batches with a ``text`` column. Their size does not matter: texts are batched by length here.
+            task_metadata, prompt_type: select the instruction; documents get none if the registry says so.
             hf_split, hf_subset: unused.
             **kwargs: ``show_progress_bar``; ``batch_size`` is ignored.
 
@@ -100,7 +100,7 @@ class MTEBEncoder(AbsEncoder):
             Unit embeddings, float32 [n, dim], in the order of ``inputs``.
 
         Raises:
-            InputError: another ``precision`` than float32 is asked for.
+            InputError: ``precision`` is not float32.
         """
         if kwargs.get("precision", "float32") != "float32":
             raise InputError(f"mteb's precision {kwargs['precision']!r} is not supported; embeddings are float32")
@@ -118,11 +118,11 @@ class MTEBEncoder(AbsEncoder):
         )
 
     def similarity(self, embeddings1: Array, embeddings2: Array) -> torch.Tensor:
-        """Cosines float32 [n, m], the same whatever blocks they are computed in."""
+        """Cosines float32 [n, m], independent of the blocks in which they are computed."""
         return torch.from_numpy(cosines(np.atleast_2d(embeddings1), np.atleast_2d(embeddings2)))
 
     def similarity_pairwise(self, embeddings1: Array, embeddings2: Array) -> torch.Tensor:
-        """Cosines float32 [n] of row i with row i."""
+        """Cosines float32 [n] of corresponding rows."""
         product_nd = unit(np.atleast_2d(embeddings1)) * unit(np.atleast_2d(embeddings2))
         return torch.from_numpy(product_nd.sum(axis=1).astype(np.float32))
 
@@ -138,20 +138,20 @@ def mteb_model(
     revision: str | None = None,
     instructions_of: str | None = None,
 ) -> MTEBEncoder:
-    """Loads a model for ``mteb.evaluate``, instructed as F2LLM-v2 is in the installed mteb's registry.
+    """Loads a model for ``mteb.evaluate``, with the instructions from the registry of the installed mteb.
 
     Args:
         model: release folder, converted folder or hub id.
         dtype, mesh, revision: as for ``load``; the released models were evaluated in bfloat16.
-        dim: Matryoshka size; default the full one.
-        max_length: longer texts are cut to this many tokens; default the registry's 8,192. Never more than the model
-            has positions for.
+        dim: Matryoshka size; default: the full size.
+        max_length: longer texts are truncated to this many tokens; default: the registry's 8,192. Limited to the
+            number of positions of the model.
         batch_tokens: as for ``Encoder.encode``.
-        instructions_of: the registry's model whose instructions to use; default ``model`` itself if it is there, else
-            an F2LLM-v2 (they share theirs).
+        instructions_of: the model in the registry whose instructions to use; default: ``model`` itself if it is
+            registered, else an F2LLM-v2 (all sizes share their instructions).
 
     Returns:
-        A model for mteb. Where a setting is not the default, its results lie in a folder of their own (mteb's
+        A model for mteb. Results with settings other than the defaults are kept in a separate folder (mteb's
         ``experiments``).
 
     Raises:
@@ -180,14 +180,14 @@ def evaluate_mteb(
     *,
     show_progress: bool = False,
 ) -> ModelResult:
-    """Runs MTEB tasks, keeping what is already there.
+    """Runs MTEB tasks; existing results are kept.
 
     Args:
         model: from ``mteb_model``.
         tasks: from ``mteb_tasks``, or defined by the caller.
-        results: a folder; in it, ``results/MODEL/REVISION/TASK.json`` as mteb lays them out. A run that was stopped
-            goes on where it was: splits and subsets that are there are not computed again.
-        show_progress: progress bars on standard error.
+        results: a folder, which gets ``results/MODEL/REVISION/TASK.json`` in mteb's layout. A run that was stopped can
+            be resumed: splits and subsets that have results are not computed again.
+        show_progress: show progress bars on standard error.
     """
     return mteb.evaluate(
         model,
@@ -200,10 +200,10 @@ def evaluate_mteb(
 
 
 def mteb_tasks(names: Sequence[str] = (), benchmark: str | None = None) -> list[AbsTask]:
-    """The tasks of these names and of a benchmark, such as ``MTEB(eng, v2)``.
+    """The tasks with these names, and those of a benchmark such as ``MTEB(eng, v2)``.
 
     Raises:
-        InputError: the installed mteb has no task or benchmark of a name; the message has the nearest.
+        InputError: the installed mteb has no task or benchmark of that name; the message suggests the nearest.
     """
     try:
         tasks = [mteb.get_task(name) for name in names]
@@ -213,7 +213,7 @@ def mteb_tasks(names: Sequence[str] = (), benchmark: str | None = None) -> list[
 
 
 def mteb_table(results: ModelResult) -> str:
-    """The main score of every task, a line each."""
+    """The main score of every task, one line each."""
     lines = [(result.task_name, f"{result.get_score():.4f}") for result in results.task_results]
     columns = max((len(name) for name, _ in lines), default=0)
     return "\n".join(f"{name:{columns}}  {score}" for name, score in lines)
@@ -228,7 +228,7 @@ def _model_meta(
     dim: int | None,
     settings: dict[str, Any],
 ) -> ModelMeta:
-    """The registry's entry of the model with what is different here, or all that a local release tells of itself."""
+    """The model's registry entry with what differs here; for a model not in the registry, what the release states."""
     parameters = count_parameters(config)
     here: dict[str, Any] = {
         "loader": partial(_load_for_mteb, model=str(model)),
@@ -265,13 +265,13 @@ def _model_meta(
 def _load_for_mteb(
     name: str, *, model: str, revision: str | None = None, embed_dim: int | None = None, **settings: Any
 ) -> MTEBEncoder:
-    """What ``ModelMeta.load_model`` calls; ``name`` is for tables, and a revision only names what a folder holds."""
+    """Called by ``ModelMeta.load_model``; ``name`` is only for tables, and ``revision`` is ignored for a folder."""
     return mteb_model(model, dim=embed_dim, revision=None if Path(model).is_dir() else revision, **settings)
 
 
 def _revision(folder: Path) -> str:
-    """The commit of a hub snapshot; of another folder, a digest.
+    """The commit of a hub snapshot; for any other folder, a digest.
 
-    Results are kept by revision: new weights under an old name must not find the old results.
+    Results are kept by revision: new weights under an old name must not get the old results.
     """
     return folder.name if folder.parent.name == "snapshots" else model_digest(folder)[:40]

@@ -1,4 +1,4 @@
-"""Evaluation on data of one's own: every model encodes once, every size and output is scored from that."""
+"""Evaluation on your own data: every model encodes once, and every size and output is scored from that."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from f2llm_jax.evaluation.metrics import (
 )
 from f2llm_jax.evaluation.ranking import OUTPUTS, bytes_per_vector, rank
 
-# Documents encoded at a time: texts in memory are these, embeddings go to disk.
+# Documents encoded at a time: memory holds only their texts, and embeddings go to disk.
 ENCODE_BLOCK = 16384
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The scores of one model at one size, from one kind of output.
+    """The scores of one model at one size and with one output.
 
     Attributes:
         model: its name.
-        dtype: what the model computes in.
-        output: what its embeddings are turned into to be compared, one of ``ranking.OUTPUTS``.
+        dtype: the dtype that the model computes in.
+        output: the form in which embeddings are compared, one of ``ranking.OUTPUTS``.
         dim: how many values of each embedding are kept.
-        bytes_per_vector: what a stored document takes.
+        bytes_per_vector: bytes per stored document.
         scores: {metric: mean over the data}.
     """
 
@@ -53,15 +53,15 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
         task: ``retrieval`` or ``bitext``.
-        data: what was evaluated on.
-        metrics: the names of the scores, the main one first.
-        sizes: how many queries, documents, judgements or pairs there were.
+        data: name of the data.
+        metrics: names of the scores, the main one first.
+        sizes: numbers of queries, documents and judgements, or of pairs.
         prompts: {model: {role: prompt}}.
-        rows: by model, output and size.
+        rows: the scores, by model, output and size.
     """
 
     task: str
@@ -105,28 +105,28 @@ def score_retrieval(
 ) -> Report:
     """Retrieval: nDCG@10, MRR@10, recall at 1, 10 and 100.
 
-    Each model encodes queries and documents once, at its full size. The embeddings of the documents lie in a temporary
-    file (documents · size · 4 bytes); memory is that of the queries, the ids and one block.
+    Each model encodes queries and documents once, at its full size. The embeddings of the documents are kept in a
+    temporary file (documents · size · 4 bytes); memory holds the queries, the ids and one block.
 
     Args:
-        models: from ``load_embedder``; each is used, and let go of, before the next is asked for, so an iterator can
-            load them one by one.
-        name: of the data, for the report.
+        models: from ``load_embedder``; each is used and released before the next is requested, so an iterator can load
+            them one by one.
+        name: name of the data, for the report.
         data: from ``read_retrieval``.
-        dims: sizes to cut to, None for the full one. Not above that of the first model; those above another one's are
-            left out there, with a warning.
-        outputs: which of ``ranking.OUTPUTS``.
+        dims: sizes to truncate to, None for the full size; at most the size of the first model. Sizes above that of
+            another model are left out for that model, with a warning.
+        outputs: one or more of ``ranking.OUTPUTS``.
 
     Raises:
         InputError: a size or output is out of range.
     """
-    optional("pytrec_eval")  # for the scores, after all the encoding
+    optional("pytrec_eval")  # needed for the scores: fails now and not after all the encoding
     sizes = {
         "queries": len(data.query_ids),
         "documents": len(data.document_ids),
         "judgements": sum(map(len, data.qrels.values())),
     }
-    depth = DEPTH + data.ignore_identical_ids  # one of them may be left out
+    depth = DEPTH + data.ignore_identical_ids  # one document may be left out
     rows: list[Row] = []
     prompts = {}
     for model in models:
@@ -170,7 +170,7 @@ def score_bitext(
     dims: Sequence[int | None] = (None,),
     outputs: Sequence[str] = ("float32",),
 ) -> Report:
-    """Bitext mining: does each sentence find its translation among all?
+    """Bitext mining: whether each sentence finds its translation among all.
 
     Args:
         models, name, dims, outputs: as for ``score_retrieval``.
@@ -198,7 +198,7 @@ def parse_dims(text: str) -> list[int | None]:
     """Sizes from a command line, such as ``8,16,full``; ``full`` is None.
 
     Raises:
-        InputError: one of them is no whole number above 0.
+        InputError: one of them is not a whole number above 0.
     """
     dims: list[int | None] = []
     for part in text.split(","):
@@ -213,7 +213,7 @@ def parse_outputs(text: str) -> list[str]:
     """Outputs from a command line, such as ``float32,int8``.
 
     Raises:
-        InputError: one of them is none of ``ranking.OUTPUTS``.
+        InputError: one of them is not in ``ranking.OUTPUTS``.
     """
     outputs = [part.strip() for part in text.split(",")]
     _check_outputs(outputs)
@@ -229,7 +229,7 @@ def _check_outputs(outputs: Sequence[str]) -> None:
 def _settings(
     model: Embedder, dims: Sequence[int | None], outputs: Sequence[str], *, strict: bool
 ) -> list[tuple[str, int]]:
-    """Every output at every size, ascending. Sizes that a model does not have are left out unless ``strict``."""
+    """All outputs at all sizes, ascending; sizes above the model's are left out, or an InputError if ``strict``."""
     _check_outputs(outputs)
     sizes = sorted({model.dim if dim is None else dim for dim in dims})
     too_large = [dim for dim in sizes if not 1 <= dim <= model.dim]
@@ -253,7 +253,7 @@ def _encode_to_disk(model: Embedder, documents: Iterator[str], file: BinaryIO) -
 
 
 def _run(data: RetrievalData, score_qk: np.ndarray, number_qk: np.ndarray) -> dict[str, dict[str, float]]:
-    """{query id: {document id: score}}, of each query the best ``DEPTH``."""
+    """{query id: {document id: score}} of the top ``DEPTH`` documents of each query."""
     run = {}
     for query, score_k, number_k in zip(data.query_ids, score_qk, number_qk, strict=True):
         scores = {data.document_ids[number]: float(score) for score, number in zip(score_k, number_k, strict=True)}

@@ -1,4 +1,4 @@
-"""What the installed mteb's registry says of a model: above all, its official instructions."""
+"""A model's entry in the registry of the installed mteb: above all, its official instructions."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from f2llm_jax.evaluation import optional
 if TYPE_CHECKING:
     from mteb.models.model_meta import ModelMeta
 
-# The instructions of F2LLM-v2 are the same for all sizes; a release that the registry does not know gets this one's.
+# The instructions of F2LLM-v2 are the same for all sizes; a release that is not in the registry gets this model's.
 DEFAULT_INSTRUCTIONS = "codefuse-ai/F2LLM-v2-0.6B"
 
 
 def registered(model: str) -> ModelMeta | None:
-    """The entry of a model, by its hub id; nothing is looked up on the hub."""
+    """The registry entry of a model, by its hub id; does not access the hub."""
     return optional("mteb.models.model_implementations").MODEL_REGISTRY.get(model)
 
 
@@ -24,18 +24,18 @@ def states_instructions(entry: ModelMeta) -> bool:
 
 
 def instructions(model: str, instructions_of: str | None = None) -> dict[str, Any]:
-    """How a model is instructed: its entry's arguments of mteb's InstructSentenceTransformerModel.
+    """The instructions of a model: the arguments for mteb's InstructSentenceTransformerModel in its registry entry.
 
     Args:
         model: a hub id or a folder.
-        instructions_of: the entry to take; default that of ``model``, and of ``DEFAULT_INSTRUCTIONS`` if it has none.
+        instructions_of: the entry to use; default: ``model``, or ``DEFAULT_INSTRUCTIONS`` if that has no entry.
 
     Returns:
-        ``instruction_template``, ``prompts_dict`` and, where the entry has them, ``apply_instruction_to_passages``,
+        ``instruction_template``, ``prompts_dict`` and, if the entry has them, ``apply_instruction_to_passages``,
         ``max_seq_length``, ``prompt_priority`` and others.
 
     Raises:
-        InputError: there is no such entry, or it states no instructions.
+        InputError: there is no such entry, or it has no instructions.
     """
     name = instructions_of or (model if registered(model) is not None else DEFAULT_INSTRUCTIONS)
     entry = registered(name)
@@ -50,7 +50,7 @@ def instructions(model: str, instructions_of: str | None = None) -> dict[str, An
 
 
 def bitext_prompt(loader_kwargs: dict[str, Any]) -> str:
-    """What mteb puts before both sides of a BitextMining task that has no instruction of its own."""
+    """The prompt that mteb prepends to both sides of a BitextMining task that has no instruction of its own."""
     default = optional("mteb.abstasks").AbsTaskBitextMining.abstask_prompt
     instruction = loader_kwargs["prompts_dict"].get("BitextMining", default)
     template = loader_kwargs["instruction_template"]

@@ -1,4 +1,4 @@
-"""A report as a table, as JSON and as a picture."""
+"""Formats a report as a table, as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
-# The longest name of a model in a table or a legend; of a longer one, such as a path, the end is kept, and its st:.
+# Maximum length of a model's name in a table or a legend; of a longer one, such as a path, the end (and st:) is kept.
 _NAME_LENGTH = 40
 
-# An output is told by its line and marker, a model by its colour; a model alone lends the colours to its outputs.
+# Line and marker show the output, the colour shows the model; with only one model, the colour shows the output too.
 _STYLES = {"float32": ("-", "o"), "int8": ("--", "s"), "binary": (":", "v"), "rescored": ("-.", "^")}
 
 _TITLES = {"ndcg@10": "nDCG@10", "accuracy": "accuracy"}
 
 
 def table(report: Report) -> str:
-    """The scores as aligned text: a line per model, output and size; and a line per model's prompts, if they differ."""
+    """The scores as aligned text, one line per model, output and size; then each model's prompts, if they differ."""
     lines = [["model", "dtype", "output", "dim", "bytes", *report.metrics]]
     for row in report.rows:
         scores = [f"{row.scores[metric]:.4f}" for metric in report.metrics]
@@ -45,7 +45,7 @@ def table(report: Report) -> str:
 
 
 def _different_prompts(report: Report) -> list[str]:
-    """A line per model; none if all put the same before their texts."""
+    """One line per model with its prompts; none if all models have the same prompts."""
     if len({tuple(prompts.items()) for prompts in report.prompts.values()}) < 2:
         return []
     return [
@@ -56,15 +56,15 @@ def _different_prompts(report: Report) -> list[str]:
 
 
 def write_json(report: Report, file: Path) -> None:
-    """The whole report, its parts named as in ``Report`` and ``Row``."""
+    """Writes the whole report, with the keys named as in ``Report`` and ``Row``."""
     with new_file(file) as stream:
         stream.write((json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def plot(report: Report, file: Path) -> None:
-    """A PNG: the main metric against the dimension, the bytes of a float32 vector on a second axis.
+    """Writes a PNG: the main metric against the dimension, with the bytes of a float32 vector on a second axis.
 
-    If there are outputs other than float32, a second panel has the metric against the bytes that each takes.
+    If there are outputs other than float32, a second panel shows the metric against the bytes per vector.
     """
     optional("matplotlib")
     from matplotlib.figure import Figure
@@ -112,7 +112,7 @@ def _draw(axes: Axes, report: Report, x: str) -> None:
 
 
 def _ticks(axis: Axis, values: Sequence[int]) -> None:
-    """A tick at each value; where they crowd, at those at least a factor 1.4 apart, the largest always."""
+    """Sets ticks at the largest value and, going down, at those at least a factor 1.4 below the previous tick."""
     kept: list[int] = []
     for value in sorted(values, reverse=True):
         if not kept or kept[-1] >= 1.4 * value:
