@@ -1,9 +1,9 @@
-"""What a TPU slice would do with a model, found out without one.
+"""Plans how a model would run on a TPU slice, without having one.
 
 The real program is built with abstract, sharded arguments and compiled by the TPU compiler (libtpu) for a slice that is
-not there. What the compiler says of memory is exact. The time is an estimate: the roofline, the longest of the time the
-arithmetic, the memory traffic and the exchange between chips would take at the rates of the data sheet. Real steps take
-longer; which of the three binds, and what a mesh costs, carries over.
+not there. The compiler's memory figures are exact. The time is a roofline estimate: the longest of the times that
+arithmetic, memory traffic and communication between chips would take at the rates of the data sheet. Real steps take
+longer, but which of the three is the bottleneck, and what a mesh costs, carries over.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from f2llm_jax.planning.jobs import Job, divisors
 from f2llm_jax.planning.programs import AbstractProgram
 from f2llm_jax.sharding import make_mesh, padded_config, param_shardings
 
-# Candidates that are compiled before giving up; a compilation takes some ten seconds to two minutes.
+# Candidates to compile before giving up; a compilation takes from about ten seconds to two minutes.
 TRIES = 4
 
-# A tensor axis beyond this only adds exchange: no model of the family needs more to fit.
+# A larger tensor axis only adds communication: no model of the family needs more to fit.
 MOST_TENSOR = 16
 
 
@@ -38,12 +38,12 @@ class Memory:
 
     Attributes:
         state: {"parameters": …, "optimizer": …, "teacher": …}, from their shapes.
-        arguments: all that the program is given, with the compiler's padding; holds ``state``.
+        arguments: all arguments of the program, with the compiler's padding; includes ``state``.
         temporaries: activations, gradients, and weights gathered for use.
-        results: what it returns beside the arguments that it overwrites.
+        results: results that do not overwrite donated arguments.
         code: the program itself.
-        limit: what a program may use.
-        refused: bytes the compiler asked for when it refused the program; None if it did not.
+        limit: the memory that a program may use.
+        refused: bytes that the program would need, if the compiler refused it; None if it did not.
     """
 
     state: dict[str, int]
@@ -68,16 +68,16 @@ class Work:
     """FLOPs and bytes of a step on one device, counted twice: from the model's sizes, and in the compiled program.
 
     Attributes:
-        flops: counted from the sizes, attention by its causal half.
-        attention_flops: those of ``flops`` that are attention, without a last layer's few queries.
-        program_flops: of the matrix products in the program, loops by their trips; without Pallas kernels.
-        program_flops_once: the same with the body of every loop counted once.
-        compiler_flops: what the compiler's ``cost_analysis`` says, which counts the body of a loop once.
-        hbm_bytes: estimated from the sizes.
-        program_hbm_bytes: read and written by the program's instructions.
-        ici_bytes: received from other devices in the program's collectives.
+        flops: counted from the sizes, with only the causal half of attention.
+        attention_flops: the part of ``flops`` in attention, without a last layer that has only a few queries.
+        program_flops: matrix products in the program, with loops multiplied by their trip counts; no Pallas kernels.
+        program_flops_once: the same with every loop body counted once.
+        compiler_flops: from the compiler's ``cost_analysis``, which counts every loop body once.
+        hbm_bytes: HBM traffic estimated from the sizes.
+        program_hbm_bytes: HBM traffic of the program's instructions.
+        ici_bytes: bytes received from other devices in the program's collectives.
         kernels: {custom call: how often it runs}.
-        unknown_loops: loops of the program whose trips could not be read; they count once.
+        unknown_loops: loops of the program whose trip count could not be read; they count once.
     """
 
     flops: float
@@ -93,17 +93,17 @@ class Work:
 
     @property
     def kernel_flops(self) -> float:
-        """FLOPs of ``flops`` that Pallas kernels do, where the program's count cannot see them."""
+        """The part of ``flops`` that is computed in Pallas kernels, which the program's count cannot see."""
         return self.attention_flops if "tpu_custom_call" in self.kernels else 0.0
 
     @property
     def flops_ratio(self) -> float:
-        """What the program does over what the sizes say, outside of Pallas kernels."""
+        """FLOPs counted in the program over FLOPs from the sizes, outside of Pallas kernels."""
         return self.program_flops / (self.flops - self.kernel_flops)
 
     @property
     def compiler_ratio(self) -> float:
-        """What was read in the program over what the compiler says, both with loop bodies counted once."""
+        """FLOPs counted in the program over FLOPs from the compiler, both with loop bodies counted once."""
         return self.program_flops_once / self.compiler_flops
 
     @property
@@ -113,7 +113,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """A compilation: the mesh, the tokens computed at a time, and the memory it took."""
+    """A compilation: the mesh, the tokens computed at a time, and the memory that the program needs."""
 
     mesh: Axes
     batch_tokens: int
@@ -123,18 +123,18 @@ class Attempt:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a slice would do. All bytes and seconds are of one device and one step.
+    """How a slice would run a job. All bytes and seconds are per device and step.
 
     Attributes:
-        job, topology: what was asked.
-        mesh: the one asked for, or the best found.
+        job, topology: what was asked for.
+        mesh: the mesh asked for, or the best found.
         batch_tokens: tokens computed at a time, on all devices together.
-        texts: of a step, on all devices together.
+        texts: texts per step, on all devices together.
         memory: see ``Memory``.
-        work: see ``Work``; None where there is no program to count in: it does not fit, or libtpu does not show it.
-        collectives: of the program.
+        work: see ``Work``; None if there is no program to count in, as it does not fit or libtpu does not dump it.
+        collectives: the collectives of the program.
         seconds: estimates, {"compute": …, "hbm": …, "ici": …}.
-        tried: every compilation on the way.
+        tried: all compilations that were tried.
     """
 
     job: Job
@@ -159,7 +159,7 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """The roofline: a step takes at least this, by estimate."""
+        """The roofline: an estimate of the least time that a step takes."""
         return self.seconds[self.bound]
 
     @property
@@ -173,7 +173,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A mesh, the rows computed at a time on it, and what that costs by estimate."""
+    """A mesh, the rows computed at a time on it, and the estimated cost."""
 
     mesh: Axes
     rows_at_once: int
@@ -185,21 +185,21 @@ def make_plan(
 ) -> Plan:
     """Compiles the job for a slice.
 
-    Without a mesh, those that the sizes divide over are ranked by what ``counts`` estimates (the sum of the three
-    times, of those whose memory should do), and compiled in that order until one fits.
+    Without a mesh, all meshes that the sizes divide over are ranked by the estimates of ``counts`` (those expected to
+    fit first, by the sum of the three times), and at most ``TRIES`` are compiled in that order until one fits.
 
     Args:
-        job: what is to be done.
+        job: the job.
         topology: the slice.
-        mesh: how to lay it out; None for the best.
+        mesh: the mesh; None for the best.
         on_try: called before every compilation.
 
     Returns:
-        The plan of the first that fits; if none does, of the one that lacks least.
+        The plan of the first candidate that fits; if none does, of the one that needs the least memory.
 
     Raises:
         F2LLMError: libtpu is not installed.
-        InputError: libtpu does not know the slice; or the mesh is not of its size; or the job does not divide over it.
+        InputError: libtpu does not know the slice, the mesh has another size, or the job does not divide over it.
     """
     devices = topology_devices(topology)
     if mesh is not None:
@@ -237,7 +237,7 @@ def _ranked(job: Job, topology: Topology, mesh: Axes | None, devices: list[Any])
 
 
 def _meshes(job: Job, size: int, devices: list[Any]) -> Iterator[Axes]:
-    """Every mesh that the sizes divide over."""
+    """All meshes that the sizes divide over."""
     for tensor in divisors(size):
         if tensor > MOST_TENSOR:
             continue
@@ -318,15 +318,15 @@ def _work(estimate: Estimate, counted: Program, compiled: Any) -> Work:
 
 
 def compile_program(program: AbstractProgram) -> tuple[Any, str | None]:
-    """The compiled program, or the bytes it would need where the compiler refuses it; and its optimised HLO.
+    """The compiled program, or the bytes that it would need if the compiler refuses it; and its optimised HLO.
 
-    The text is what libtpu dumps, None if it dumps none. ``compiled.as_text()`` fails on programs for v5p and v6e,
-    whose async-update instructions jaxlib 0.10.2 refuses.
+    The HLO is the text that libtpu dumps, or None if it dumps none. ``compiled.as_text()`` fails on programs for v5p
+    and v6e, as jaxlib 0.10.2 rejects their async-update instructions.
     """
     from jax.errors import JaxRuntimeError
 
     # Programs compiled for devices that are not there can be written to JAX's cache, but not read back.
-    settings: Any = jax.config  # its attributes are made at run time
+    settings: Any = jax.config  # its attributes are created at run time
     cached = settings.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
@@ -344,7 +344,7 @@ def compile_program(program: AbstractProgram) -> tuple[Any, str | None]:
 
 
 def needed_bytes(message: str) -> int | None:
-    """What a program needs, from the compiler's message that it does not fit; None if the message is another."""
+    """Bytes that a program needs, from the compiler's message that it does not fit; None for any other message."""
     found = re.search(r"HBM.*?\(([\d.]+)([KMGT]?)\) exceeds available HBM|Used ([\d.]+)([KMGT]?) of .* hbm", message)
     if found is None:
         return None
@@ -353,7 +353,7 @@ def needed_bytes(message: str) -> int | None:
 
 
 def collective_seconds(collective: Collective, mesh: jax.sharding.Mesh, topology: Topology) -> float:
-    """An estimate: the bytes a device receives at the rate of the links that reach the others."""
+    """Estimated seconds: the bytes that a device receives, at the bandwidth of the links to the rest of its group."""
     places = [tuple(device.coords) for device in mesh.devices.flat]
     slowest = min(topology.ici_bandwidth([places[i] for i in group]) for group in collective.groups)
     return collective.sent_bytes / slowest

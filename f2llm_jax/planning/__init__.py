@@ -1,1 +1,1 @@
-"""What ``f2llm_jax.plan`` is made of: the chips, analytic counts, and the reading of compiled programs."""
+"""The parts of ``f2llm_jax.plan``: chips, analytic counts, and the analysis of compiled programs."""

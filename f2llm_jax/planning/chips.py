@@ -1,10 +1,10 @@
-"""TPU chips and slices of them, without having any: what libtpu compiles for, and how fast it is on paper.
+"""TPU chips and slices, without having any: the targets that libtpu compiles for, and their data-sheet speeds.
 
-Peak rates, HBM and ICI bandwidth, and the shapes that numbers of cores stand for, are those of Google's pages on each
-chip (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x). The bandwidth of one ICI link, which is what it carries
-of its nominal rate, and the v5p's rate for int8 are those of "How to Scale Your Model",
-jax-ml.github.io/scaling-book/tpus. The HBM a program may use is what libtpu 0.0.42.1 says when it refuses one that is
-too large: it keeps a part of the chip's memory for itself.
+Peak rates, HBM and ICI bandwidth, and the shapes that belong to numbers of cores are from Google's pages on each chip
+(docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x). The effective bandwidth of one ICI link (less than its
+nominal rate) and the v5p's int8 rate are from "How to Scale Your Model", jax-ml.github.io/scaling-book/tpus. The HBM
+that a program may use is what libtpu 0.0.42.1 states when it refuses a program that is too large: it reserves a part of
+the chip's memory.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ class Chip:
     """A kind of TPU.
 
     Attributes:
-        name: as in a topology's name.
-        kind: what JAX calls its devices.
-        hbm_bytes: what a program may use of a device's memory.
-        flops: bfloat16 FLOP/s at peak, of a device.
-        int8: how many times as fast products of int8 are; 1 where no rate for them is stated.
-        hbm_bandwidth: bytes/s, of a device.
-        link_bandwidth: bytes/s that one ICI link carries in one direction.
-        ring: an axis of the slice that is a multiple of this many chips is closed to a ring; of slices with three axes
-            only if all of them are such multiples, since it is the faces of whole cubes that are linked.
-        devices: JAX devices of a chip. Those of TPU7x are its two halves.
-        config: libtpu's name for the way its cores are used; None for the default.
+        name: as in topology names.
+        kind: JAX's ``device_kind``.
+        hbm_bytes: memory of a device that a program may use.
+        flops: peak bfloat16 FLOP/s of a device.
+        int8: speed of int8 products relative to bfloat16; 1 if no int8 rate is published.
+        hbm_bandwidth: bytes/s of a device.
+        link_bandwidth: bytes/s of one ICI link in one direction.
+        ring: an axis of the slice whose size is a multiple of this is a ring; with three axes only if all of them are
+            such multiples, as wrap-around links join the faces of whole cubes.
+        devices: JAX devices per chip. A TPU7x has two, its halves.
+        config: libtpu's name for how the cores of a chip are used; None for the default.
         example: a topology.
     """
 
@@ -54,9 +54,9 @@ class Chip:
     example: str
 
     def rate(self, itemsize: int) -> float:
-        """FLOP/s at peak of products of operands of so many bytes.
+        """Peak FLOP/s of products whose operands have ``itemsize`` bytes.
 
-        Those of float32 are computed in ``Precision.HIGHEST``: on TPUs in 6 bfloat16 passes (``jax.lax.Precision``).
+        float32 products are computed with ``Precision.HIGHEST``: on TPUs in 6 bfloat16 passes (``jax.lax.Precision``).
         """
         return {1: self.int8 * self.flops, 2: self.flops, 4: self.flops / 6}[itemsize]
 
@@ -64,7 +64,7 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        # By default libtpu makes a device of each of a v4's two cores; Cloud TPU runs them as one.
+        # By default libtpu makes each of a v4's two cores a device; Cloud TPU runs both cores as one device.
         Chip("v4", "TPU v4", 30.75 * GIB, 275e12, 1, 1228e9, 4.5e10, 4, 1, "megacore", "v4:2x2x4"),
         Chip("v5e", "TPU v5 lite", 15.75 * GIB, 197e12, 2, 819e9, 4.5e10, 16, 1, None, "v5e:4x4"),
         Chip("v5p", "TPU v5", 95.73 * GIB, 459e12, 2, 2765e9, 9e10, 4, 1, None, "v5p:2x2x4"),
@@ -85,17 +85,17 @@ ACCELERATOR_TYPES = {
     "v5p": ("v5p", {**_CUBES, 8192: "16x16x16", 12288: "16x16x24"}),
     "v6e": ("v6e", _SQUARES),
 }
-"""{gcloud's name: (chip, {number in the name: the shape that it stands for})}. The number is of TensorCores, of which a
-v4 and a v5p have two."""
+"""{gcloud's name: (chip, {number in the name: shape})}. The number counts TensorCores, of which a v4 and a v5p have two
+per chip."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice: so many chips along each axis.
+    """A slice of chips.
 
     Attributes:
-        chip: which.
-        shape: chips along x, y (and z).
+        chip: the kind of chip.
+        shape: numbers of chips along x, y (and z).
     """
 
     chip: Chip
@@ -107,26 +107,26 @@ class Topology:
 
     @property
     def size(self) -> int:
-        """JAX devices."""
+        """Number of JAX devices."""
         return math.prod(self.shape) * self.chip.devices
 
     @property
     def rings(self) -> tuple[bool, ...]:
-        """Of each axis, whether its two ends are linked."""
+        """For each axis, whether its two ends are linked."""
         multiples = tuple(size % self.chip.ring == 0 for size in self.shape)
         return multiples if len(self.shape) == 2 else (all(multiples),) * len(self.shape)
 
     def ici_bandwidth(self, coordinates: Iterable[tuple[int, ...]]) -> float:
-        """Bytes/s at which a device of a group takes in what the others of the group hold.
+        """Bytes/s at which a device of a group receives data from the rest of the group.
 
-        Along an axis of the slice that the group reaches over, data comes from one side, or from both if the axis is
-        closed to a ring and the group goes all around it. The two devices of one chip meet at the rate of a link.
+        Along each axis of the slice that the group extends over, data arrives over one link, or over two if the axis is
+        a ring and the group spans all of it. The two devices of one chip communicate at the rate of one link.
 
         Args:
-            coordinates: where the group's chips are.
+            coordinates: the coordinates of the group's chips.
         """
         links = 0
-        # The devices of a flat slice have a third coordinate, too, which is 0.
+        # Devices of a two-dimensional slice also have a third coordinate, which is 0.
         for size, ring, places in zip(self.shape, self.rings, zip(*coordinates, strict=True), strict=False):
             if (reached := len(set(places))) > 1:
                 links += 2 if ring and reached == size else 1
@@ -134,10 +134,10 @@ class Topology:
 
 
 def parse_topology(text: str) -> Topology:
-    """``v5e:4x4``, or ``v5litepod-16`` as gcloud names it, as a Topology.
+    """Parses ``v5e:4x4``, or ``v5litepod-16`` as gcloud names it.
 
     Raises:
-        InputError: no such chip, or not a shape of two axes (v5e, v6e) or three; or no such accelerator type.
+        InputError: the chip or accelerator type is unknown, or the shape does not have two axes (v5e, v6e) or three.
     """
     if "-" in text:
         text = _shape_of(text)
@@ -155,7 +155,7 @@ def parse_topology(text: str) -> Topology:
 
 
 def _shape_of(accelerator_type: str) -> str:
-    """``v5litepod-16`` as ``v5e:4x4``."""
+    """Translates ``v5litepod-16`` to ``v5e:4x4``."""
     kind, _, number = accelerator_type.partition("-")
     if kind not in ACCELERATOR_TYPES:
         raise InputError(
@@ -171,8 +171,8 @@ def _shape_of(accelerator_type: str) -> str:
     return f"{name}:{shapes[int(number)]}"
 
 
-# Else libtpu waits for the metadata server of a TPU machine, complains that it is on none, and refuses a second process
-# that only compiles. Which machine it takes this for changes nothing.
+# Without these, libtpu waits for the metadata server of a TPU machine, complains that this is not one, and refuses a
+# second process that only compiles. The machine that it is told makes no difference.
 _LIBTPU_SETTINGS = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
@@ -182,11 +182,11 @@ _LIBTPU_SETTINGS = {
 
 
 def topology_devices(topology: Topology) -> list[Any]:
-    """The devices of a slice, to compile for; there is nothing behind them.
+    """Compile-only devices of a slice.
 
     Raises:
         F2LLMError: libtpu is not installed.
-        InputError: libtpu knows no such slice.
+        InputError: libtpu does not know the slice.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise F2LLMError("compiling for a TPU needs libtpu, which is not installed: pip install 'f2llm-jax[tpu]'")
@@ -195,7 +195,7 @@ def topology_devices(topology: Topology) -> list[Any]:
     from jax.errors import JaxRuntimeError
     from jax.experimental import topologies
 
-    # Up to four chips a host, or what there is of a smaller slice. Which chips share a host changes no program.
+    # Up to four chips per host, fewer in a smaller slice. Which chips share a host does not affect programs.
     x, y = topology.shape[:2]
     options: dict[str, Any] = {"chips_per_host_bounds": [min(x, 2), min(y, 2), 1]}
     if topology.chip.config:

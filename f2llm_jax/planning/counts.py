@@ -1,10 +1,10 @@
-"""FLOPs, bytes and memory of encoding and training, counted from a model's sizes: before anything is compiled.
+"""FLOPs, bytes and memory of encoding and training, counted from a model's sizes before anything is compiled.
 
-FLOPs are exact for the matrix products. Memory traffic, ICI traffic and memory are estimates: they rank meshes, and
-stand beside what the compiled program says. Dimensions: d hidden, n query heads, k key/value heads, h head_dim,
-f intermediate; all numbers are those of one device.
+FLOPs are exact for the matrix products. Memory traffic, ICI traffic and memory are estimates: they rank meshes, and are
+reported beside the figures of the compiled program. Dimensions: d hidden, n query heads, k key/value heads, h head_dim,
+f intermediate; all numbers are per device unless stated otherwise.
 
-``itemsize`` is that of the operands of projections. Of int8 only they are: all else is bfloat16 then.
+``itemsize`` is the size of the operands of projections. With int8, everything else is bfloat16.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Flops:
 
     Attributes:
         projections: products with weights.
-        attention: scores and weighted sums, the causal half alone; as the kernel computes them in a backward pass.
-        end_attention: those of a few queries with whole rows, which are plain products whatever the kernel is.
+        attention: attention scores and weighted sums, causal half only; in backward passes as the kernel computes them.
+        end_attention: attention of a few queries over whole rows, which are plain products with any kernel.
         loss: cosines of a training step.
     """
 
@@ -63,7 +63,7 @@ class Flops:
         return sum(dataclasses.astuple(self))
 
     def seconds(self, chip: Chip, itemsize: int) -> float:
-        """At the chip's peak rates."""
+        """Time at the chip's peak rates."""
         others = self.total - self.projections
         return self.projections / chip.rate(itemsize) + others / chip.rate(value_size(itemsize))
 
@@ -76,13 +76,13 @@ class Flops:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What a step costs one device by these counts alone.
+    """The cost of a step on one device, from these counts only.
 
     Attributes:
         flops: see ``Flops``.
-        hbm_bytes: read from and written to HBM.
-        ici_bytes: received from other devices.
-        memory_bytes: needed at the peak.
+        hbm_bytes: bytes read from and written to HBM.
+        ici_bytes: bytes received from other devices.
+        memory_bytes: peak memory.
     """
 
     flops: Flops
@@ -91,7 +91,7 @@ class Estimate:
     memory_bytes: float
 
     def seconds(self, topology: Topology, itemsize: int) -> tuple[float, float, float]:
-        """Compute, HBM, ICI; of projections whose operands have so many bytes."""
+        """Seconds of compute, HBM and ICI, if the operands of projections have ``itemsize`` bytes."""
         chip = topology.chip
         everywhere = topology.ici_bandwidth(itertools.product(*map(range, topology.shape)))
         return (
@@ -102,41 +102,41 @@ class Estimate:
 
 
 def value_size(itemsize: int) -> int:
-    """Bytes of what is no operand of a projection."""
+    """Bytes per value of everything but operands of projections."""
     return max(itemsize, 2)
 
 
 def layer_weights(config: ModelConfig) -> int:
-    """Elements of a layer's projections."""
+    """Elements of the projections of one layer."""
     d, f, h = config.hidden_size, config.intermediate_size, config.head_dim
     return d * h * 2 * (config.num_attention_heads + config.num_key_value_heads) + 3 * d * f
 
 
 def key_value_weights(config: ModelConfig) -> int:
-    """Those of ``layer_weights`` that make keys and values."""
+    """The part of ``layer_weights`` that projects to keys and values."""
     return config.hidden_size * config.head_dim * 2 * config.num_key_value_heads
 
 
 def parameters(config: ModelConfig) -> int:
-    """Elements of the table and the projections; what the norms hold is negligible."""
+    """Elements of the embedding table and the projections; norm weights are negligible."""
     return config.vocab_size * config.hidden_size + config.num_hidden_layers * layer_weights(config)
 
 
 def parameter_bytes(config: ModelConfig, itemsize: int) -> int:
-    """Of ``parameters``."""
+    """Bytes of ``parameters``."""
     layers = config.num_hidden_layers * layer_weights(config)
     return value_size(itemsize) * (parameters(config) - layers) + itemsize * layers
 
 
 def forward_flops(config: ModelConfig, texts: int, length: int) -> Flops:
-    """Of the forward pass of ``texts`` texts of ``length`` tokens, on all devices together."""
+    """Forward pass over ``texts`` texts of ``length`` tokens, on all devices together."""
     return flops_of_lengths(config, texts * length, texts * length**2)
 
 
 def forward_flops_of_ends(config: ModelConfig, rows: int, length: int, slots: int) -> Flops:
-    """``forward_flops`` where of each row only the ends of texts in its slots are wanted, if these are few.
+    """``forward_flops`` if only the last states of texts are needed, at most ``slots`` per row.
 
-    Then the last layer computes nothing else, but for keys and values.
+    If ``ends_are_few``, the last layer computes nothing else, except keys and values.
     """
     whole, layers = forward_flops(config, rows, length), config.num_hidden_layers
     if not ends_are_few(slots, rows, length):
@@ -150,24 +150,24 @@ def forward_flops_of_ends(config: ModelConfig, rows: int, length: int, slots: in
 
 
 def flops_of_lengths(config: ModelConfig, tokens: int, squares: int) -> Flops:
-    """Of the forward pass of texts that have so many tokens in all, and this sum of squared lengths."""
+    """Forward pass over texts with ``tokens`` tokens in total, whose squared lengths sum to ``squares``."""
     heads = config.num_attention_heads * config.head_dim
     layers = config.num_hidden_layers
     return Flops(
         projections=2.0 * layer_weights(config) * layers * tokens,
-        # q · k and weights · v, for each of the length · (length + 1) / 2 pairs that a causal mask leaves.
+        # q · k and weights · v, for each of the length · (length + 1) / 2 pairs that the causal mask leaves.
         attention=2.0 * heads * layers * (squares + tokens),
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Passes:
-    """How often a training step runs which part of the layers.
+    """How often a training step runs each part of the layers.
 
     Attributes:
-        projections: forward passes over the projections, a backward pass counting as two.
-        attention: forward passes over attention, a backward pass counting as ``ATTENTION_BACKWARD`` of the kernel.
-        end_attention: the same of a last layer's few queries, which no kernel computes.
+        projections: forward passes over the projections; a backward pass counts as two.
+        attention: forward passes over attention; a backward pass counts as ``ATTENTION_BACKWARD`` of the kernel.
+        end_attention: the same for the few queries of the last layer, which are computed without a kernel.
     """
 
     projections: float
@@ -176,15 +176,15 @@ class Passes:
 
 
 ATTENTION_BACKWARD = {"reference": 2.0, "ragged": 2.5, "blocked": 3.0, "splash": 3.5}
-"""Products of a backward pass over products of a forward pass: autodiff keeps the weights and has 4 to 2; flash kernels
-compute the scores again, the splash kernel in each of its two (dq: 3 products, dk and dv: 4); blocked computes a whole
-forward pass again."""
+"""Products of a backward pass over products of a forward pass. Autodiff keeps the attention weights: 4 to 2. Flash
+kernels recompute the scores, splash in both of its kernels (dq: 3 products, dk and dv: 4). Blocked recomputes a whole
+forward pass."""
 
 
 def training_passes(config: ModelConfig, *, cached: bool, remat: str, kernel: str) -> Passes:
-    """Passes of a step: with cached gradients one more forward pass; with remat a part of one, within the backward.
+    """Passes of a step; GradCache adds a forward pass, and remat adds a part of one within the backward pass.
 
-    A layer that is computed again stops short of its last projection, whose result no gradient needs.
+    A rematerialised layer omits its last projection, as no gradient needs the result.
     """
     last = config.hidden_size * config.intermediate_size / layer_weights(config)
     again_projections, again_attention = {
@@ -201,7 +201,7 @@ def training_passes(config: ModelConfig, *, cached: bool, remat: str, kernel: st
 
 
 def layers_flops(config: ModelConfig, work: TrainWork, passes: Passes) -> Flops:
-    """Of the layers in a training step, on all devices together."""
+    """FLOPs of the layers in a training step, on all devices together."""
     whole = forward_flops(config, work.rows, work.length)
     of_ends = forward_flops_of_ends(config, work.rows, work.length, work.slots)
     few = has_few_layers(config.num_hidden_layers)
@@ -218,10 +218,10 @@ def layers_flops(config: ModelConfig, work: TrainWork, passes: Passes) -> Flops:
 
 
 def layers_spared_again(config: ModelConfig, work: TrainWork, *, alone: bool) -> float:
-    """FLOPs of projections that are not computed again: of each layer the last, whose result no gradient needs.
+    """FLOPs of projections that are not rematerialised: the last of each layer, as no gradient needs the result.
 
-    Where the last layer is computed ``alone``, and in no loop over chunks, the compiler takes its keys and values from
-    the forward pass.
+    If the last layer is computed ``alone``, and not in a loop over chunks, the compiler also reuses its keys and values
+    from the forward pass.
     """
     tokens, last_tokens = work.rows * work.length, work.rows * (work.slots if alone else work.length)
     positions = (config.num_hidden_layers - 1) * tokens + last_tokens
@@ -232,13 +232,13 @@ def layers_spared_again(config: ModelConfig, work: TrainWork, *, alone: bool) ->
 
 
 def loss_flops(hidden: int, queries: int, negatives: int, mrl_dims: tuple[int, ...]) -> float:
-    """Cosines of each query with its passage and negatives, and with all passages; forward, and twice backward."""
+    """Cosines of each query with its passage and negatives and with all passages; the backward pass counts twice."""
     dims = sum(matryoshka_weights(hidden, mrl_dims))
     return 3 * 2.0 * dims * queries * (1 + negatives + queries)
 
 
 def layer_traffic(config: ModelConfig, tokens: float, tensor: int, itemsize: int) -> float:
-    """HBM bytes of a layer's forward pass: what its products and what is fused around them read and write."""
+    """HBM bytes of a layer's forward pass: reads and writes of its products and of the operations fused with them."""
     weights = itemsize * layer_weights(config) / tensor
     itemsize = value_size(itemsize)
     d, f = config.hidden_size, config.intermediate_size / tensor
@@ -260,14 +260,14 @@ def layer_traffic(config: ModelConfig, tokens: float, tensor: int, itemsize: int
 
 
 def layer_exchange(config: ModelConfig, tokens: float, axes: Axes, itemsize: int) -> tuple[float, float]:
-    """ICI bytes of a layer's forward pass: gathering its weights over fsdp; adding up its two results over tensor."""
+    """ICI bytes of a layer's forward pass: all-gather of weights over fsdp, all-reduce of both results over tensor."""
     gather = (axes.fsdp - 1) / axes.fsdp * itemsize * layer_weights(config) / axes.tensor
     reduce = 2 * 2 * (axes.tensor - 1) / axes.tensor * FLOAT32 * config.hidden_size * tokens
     return gather, reduce
 
 
 def working_set(config: ModelConfig, tokens: float, tensor: int, itemsize: int) -> float:
-    """Bytes alive at once inside a layer: the residual stream and the widest of what is made from it."""
+    """Bytes alive at once inside a layer: the residual stream and the widest intermediate results."""
     itemsize = value_size(itemsize)
     d, f = config.hidden_size, config.intermediate_size / tensor
     heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim / tensor
@@ -275,7 +275,7 @@ def working_set(config: ModelConfig, tokens: float, tensor: int, itemsize: int) 
 
 
 def estimate_encode(config: ModelConfig, axes: Axes, *, rows: int, length: int, slots: int, itemsize: int) -> Estimate:
-    """Of encoding rows of ``length`` tokens, with ``slots`` for texts in each, over a mesh."""
+    """Cost of encoding rows of ``length`` tokens, with ``slots`` text slots per row, on a mesh."""
     tokens, layers = rows * length / axes.batch_parts, config.num_hidden_layers
     flops = forward_flops_of_ends(config, rows, length, slots)
     gather, reduce = layer_exchange(config, tokens, axes, itemsize)
@@ -293,20 +293,20 @@ def estimate_encode(config: ModelConfig, axes: Axes, *, rows: int, length: int, 
 
 @dataclasses.dataclass(frozen=True)
 class TrainWork:
-    """What a training step works on.
+    """The work of a training step.
 
     Attributes:
-        queries: of the global batch.
-        negatives: of each.
-        runs: rows of each run of the model: of the queries and of the documents, or of all of them packed.
-        length: tokens of every row.
-        slots: for texts in a row.
-        chunk_rows: rows computed at a time with cached gradients; 0 for all, directly.
+        queries: queries in the global batch.
+        negatives: negatives per query.
+        runs: rows in each run of the model: queries and documents, or everything packed.
+        length: tokens per row.
+        slots: text slots per row.
+        chunk_rows: rows computed at a time with GradCache; 0 for all at once, without it.
         remat: see ``model.REMAT_POLICIES``.
-        kernel: of attention.
-        mrl_dims: of the losses.
-        itemsize: bytes of an operand.
-        param_itemsize: bytes of a parameter and of each of its two moments.
+        kernel: the attention kernel.
+        mrl_dims: Matryoshka sizes of the losses.
+        itemsize: bytes per operand.
+        param_itemsize: bytes per parameter, and of each of its two moments.
     """
 
     queries: int
@@ -327,7 +327,7 @@ class TrainWork:
 
     @property
     def chunks(self) -> int:
-        """Runs of the model over a part of the batch."""
+        """Number of runs of the model, each over a part of the batch."""
         if not self.chunk_rows:
             return len(self.runs)
         return sum(math.ceil(rows / self.chunk_rows) for rows in self.runs)
@@ -338,7 +338,7 @@ class TrainWork:
 
 
 def estimate_train(config: ModelConfig, axes: Axes, work: TrainWork, teacher: ModelConfig | None = None) -> Estimate:
-    """Of a training step over a mesh."""
+    """Cost of a training step on a mesh."""
     layers, shards = config.num_hidden_layers, axes.fsdp * axes.tensor
     tokens = work.rows * work.length / axes.batch_parts
     passes = training_passes(config, cached=bool(work.chunk_rows), remat=work.remat, kernel=work.kernel)
@@ -347,12 +347,12 @@ def estimate_train(config: ModelConfig, axes: Axes, work: TrainWork, teacher: Mo
     weights_chip = parameters(config) / shards
     runs = work.chunks / (work.rows / work.rows_at_once) if work.chunk_rows else 1.0
     gather, reduce = layer_exchange(config, tokens / work.chunks, axes, work.itemsize)
-    # A backward pass adds up the gradients of the weights it gathered: scattered over fsdp, then over the replicas.
+    # A backward pass reduces the gradients of the weights: reduce-scatter over fsdp, then all-reduce over the replicas.
     gradients = FLOAT32 * layer_weights(config) / axes.tensor
     gradients = gradients * ((axes.fsdp - 1) / axes.fsdp + 2 * (axes.data - 1) / axes.data / axes.fsdp)
-    gathers = passes.projections - 1.0  # a backward pass takes them once, for both of its products
+    gathers = passes.projections - 1.0  # a backward pass gathers weights once for both of its products
     hbm_bytes = passes.projections * layers * layer_traffic(config, tokens, axes.tensor, work.itemsize) * runs
-    # Gradients of each chunk are added to a float32 sum; the optimizer reads and writes parameters and moments.
+    # The gradients of each chunk are added to a float32 sum; the optimizer reads and writes parameters and moments.
     hbm_bytes += weights_chip * (work.chunks * 3 * FLOAT32 + 6 * work.param_itemsize + 2 * FLOAT32)
     chunk_tokens = work.rows_at_once * work.length / axes.batch_parts
     kept = {"none": 5.0, "dots": 4.0, "full": 1.0}[work.remat] * FLOAT32 * config.hidden_size * chunk_tokens * layers

@@ -1,8 +1,8 @@
-"""What a compiled program does, read from its HLO text: products, memory traffic, collectives, times the loops' trips.
+"""Counts what a compiled program does from its HLO text: products, memory traffic and collectives, loops included.
 
-The compiler's own ``cost_analysis`` counts the body of a loop once, whatever its trip count, and does not say what the
-collectives move. Here every instruction counts as often as it runs. Pallas kernels are one opaque instruction: their
-operands and results count, their arithmetic does not.
+The compiler's own ``cost_analysis`` counts the body of a loop once, whatever its trip count, and does not report the
+traffic of collectives. Here every instruction counts as often as it runs. A Pallas kernel is one opaque instruction:
+its operands and results count, its arithmetic does not.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 
-# Neither reads nor writes memory by itself: names for what others hold, and ends of what a -start began.
+# Opcodes that neither read nor write memory; most only name values of other instructions.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 
 
 class Shape(NamedTuple):
-    """An array of a program: its dimensions, bytes, and whether it lies in HBM (not in memory on the core)."""
+    """An array of a program: its dimensions, its bytes, and whether it is in HBM or in memory on the core."""
 
     dims: tuple[int, ...]
     nbytes: int
@@ -45,7 +45,7 @@ class Instruction(NamedTuple):
     is_root: bool
 
     def attribute(self, name: str) -> str | None:
-        """The value of ``name=value`` up to the next comma or space outside of braces and brackets."""
+        """The value of ``name=value``, up to the next comma outside of braces, brackets and parentheses."""
         found = re.search(rf"(?:^|[ ,]){name}=", self.rest)
         if found is None:
             return None
@@ -63,11 +63,11 @@ class Collective(NamedTuple):
 
     Attributes:
         kind: one of ``COLLECTIVES``.
-        dims: of the array that is gathered, reduced, or exchanged: the largest of operand and result.
-        nbytes: its bytes.
-        groups: partition ids [groups, members] that take part together.
+        dims: dimensions of the array that is gathered, reduced or exchanged: the larger of operand and result.
+        nbytes: bytes of that array.
+        groups: partition ids [groups, members] of the devices that communicate.
         times: how often it runs.
-        source: where in the model it comes from.
+        source: the operation in the model that it comes from.
     """
 
     kind: str
@@ -79,7 +79,7 @@ class Collective(NamedTuple):
 
     @property
     def sent_bytes(self) -> float:
-        """What a device receives (and sends), all times together, by the usual ring algorithms."""
+        """Bytes that a device receives (and sends) in all runs together, with the usual ring algorithms."""
         n = self.groups.shape[1]
         if self.kind == "collective-permute":
             return float(self.nbytes * self.times)
@@ -91,11 +91,11 @@ class Program:
     """What one device does in a run of a program.
 
     Attributes:
-        flops: of its matrix products, 2 per multiply-add, outside of Pallas kernels.
-        flops_once: the same with every loop body counted once, as the compiler's ``cost_analysis`` counts.
-        hbm_bytes: read from and written to HBM.
-        collectives: in the order they appear.
-        kernels: {name of a custom call: how often it runs}, Pallas kernels as ``tpu_custom_call``.
+        flops: FLOPs of its matrix products, 2 per multiply-add, outside of Pallas kernels.
+        flops_once: the same with every loop body counted once, as in the compiler's ``cost_analysis``.
+        hbm_bytes: bytes read from and written to HBM.
+        collectives: the collectives in order of appearance.
+        kernels: {name of a custom call: how often it runs}; Pallas kernels are ``tpu_custom_call``.
         unknown_loops: loops whose trip count could not be read; they count once.
     """
 
@@ -108,13 +108,13 @@ class Program:
 
 
 def read_program(text: str) -> Program:
-    """Counts a compiled module.
+    """Analyses a compiled module.
 
     Args:
-        text: the optimised HLO, as ``compiled.as_text()`` gives it.
+        text: the optimised HLO, as returned by ``compiled.as_text()``.
 
     Raises:
-        ValueError: it has no entry computation.
+        ValueError: there is no entry computation.
     """
     return _Reader(text).read()
 
@@ -130,7 +130,7 @@ class _Reader:
         return self.program
 
     def _visit(self, computation: str, times: int) -> None:
-        """Counts a computation whose instructions run one after the other."""
+        """Counts an unfused computation that runs ``times`` times."""
         instructions = self.computations[computation]
         for instruction in instructions.values():
             opcode = instruction.opcode
@@ -151,13 +151,13 @@ class _Reader:
     def _count(
         self, instruction: Instruction, instructions: dict[str, Instruction], times: int, is_fused: bool = False
     ) -> None:
-        """Counts products, collectives and kernels of an instruction, and of those fused into it."""
+        """Counts the products, collectives and kernels of an instruction, including those fused into it."""
         opcode = instruction.opcode
         if opcode in ("fusion", "async-start"):
             fused = self.computations[_called(instruction, "calls")]
             scatters = "reduce-scatter" in instruction.name or "reduce-scatter" in _called(instruction, "calls")
             for inner in fused.values():
-                if scatters and inner.opcode == "all-reduce":  # a reduce-scatter, as the TPU compiler writes it
+                if scatters and inner.opcode == "all-reduce":  # how the TPU compiler writes a reduce-scatter
                     inner = inner._replace(opcode="reduce-scatter")
                 self._count(inner, fused, times, is_fused=True)
         elif opcode in ("dot", "convolution"):
@@ -175,13 +175,13 @@ class _Reader:
         self, instruction: Instruction, instructions: dict[str, Instruction], times: int, is_fused: bool
     ) -> None:
         operands = [instructions[name].shapes[0] for name in instruction.operands]
-        if len(operands) > 1:  # several arrays in one go
+        if len(operands) > 1:  # several arrays in one collective
             shape = Shape((), sum(x.nbytes for x in operands), False)
             results = Shape((), sum(x.nbytes for x in instruction.shapes), False)
             shape = max(shape, results, key=lambda x: x.nbytes)
         else:
             shape = max((*operands, *instruction.shapes), key=lambda x: x.nbytes)
-        # A collective that runs beside other work stands in each of the fusions that it runs beside.
+        # A collective that overlaps with other work appears in each of the fusions that it overlaps with.
         key = (instruction.attribute("channel_id"), instruction.opcode, shape)
         if is_fused and key in self.seen:
             return
@@ -199,7 +199,7 @@ class _Reader:
         )
 
     def _traffic(self, instruction: Instruction, instructions: dict[str, Instruction]) -> float:
-        """Bytes that an instruction reads from HBM and writes to it."""
+        """Bytes that an instruction reads from and writes to HBM."""
         opcode = instruction.opcode
         if opcode in _FREE or opcode.endswith(("-done", "-update")):
             return 0
@@ -210,7 +210,7 @@ class _Reader:
             root = next(x for x in self.computations[_called(instruction, "calls")].values() if x.is_root)
             return _hbm(root.shapes) + sum(map(_hbm, operands))
         results = instruction.shapes
-        if opcode.endswith("-start"):  # (source, destination, …) or (destination, source, …): both once
+        if opcode.endswith("-start"):  # (source, destination, …) or (destination, source, …): each counts once
             size = min((x.nbytes for x in results[:2]), default=0)
             return sum(size for x in results[:2] if x.in_hbm)
         if opcode == "dynamic-slice":
@@ -220,9 +220,9 @@ class _Reader:
         return _hbm(results) + sum(map(_hbm, operands))
 
     def _fusion_traffic(self, fusion: Instruction, operands: Sequence[Sequence[Shape]]) -> float:
-        """What a fusion's operands and results are in HBM: only the slices of those that it reads or writes in slices.
+        """HBM bytes of a fusion's operands and results; if it reads or writes only slices, only these count.
 
-        What only passes through, to a collective that runs meanwhile, does not count.
+        Values that are only passed through to an overlapping collective do not count.
         """
         fused = self.computations[_called(fusion, "calls")]
         users: dict[str, list[Instruction]] = {}
@@ -245,7 +245,7 @@ class _Reader:
     def _read(
         self, name: str, shape: Shape, users: dict[str, list[Instruction]], fused: dict[str, Instruction]
     ) -> float:
-        """Bytes of a fusion's operand that it reads."""
+        """Bytes that a fusion reads from one of its operands."""
         total = 0.0
         for user in users.get(name, ()):
             if user.opcode == "tuple" or user.opcode in COLLECTIVES:
@@ -261,7 +261,7 @@ class _Reader:
         return min(total, shape.nbytes)
 
     def _trips(self, loop: Instruction, instructions: dict[str, Instruction]) -> int | None:
-        """How often a loop runs: from its counter's first value to the constant that its condition compares with."""
+        """Trip count of a loop: from the initial value of its counter to the constant in its condition."""
         known = re.search(r'known_trip_count[^}]*?"n":"(\d+)"', loop.rest)
         if known:
             return int(known[1])
@@ -285,16 +285,16 @@ class _Reader:
 
 
 def dot_flops(instruction: Instruction, lhs: Sequence[int], rhs: Sequence[int]) -> float:
-    """2 per multiply-add of a dot: results times the contracted sizes."""
+    """FLOPs of a dot, 2 per multiply-add: elements of the result times the contracted sizes."""
     contracted = _numbers(instruction.attribute("lhs_contracting_dims") or "")
     return 2.0 * math.prod(instruction.shapes[0].dims) * math.prod(lhs[i] for i in contracted)
 
 
 def convolution_flops(instruction: Instruction, lhs: Sequence[int], rhs: Sequence[int]) -> float:
-    """2 per multiply-add of a convolution, without those that meet padding.
+    """FLOPs of a convolution, 2 per multiply-add, without those on padding.
 
-    The TPU compiler writes matrix products as convolutions; a batch of them becomes a window that is dilated and padded
-    so that it meets one entry at a time. So positions count as XLA's HloCostAnalysis counts them, one by one.
+    The TPU compiler writes matrix products as convolutions; a batch of products becomes a window that is dilated and
+    padded so that it covers one entry at a time. So positions are counted one by one, as in XLA's HloCostAnalysis.
     """
     labels = instruction.attribute("dim_labels") or ""
     lhs_labels, rhs_labels, _ = re.split(r"_|->", labels)
@@ -327,7 +327,7 @@ def convolution_flops(instruction: Instruction, lhs: Sequence[int], rhs: Sequenc
 def _valid_positions(
     length: int, window: int, stride: int, low: int, high: int, lhs_dilate: int, rhs_dilate: int
 ) -> int:
-    """Pairs (output, window position) along an axis that meet an entry of the left operand, not padding or a hole."""
+    """Pairs (output, window position) along an axis that fall on an entry of lhs, not on padding or a dilation gap."""
     dilated = (length - 1) * lhs_dilate + 1
     outputs = (dilated + low + high - ((window - 1) * rhs_dilate + 1)) // stride + 1
     position = np.arange(outputs)[:, None] * stride + np.arange(window)[None, :] * rhs_dilate - low
@@ -335,7 +335,7 @@ def _valid_positions(
 
 
 def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-    """{computation: {name: instruction}}, and which is the entry."""
+    """{computation: {name: instruction}}, and the name of the entry computation."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = None, None
     for line in text.splitlines():
@@ -361,13 +361,13 @@ def _parse_instruction(line: str) -> Instruction:
     begin = rest.index("(")
     end = _closing(rest, begin)
     opcode, inside, rest = rest[:begin], rest[begin + 1 : end], rest[end + 1 :].lstrip(", ")
-    if opcode in ("constant", "parameter"):  # what stands in the parentheses is a value or a number
+    if opcode in ("constant", "parameter"):  # the parentheses hold a value or a number, not operands
         inside, rest = "", inside
     return Instruction(name.lstrip("%"), _shapes(shapes), opcode, tuple(_NAME.findall(inside)), rest, is_root)
 
 
 def _closing(text: str, begin: int) -> int:
-    """Where the parenthesis at ``begin`` closes."""
+    """The position at which the parenthesis at ``begin`` closes."""
     depth = 0
     for index in range(begin, len(text)):
         depth += (text[index] == "(") - (text[index] == ")")
@@ -411,7 +411,7 @@ def _branches(instruction: Instruction) -> Iterator[str]:
 
 
 def _groups(instruction: Instruction) -> np.ndarray:
-    """Partition ids that take part together, [groups, members], from any of HLO's ways to write them."""
+    """Partition ids of the devices that communicate, [groups, members], from any of HLO's notations."""
     pairs = instruction.attribute("source_target_pairs")
     if pairs is not None:
         return np.array(_numbers(pairs)).reshape(-1, 2)
@@ -432,7 +432,7 @@ def _groups(instruction: Instruction) -> np.ndarray:
 
 
 def total_by_kind(collectives: Sequence[Collective]) -> dict[str, tuple[int, float]]:
-    """{kind: (how many run, bytes a device receives)}."""
+    """{kind: (number of runs, bytes that a device receives)}."""
     ordered = sorted(collectives, key=lambda x: x.kind)
     grouped = {kind: list(group) for kind, group in itertools.groupby(ordered, key=lambda x: x.kind)}
     return {kind: (sum(x.times for x in xs), sum(x.sent_bytes for x in xs)) for kind, xs in grouped.items()}

@@ -1,4 +1,4 @@
-"""What is to be done on a slice: encoding a batch of texts, or a step of a training recipe."""
+"""The jobs that are planned for a slice: encoding a batch of texts, or a step of a training recipe."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job(ABC):
-    """What encoding and training have in common: rows of texts that are all of one length.
+    """What encoding and training have in common: rows of texts of equal length.
 
     Attributes:
         config: the model's sizes.
-        length: tokens of every text.
-        batch_tokens: tokens computed at a time, on all devices together; None for what encoding does by itself, or
-            what fits in training.
+        length: tokens per text.
+        batch_tokens: tokens computed at a time, on all devices together; None for the default of encoding, or for as
+            many as fit in training.
     """
 
     do: ClassVar[str]
@@ -46,23 +46,23 @@ class Job(ABC):
 
     @property
     def models(self) -> tuple[ModelConfig, ...]:
-        """The sizes of all models that it runs."""
+        """The sizes of all models that the job runs."""
         return (self.config,)
 
     @property
     @abstractmethod
     def itemsize(self) -> int:
-        """Bytes of an operand of projections."""
+        """Bytes per operand of projections."""
 
     @property
     @abstractmethod
     def packed(self) -> bool:
-        """Whether texts share rows: as many as there is room for."""
+        """Whether rows are packed, with as many texts as fit."""
 
     @property
     @abstractmethod
     def row_length(self) -> int:
-        """Tokens of a row."""
+        """Tokens per row."""
 
     @property
     def texts_per_row(self) -> int:
@@ -70,29 +70,29 @@ class Job(ABC):
 
     @property
     def padding(self) -> float:
-        """The share of a row's tokens that belong to no text."""
+        """The share of padding in a row."""
         return 1 - self.texts_per_row * self.length / self.row_length
 
     @property
     def slots(self) -> int:
-        """For texts in a row."""
+        """Text slots per row."""
         return row_slots(self.row_length, self.texts_per_row, short=False) if self.packed else 1
 
     @abstractmethod
     def rows_at_once(self, axes: Axes) -> Iterator[int]:
-        """How many rows can be computed at a time: what is asked, or all that divide over the mesh, most first."""
+        """How many rows to compute at a time: the number asked for, or all that divide over the mesh, largest first."""
 
     @abstractmethod
     def texts(self, rows_at_once: int) -> int:
-        """Of a step, on all devices together."""
+        """Texts per step, on all devices together."""
 
     @abstractmethod
     def nothing_divides(self, over: object) -> str:
-        """Says that there are no ``rows_at_once``."""
+        """The error message if there are no ``rows_at_once``."""
 
     @abstractmethod
     def estimate(self, axes: Axes, rows_at_once: int) -> Estimate:
-        """What a step costs, from the sizes."""
+        """The cost of a step, estimated from the sizes."""
 
     @abstractmethod
     def program(self, mesh: jax.sharding.Mesh, rows_at_once: int) -> AbstractProgram:
@@ -105,7 +105,7 @@ class Job(ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodeJob(Job):
-    """A batch of texts, in the rows that an ``Encoder`` chooses by default.
+    """A batch of texts, in rows as an ``Encoder`` lays them out by default.
 
     Attributes:
         dtype: as for ``load``.
@@ -125,7 +125,7 @@ class EncodeJob(Job):
 
     @property
     def packed(self) -> bool:
-        """If no more is computed so."""
+        """Whether packing computes no more tokens than one text per row."""
         row_length, bucket_length = self._lengths
         return row_length <= bucket_length * (row_length // self.length)
 
@@ -135,7 +135,7 @@ class EncodeJob(Job):
 
     @property
     def _lengths(self) -> tuple[int, int]:
-        """Tokens of a packed row, and of a text's own."""
+        """Tokens of a packed row, and of a row with one text."""
         longest = self.config.max_position_embeddings
         packed = next(length for length in Packing.on("tpu", 1, longest).lengths if length >= self.length)
         return packed, Buckets(1, longest).full(self.length).length
@@ -164,12 +164,12 @@ class EncodeJob(Job):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainJob(Job):
-    """A step of a recipe on a batch of retrieval.
+    """A step of a recipe on a retrieval batch.
 
     Attributes:
-        recipe: the run.
-        teacher: the sizes of the recipe's teacher; None for none, and where its states are read from disk.
-        negatives: of each query.
+        recipe: the recipe.
+        teacher: the sizes of the recipe's teacher; None without a teacher, or if its states are read from disk.
+        negatives: negatives per query.
     """
 
     do = "train"
@@ -204,13 +204,13 @@ class TrainJob(Job):
         return self._packing(1).lengths(self.length)[-1] if self.packed else self.length
 
     def _packing(self, multiple: int) -> TrainPacking:
-        """The shapes of the recipe's batches, whose rows are a multiple of a number."""
+        """The shapes of the recipe's batches, with the number of rows a multiple of ``multiple``."""
         from f2llm_jax.train.packing import TrainPacking
 
         return TrainPacking.on("tpu", multiple, self.recipe.compute.chunk_rows)
 
     def _runs(self, axes: Axes) -> tuple[int, ...]:
-        """Rows of each run of the model: of all texts packed, or of the queries and of the documents."""
+        """Rows in each run of the model: all texts packed, or queries and documents."""
         if self.packed:
             rows = math.ceil(self._texts / self.texts_per_row)
             return (self._packing(axes.batch_parts).rows(rows),)
@@ -227,7 +227,7 @@ class TrainJob(Job):
             if wanted >= sum(runs):
                 yield sum(runs)
             elif wanted >= parts and not wanted % parts and not any(rows % min(wanted, rows) for rows in runs):
-                yield wanted  # of other numbers training adds rows to a packed batch
+                yield wanted  # with any other number, training pads a packed batch with rows
         elif self.recipe.compute.chunk_rows:
             yield self.recipe.compute.chunk_rows
         else:
@@ -239,7 +239,7 @@ class TrainJob(Job):
 
     @property
     def _texts(self) -> int:
-        """Queries, passages and negatives, however many rows are computed at a time."""
+        """Queries, passages and negatives of a step, independent of the rows computed at a time."""
         return self.recipe.data.batch_size * (2 + self.negatives)
 
     def nothing_divides(self, over: object) -> str:
@@ -279,5 +279,5 @@ class TrainJob(Job):
 
 
 def divisors(n: int) -> list[int]:
-    """Of a positive number, ascending."""
+    """The divisors of a positive number, ascending."""
     return [divisor for divisor in range(1, n + 1) if n % divisor == 0]

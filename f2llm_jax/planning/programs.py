@@ -1,4 +1,4 @@
-"""The programs that encoding and training run, with abstract arguments that lie where the real ones would."""
+"""The programs of encoding and training, with abstract arguments that are sharded like the real ones."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class AbstractProgram:
     """A program that can be compiled.
 
     Attributes:
-        lower: gives the ``jax.stages.Lowered``.
-        state: what it keeps on the devices from step to step, {"parameters": tree, "optimizer": tree, …}.
+        lower: returns the ``jax.stages.Lowered``.
+        state: what stays on the devices from step to step, {"parameters": tree, "optimizer": tree, …}.
     """
 
     lower: Callable[[], Any]
@@ -48,9 +48,9 @@ def encode_program(
 
     Args:
         config: the sizes.
-        mesh: of compile-only devices.
-        rows, length: of the batch.
-        slots: for texts in each packed row; None for a text a row.
+        mesh: a mesh of compile-only devices.
+        rows, length: the shape of the batch.
+        slots: text slots per packed row; None for one text per row.
         dtype: as for ``load``.
     """
     config = padded_config(config, mesh)
@@ -84,13 +84,13 @@ def train_program(
     """A training step of a recipe, with all its losses.
 
     Args:
-        recipe: the run; with ``teacher_states`` they are a part of the batch.
+        recipe: the recipe; if it has ``teacher_states``, these are part of the batch.
         config: the sizes.
-        mesh: of compile-only devices.
-        length: tokens of every text.
-        negatives: of each query.
-        packed: rows, their length and their slots for texts, in the packed layout; None for a text a row.
-        teacher: the sizes of what it distils from; None for no distillation.
+        mesh: a mesh of compile-only devices.
+        length: tokens per text.
+        negatives: negatives per query.
+        packed: number of rows, row length and text slots per row of the packed layout; None for one text per row.
+        teacher: the sizes of a teacher that runs in the step; None for none.
     """
     from f2llm_jax.train.batch import AnyTrainBatch, PackedTrainBatch, TeacherStates, TrainBatch
     from f2llm_jax.train.loop import make_update
@@ -147,7 +147,7 @@ def _params(config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
 
 
 def _int8_projections(params: Params, config: ModelConfig) -> Params:
-    """The parameters with int8 projections and their scales, as ``convert.load.load_params`` makes them."""
+    """The parameters with int8 projections and their scales, as returned by ``convert.load.load_params``."""
     flat = flatten_dict(params, sep=".")
     for tensor in tensor_table(config):
         if tensor.inputs:

@@ -1,4 +1,4 @@
-"""A plan for people, and for programs."""
+"""Formats a plan as text and as JSON."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _speed(plan: Plan) -> list[str]:
 
 
 def _rates(plan: Plan) -> str:
-    """TFLOP/s of all products, or, of int8, of attention's and of the projections'."""
+    """TFLOP/s of the products; with int8, those of attention and of the projections."""
     sizes = {value_size(plan.job.itemsize), plan.job.itemsize}
     return " to ".join(f"{rate / 1e12:.0f}" for rate in sorted({plan.topology.chip.rate(size) for size in sizes}))
 
@@ -143,7 +143,7 @@ def to_json(plan: Plan) -> str:
 
 
 def to_dict(plan: Plan) -> dict[str, object]:
-    """The plan as plain values: bytes, FLOPs, seconds; per device and step, unless the name says otherwise."""
+    """The plan as plain values: bytes, FLOPs, seconds, per device and step unless the name says otherwise."""
     job, memory, work = plan.job, plan.memory, plan.work
     return {
         "do": job.do,
