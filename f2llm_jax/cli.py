@@ -1,7 +1,8 @@
 """The ``f2llm`` command.
 
-A sub-command is a file of ``f2llm_jax/commands`` named in ``COMMANDS``: its docstring is its help, ``declare`` adds its
-arguments to a parser, ``run`` does the work and imports what is heavy, so that ``--help`` is there at once.
+A sub-command is a module in ``f2llm_jax/commands`` that is named in ``COMMANDS``: its docstring is its help,
+``declare`` adds its arguments to a parser, and ``run`` does the work and imports everything heavy, so that ``--help``
+is immediate.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        argv: the arguments; default those of the process.
+        argv: the arguments; default: those of the process.
 
     Returns:
-        The exit status: 0; 1 if ``verify`` found a difference or ``plan`` that it does not fit; 2 after an error, which
-        is one line on standard error; 130 after Ctrl-C; 141 when whoever read standard output has gone; 143 after a
-        SIGTERM that stopped ``train``.
-        Arguments that do not parse raise SystemExit(2), as argparse does.
+        The exit status: 0; 1 if ``verify`` finds a difference or ``plan`` finds that the job does not fit; 2 after an
+        error, which is one line on standard error; 130 after Ctrl-C; 141 if the reader of standard output has gone; 143
+        after a SIGTERM that stopped ``train`` or ``encode --corpus``.
+        Invalid arguments raise SystemExit(2), as in argparse.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # whatever the terminal cannot show is no reason to stop
+    if isinstance(sys.stdout, io.TextIOWrapper):  # characters that the terminal cannot show must not stop the command
         sys.stdout.reconfigure(errors="backslashreplace")
     args = make_parser().parse_args(argv)
     with warnings.catch_warnings():
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = args.run(args)
             sys.stdout.flush()
         except BrokenPipeError:
-            # The interpreter flushes standard output once more at exit: that must not meet the broken pipe again.
+            # The interpreter flushes standard output again at exit, which must not raise BrokenPipeError again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         except KeyboardInterrupt:

@@ -8,7 +8,7 @@ import numpy as np
 
 from f2llm_jax.errors import InputError
 
-# Scores held at a time, of as many queries as that is against a block; with what sorts them 0.3 GB.
+# Scores held at a time, which limits the queries compared with a block at once; 0.3 GB with the buffers for sorting.
 SCORES = 1 << 23
 
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -16,7 +16,7 @@ Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def inner_products(query_qd: np.ndarray, document_nd: np.ndarray) -> np.ndarray:
-    """[queries, documents]; the cosines of unit embeddings."""
+    """Scores [queries, documents]; cosines if the embeddings have unit norm."""
     return query_qd @ document_nd.T
 
 
@@ -25,24 +25,24 @@ def nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The documents most similar to each query.
 
-    Memory is one block, some million scores and the result, however many blocks and queries there are.
+    Memory holds one block, a few million scores and the result, whatever the number of blocks and queries.
 
     Args:
         query_qd: float32 [queries, dim].
-        blocks: the documents' embeddings in order, float32 [n, dim] at a time.
-        top: how many to find, at least 1.
-        score: what to compare by; more is nearer.
+        blocks: the documents' embeddings in order, in blocks of float32 [n, dim].
+        top: number of documents per query, at least 1.
+        score: the function to compare by; higher is nearer.
 
     Returns:
-        Scores float32 and document numbers int64, both [queries, min(top, documents)], best first; of equal scores the
-        earlier document comes first. A NaN is below all numbers.
+        Scores float32 and document indices int64, both [queries, min(top, documents)], best first; ties are ordered by
+        document index. A NaN ranks below all numbers.
 
     Raises:
         InputError: ``top`` is below 1.
     """
     if top < 1:
         raise InputError(f"top must be at least 1, not {top}")
-    # A score and a document number are carried as one integer, which sorts by score, then by position.
+    # A score and a document index are kept as one integer, which sorts by score, then by index.
     keys_qk = np.empty((len(query_qd), 0), np.uint64)
     count = 0
     for block_nd in filter(len, blocks):
@@ -62,7 +62,7 @@ _LAST = np.uint64(2**32 - 1)
 
 
 def _keys(scores_qn: np.ndarray, first: int) -> np.ndarray:
-    """uint64: above, the score's bits so that they order as the scores do; below, 2³² - 1 - document number."""
+    """uint64: upper half, the bits of the score, mapped to sort like the scores; lower half, 2³² - 1 - index."""
     bits_qn = (scores_qn.astype(np.float32) + np.float32(0)).view(np.uint32)  # + 0 makes -0 and 0 equal
     ordered_qn = np.where(bits_qn & _SIGN, ~bits_qn, bits_qn | _SIGN)
     ordered_qn[np.isnan(scores_qn)] = 0  # their bits are above infinity's

@@ -1,4 +1,4 @@
-"""Embeddings that ``f2llm encode`` wrote, read again: the folder of a corpus, or a single file."""
+"""Reads embeddings that ``f2llm encode`` wrote: the folder of a corpus, or a single file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from f2llm_jax.corpus_writer import MANIFEST, read_manifest
 from f2llm_jax.errors import InputError
 from f2llm_jax.quantization import dequantize
 
-# Rows of a single file that are read at a time; of a corpus it is a shard, which has as many by default.
+# Rows read at a time: as many as a shard of a corpus has by default.
 _BLOCK_ROWS = 16384
 
 _FILE_OUTPUTS = ("float32", "float16")
@@ -21,16 +21,16 @@ _FILE_OUTPUTS = ("float32", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class StoredEmbeddings:
-    """Where embeddings lie, and what they are.
+    """Where embeddings are stored, and in which form.
 
     Attributes:
         source: the folder or the file.
-        files: those that hold them, in order; each with the number of its rows.
-        dim: values of an embedding.
-        output: what they were written as, one of ``dtypes.FILE_OUTPUTS``.
-        ranges: float32 [2, dim] of int8.
-        model, model_sha256: the name of the model they are of, and its ``convert.digest.model_digest``; None for a
-            single file, which does not say.
+        files: the files that hold them, in order, each with its number of rows.
+        dim: dimensions of an embedding.
+        output: the form in which they were written, one of ``dtypes.FILE_OUTPUTS``.
+        ranges: float32 [2, dim], for int8.
+        model, model_sha256: the name of the model that wrote them, and its ``convert.digest.model_digest``; None for a
+            single file, which does not record them.
     """
 
     source: Path
@@ -46,9 +46,9 @@ class StoredEmbeddings:
         return sum(rows for _, rows in self.files)
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """All embeddings in order, float32 [n, dim] at a time, of length 1: products are cosines.
+        """All embeddings in order, in blocks of float32 [n, dim], with unit norm, so that products are cosines.
 
-        Those of int8, binary and ubinary are what ``quantization.dequantize`` makes of them.
+        int8, binary and ubinary embeddings are dequantised (``quantization.dequantize``).
         """
         for file, _ in self.files:
             for block in _read_blocks(file):
@@ -58,7 +58,7 @@ class StoredEmbeddings:
                 yield values_nd
 
     def ids(self, rows: np.ndarray) -> list[Any]:
-        """The ids of these rows, numbers from 0: of a .npy file the numbers themselves."""
+        """The ids of rows, which are counted from 0; for a .npy file, the row numbers themselves."""
         wanted, inverse = np.unique(rows, return_inverse=True)
         ids: list[Any] = []
         first = 0
@@ -71,11 +71,11 @@ class StoredEmbeddings:
 
 
 def open_stored(source: str | Path) -> StoredEmbeddings:
-    """Opens what ``f2llm encode`` wrote: with ``--corpus`` a folder, with ``--input`` a .npy or .parquet file.
+    """Opens what ``f2llm encode`` wrote: a folder with ``--corpus``, a .npy or .parquet file with ``--input``.
 
     Raises:
-        InputError: a folder that is unfinished, damaged or another command's, or a file that holds anything but float32
-            or float16 embeddings.
+        InputError: the folder is unfinished, damaged or from another command, or the file holds anything but float32 or
+            float16 embeddings.
         OSError: it cannot be read.
     """
     source = Path(source)
@@ -146,7 +146,7 @@ def _parquet_shape(file: Path) -> tuple[tuple[int, int], np.dtype]:
 
 
 def _read_blocks(file: Path) -> Iterator[np.ndarray]:
-    """As they were written, [n, values]."""
+    """The embeddings of a file as they were written, in blocks [n, values]."""
     if file.suffix == ".npy":
         embeddings = _npy(file)
         for first in range(0, len(embeddings), _BLOCK_ROWS):
