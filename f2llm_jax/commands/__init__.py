@@ -1,4 +1,4 @@
-"""The sub-commands of ``f2llm``, a file each, and the arguments that several of them take."""
+"""The sub-commands of ``f2llm``, one per module, and the arguments that several of them share."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from f2llm_jax.encoder import Encoder
 
 ALL_DEVICES = "all"
-"""The mesh of --mesh that has all devices along ``data``."""
+"""The value of --mesh for a mesh with all devices along ``data``."""
 
-# By the data sheets. A TPU multiplies float32 in six passes of bfloat16, a GPU without its tensor cores.
+# From the data sheets: a TPU multiplies float32 in six bfloat16 passes, a GPU without its tensor cores.
 FASTER_IN_BFLOAT16 = {"tpu": "about six times as fast on TPUs", "gpu": "several times as fast on GPUs"}
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """What ``load_model`` needs, and the limits of a call of ``Encoder.encode``."""
+    """Adds the arguments for ``load_model``, and the limits for ``Encoder.encode``."""
     parser.add_argument("--model", required=True, metavar="M", help="release folder, converted folder or hub id")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
     parser.add_argument(
@@ -47,7 +47,7 @@ def add_prompt(parser: argparse.ArgumentParser, of: str, default: str) -> None:
 
 
 def add_fields(parser: argparse.ArgumentParser, option: str) -> None:
-    """How the texts of ``option`` are read."""
+    """Adds the arguments that say how to read the texts of ``option``."""
     parser.add_argument(
         f"{option}-format", choices=FORMATS, help="default: by the file's extension, and txt (a text a line) for stdin"
     )
@@ -55,7 +55,7 @@ def add_fields(parser: argparse.ArgumentParser, option: str) -> None:
 
 
 def check_output(output: Path, inputs: Iterable[str], *, force: bool) -> None:
-    """An InputError if no file can be put there, if one is there and not to be replaced, or if that is an input."""
+    """An InputError if the output cannot be a file, if it exists and may not be replaced, or if it is an input."""
     if not output.parent.is_dir():
         raise InputError(f"{output.parent} is not a folder")
     if output.is_dir():
@@ -73,7 +73,7 @@ def add_progress(parser: argparse.ArgumentParser) -> None:
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
-    """Arguments for ``start_processes``."""
+    """Adds the arguments for ``start_processes``."""
     group = parser.add_argument_group(
         "several processes", "on a Cloud TPU they find each other by themselves; elsewhere, in each of them:"
     )
@@ -92,7 +92,7 @@ def start_processes(args: argparse.Namespace) -> Processes:
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
-    """An argument like data=2,fsdp=4: sizes of the axes of a mesh; those not named are 1."""
+    """Parses an argument like data=2,fsdp=4: sizes of mesh axes; those not given are 1."""
     from f2llm_jax.axes import MESH_AXES
 
     sizes: dict[str, int] = {}
@@ -107,12 +107,12 @@ def mesh_sizes(text: str) -> dict[str, int]:
 
 
 def mesh_or_all(text: str) -> dict[str, int] | str:
-    """As ``mesh_sizes``, or ``all``: a copy of the model on each of the devices, whose number only JAX knows."""
+    """Like ``mesh_sizes``, or ``all``: one copy of the model per device, whose number only JAX knows."""
     return text if text == ALL_DEVICES else mesh_sizes(text)
 
 
 def add_mesh(parser: argparse.ArgumentParser, default: str = "one device") -> None:
-    """The argument for ``mesh_of``."""
+    """Adds the argument for ``mesh_of``."""
     parser.add_argument(
         "--mesh",
         type=mesh_or_all,
@@ -122,7 +122,7 @@ def add_mesh(parser: argparse.ArgumentParser, default: str = "one device") -> No
 
 
 def mesh_of(args: argparse.Namespace) -> Mesh | None:
-    """The mesh that ``--mesh`` asks for; without it none, and a note if that leaves accelerators idle."""
+    """The mesh of ``--mesh``; without it None, and a note if that leaves accelerators idle."""
     import jax
 
     from f2llm_jax.sharding import make_mesh
@@ -138,7 +138,7 @@ def mesh_of(args: argparse.Namespace) -> Mesh | None:
 
 
 def add_settings(parser: argparse.ArgumentParser, of: str = "") -> None:
-    """Changes of a recipe, for ``train.config.override``."""
+    """Adds the argument for changes to a recipe, for ``train.config.override``."""
     parser.add_argument(
         "--set",
         action="append",
@@ -154,12 +154,12 @@ def show_progress(args: argparse.Namespace) -> bool:
 
 
 def note(text: str) -> None:
-    """A line for people, on standard error."""
+    """Prints a line for the user on standard error."""
     print(f"f2llm: {text}", file=sys.stderr)
 
 
 def dtype_of(args: argparse.Namespace) -> str:
-    """``--dtype`` of ``add_model``; without it float32, and a note where that is slow."""
+    """``--dtype`` of ``add_model``; without it float32, with a note on platforms where that is slow."""
     if args.dtype is not None:
         return args.dtype
     import jax
@@ -171,7 +171,7 @@ def dtype_of(args: argparse.Namespace) -> str:
 
 @contextlib.contextmanager
 def show_log(args: argparse.Namespace) -> Iterator[None]:
-    """Shows what this package logs on standard error, above a progress bar if there is one; with --quiet nothing."""
+    """Shows the log of this package on standard error, above any progress bar; with --quiet shows nothing."""
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     if args.quiet:
@@ -181,7 +181,7 @@ def show_log(args: argparse.Namespace) -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     level = logger.level
     logger.setLevel(logging.INFO)
-    logger.propagate = False  # libraries put a handler on the root, which would say everything twice
+    logger.propagate = False  # libraries add a handler to the root logger, which would print everything twice
     logger.addHandler(handler)
     try:
         with logging_redirect_tqdm([logger]):
@@ -193,7 +193,7 @@ def show_log(args: argparse.Namespace) -> Iterator[None]:
 
 
 def load_model(args: argparse.Namespace) -> Encoder:
-    """The model that the arguments of ``add_model`` and ``add_mesh`` ask for."""
+    """Loads the model given by the arguments of ``add_model`` and ``add_mesh``."""
     from f2llm_jax.encoder import load
 
     return load(args.model, dtype=dtype_of(args), mesh=mesh_of(args), revision=args.revision)
@@ -201,7 +201,7 @@ def load_model(args: argparse.Namespace) -> Encoder:
 
 @contextlib.contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
-    """For imports that need one of the extras of pyproject.toml: without it, an error that says so."""
+    """For imports that need an extra of pyproject.toml: if it is not installed, an F2LLMError that says so."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -209,7 +209,7 @@ def needs_extra(extra: str) -> Iterator[None]:
 
 
 def positive(text: str) -> int:
-    """An argument that is a whole number above 0."""
+    """Parses an argument that is a whole number above 0."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")

@@ -1,7 +1,7 @@
-"""Make a release of a checkpoint of a training run, or of the mean of several.
+"""Make a release from a checkpoint of a training run, or from the mean of several.
 
-RUN is the --out folder of f2llm train, which may still be going on. By default the mean of the last 3; with --last 1,
-the last checkpoint as it is, with --steps 1500 that of step 1500.
+RUN is the --out folder of f2llm train; training may still be running. The default is the mean of the last 3
+checkpoints; --last 1 takes the last checkpoint as it is, --steps 1500 the one of step 1500, and --best the best one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _steps(text: str) -> list[int]:
-    """An argument like 1000,1500."""
+    """Parses an argument like 1000,1500."""
     try:
         return [positive(part) for part in text.split(",")]
     except ValueError:

@@ -1,10 +1,10 @@
 """Convert a model folder: a release to an Orbax checkpoint for JAX, and back.
 
---to flax  a converted folder: an Orbax checkpoint in params/ among the release's tokenizer, prompts and config
+--to flax  a converted folder: an Orbax checkpoint in params/, beside the release's tokenizer, prompts and config
 --to hf    a release: safetensors, config, tokenizer, prompts, for sentence-transformers, transformers and servers
 
-Values stay bit for bit what they are, unless --dtype casts them. Memory does not grow with the model. OUT appears when
-it is complete, or not at all; after a kill, OUT.incomplete stands beside it, and the same command goes on there.
+Values are copied bit by bit, unless --dtype casts them. Memory use does not grow with the model. OUT appears when it is
+complete, or not at all; a command that was killed leaves OUT.incomplete, and the same command resumes from there.
 """
 
 from __future__ import annotations

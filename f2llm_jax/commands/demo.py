@@ -1,11 +1,11 @@
-"""Train a tiny model for a minute and search across languages with it, or search with a given one.
+"""Train a tiny model for a minute and search across languages with it, or search with a given model.
 
 Without --model it needs no network and no weights: it writes a tiny release folder (tokenizer learnt from the bundled
-text, random weights), trains it on 130 sentences in fourteen languages, and searches 30 others and some code, before
-and after. Training needs the packages of f2llm-jax[train].
+text, random weights), trains it on 130 sentences in fourteen languages, and searches 30 other sentences and some code,
+before and after training. Training needs the packages of f2llm-jax[train].
 
---folder keeps the model, and in FOLDER/raw the sentences as f2llm prepare reads them: the recipe tiny of f2llm train
-goes on with both, by the commands that are printed last.
+--folder keeps the model, and the sentences in FOLDER/raw in the format of f2llm prepare. The commands printed at the
+end train the model further on them, with the recipe tiny of f2llm train.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _next_commands(folder: Path) -> tuple[str, str, str]:
-    """How the recipe ``tiny`` trains the model that was kept."""
+    """The commands that train the kept model further with the recipe ``tiny``."""
     model, data = shlex.quote(str(folder)), shlex.quote(f"{folder}-data")
     return (
         "To train it further:",
@@ -70,7 +70,7 @@ def _next_commands(folder: Path) -> tuple[str, str, str]:
 
 
 def _build(folder: Path) -> Search:
-    """Writes the tiny release; what a search with its random weights finds."""
+    """Writes the tiny release, and searches with its random weights."""
     from f2llm_jax.compilation import use_compilation_cache
     from f2llm_jax.demo.search import search
     from f2llm_jax.demo.tiny import build_release
@@ -86,7 +86,7 @@ def _build(folder: Path) -> Search:
 
 
 def _train(untrained: Path, out: Path, args: argparse.Namespace) -> None:
-    """Trains the release and writes the result as another one."""
+    """Trains the release and writes the result as another release."""
     from f2llm_jax.convert.export import export_release
     from f2llm_jax.demo.texts import HELD_OUT, LANGUAGES, training_sentences
     from f2llm_jax.encoder import load
@@ -106,7 +106,7 @@ def _train(untrained: Path, out: Path, args: argparse.Namespace) -> None:
 
 
 def _search(model: str | Path, args: argparse.Namespace) -> Search:
-    """Searches with a model and prints what it finds."""
+    """Searches with a model and prints the results."""
     from f2llm_jax.demo.search import report, search
     from f2llm_jax.demo.texts import LANGUAGES
     from f2llm_jax.encoder import load

@@ -1,24 +1,25 @@
 """Embed the texts of a file, or of a corpus larger than memory.
 
-Reads txt (a text on every line), jsonl, csv (first line: column names) or parquet.
+Reads txt (one text per line), jsonl, csv (first line: column names) or parquet.
 
 --input FILE --output FILE writes, in the order of the input,
   .npy      an array [texts, dim]
-  .parquet  columns `id` (that of the input if it has one, else the row number from 0) and `embedding`
+  .parquet  columns `id` (from the input if it has ids, else the row number from 0) and `embedding`
 All texts and embeddings are held in memory. The output appears when it is complete, or not at all.
 
---corpus GLOB... --out DIR writes Parquet shards of the same two columns, and manifest.json when all are there. Memory
-does not grow with the corpus. The same command goes on with a run that was killed, also with more or fewer processes,
-and the shards are the same bytes. Processes share OUT and the inputs. With --processes and --process-id each does its
-share on its own; a --mesh over the devices of all of them needs --coordinator too. f2llm search --embeddings DIR
-searches them.
+--corpus GLOB... --out DIR writes Parquet shards with the same two columns, and manifest.json when all are finished.
+Memory use does not grow with the corpus. The same command resumes a run that was killed, also with more or fewer
+processes, and writes the same bytes. All processes must see DIR and the inputs. With --processes and --process-id, each
+process encodes its share on its own; a --mesh over the devices of all processes also needs --coordinator. f2llm search
+--embeddings DIR searches the shards.
 
---output-type int8 scales each dimension's range to 255 steps. The ranges come from --ranges, or else, with --input,
-from the embeddings of this very input; then they are written beside the output as NAME.ranges.npy ([2, dim]: least,
-largest), for encoding queries and later texts with --ranges. binary and ubinary pack a bit per dimension, eight to a
-byte.
+--output-type int8 scales the range of each dimension to 255 steps. The ranges come from --ranges, or, with --input and
+no --ranges, from the embeddings of the input itself; they are then written beside the output as NAME.ranges.npy ([2,
+dim]: minimum, maximum), to encode queries and later texts with --ranges. binary and ubinary pack one bit per dimension,
+eight to a byte.
 
-Exit status: 0 when this process has done its part; 143 after a SIGTERM, 130 after Ctrl-C: the same command goes on.
+Exit status: 0 when this process has finished its share; 143 after a SIGTERM, 130 after Ctrl-C: the same command
+resumes the run.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ def _run_file(args: argparse.Namespace) -> None:
         )
     ranges = None if args.ranges is None else _read_ranges(args.ranges)
     ids = _id_column(texts) if write is _write_parquet else None
-    # Opened before the work, so that a folder that cannot be written to is found out now.
+    # Opened before the work, so that a folder that is not writable is an error now.
     with new_file(args.output) as stream:
         embeddings, calibrated = _encode(load_model(args), texts.texts, args, ranges)
         write(stream, embeddings, ids)
@@ -165,7 +166,7 @@ def _run_file(args: argparse.Namespace) -> None:
 
 
 def _writer(output: Path) -> Callable[[BinaryIO, np.ndarray, pyarrow.Array | None], None]:
-    """What writes a file of this extension."""
+    """The function that writes a file with this extension."""
     if output.suffix.lower() not in WRITERS:
         raise InputError(f"{output}: the output is a {' or '.join(WRITERS)} file, not {output.suffix!r}")
     return WRITERS[output.suffix.lower()]
@@ -193,7 +194,7 @@ def _read_ranges(file: Path) -> np.ndarray:
 def _encode(
     model: Encoder, texts: list[str], args: argparse.Namespace, ranges: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """The embeddings as ``args`` ask for them, and for int8 without ranges those taken from the embeddings."""
+    """The embeddings that ``args`` ask for, and, for int8 without ranges, the ranges computed from them."""
     from f2llm_jax.quantization import int8_ranges, quantize
 
     def encode(output: str) -> np.ndarray:
@@ -242,7 +243,7 @@ def _write_parquet(stream: BinaryIO, embeddings: np.ndarray, ids: pyarrow.Array)
 
     from f2llm_jax.corpus_writer import embedding_table
 
-    # Embeddings hold next to no value twice: a dictionary of them would be built in vain.
+    # Embeddings have hardly any repeated values: building a dictionary would be wasted work.
     parquet.write_table(embedding_table(ids, embeddings), stream, use_dictionary=False)
 
 

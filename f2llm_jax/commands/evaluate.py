@@ -1,23 +1,23 @@
-"""Measure a model: on MTEB, or on retrieval and translation data of your own.
+"""Evaluate a model on MTEB, or on your own retrieval and translation data.
 
 Needs the extra [eval]: pip install 'f2llm-jax[eval]'.
 
---mteb and --benchmark run MTEB's tasks with the official instructions; results go to RESULTS/results/MODEL/REVISION in
-MTEB's layout, and a run that was stopped goes on where it was.
+--mteb and --benchmark run MTEB tasks with the official instructions; results go to RESULTS/results/MODEL/REVISION in
+MTEB's layout, and the same command resumes a run that was stopped.
 
 --retrieval takes a folder in BEIR's layout: corpus (_id, title, text), queries (_id, text) and qrels/test (query-id,
-corpus-id, score), each as .jsonl, .parquet, .tsv or .csv. Where queries are documents of the corpus, as in ArguAna,
+corpus-id, score), each as .jsonl, .parquet, .tsv or .csv. If queries are documents of the corpus, as in ArguAna,
 --ignore-identical-ids leaves each out of its own ranking. --bitext takes a file with two columns of translations. Both
 encode once, and score every size of --dims and every output of --outputs from that:
   float32   cosine similarity
-  int8      documents a byte per dimension
-  binary    queries and documents a bit per dimension, Hamming distance
+  int8      one byte per dimension for documents
+  binary    one bit per dimension for queries and documents, Hamming distance
   rescored  binary search for 400 candidates (--bitext: 16), ordered by the float query and the documents' bits
-In the table, dtype is what the model computes in (--dtype), output which of these was compared. M and st:M have the
-same prompts: those that M was saved with; for translations its BitextMining, or else MTEB's instruction. Where models
-have different ones, the table says what each puts before its texts.
-Results are printed as a table, and written to RESULTS as retrieval.json and .png, or bitext.json and .png; those of an
-earlier run are replaced.
+In the table, dtype is the dtype that the model computes in (--dtype), and output is the one of these that was compared.
+M and st:M have the same prompts, those saved with M; for translations the saved BitextMining, or else MTEB's
+instruction. If the prompts of models differ, they are printed below the table.
+Results are printed as a table and written to RESULTS (--results) as retrieval.json and .png, or bitext.json and .png,
+which replace those of an earlier run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from f2llm_jax.evaluation.own_data import Report
 
 
-# What an option is for, where it is not for all.
+# What an option applies to, if not to everything.
 USES = {
     **dict.fromkeys(("dims", "outputs", "compare"), ("retrieval", "bitext")),
     **dict.fromkeys(("split", "judged_only", "ignore_identical_ids"), ("retrieval",)),
@@ -49,7 +49,7 @@ USES = {
     "instructions_of": ("mteb", "benchmark", "bitext"),
 }
 
-# Not argparse's own: it is to be seen whether such an option was given.
+# Not given to argparse as defaults, so that an option that was given can be told from its default.
 DEFAULTS = {"dims": "full", "outputs": "float32", "split": "test"}
 
 
@@ -112,8 +112,8 @@ def run(args: argparse.Namespace) -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.results = local_path(args.results)
-    # Made once, when the first model is loaded that runs on it: JAX takes most of a GPU's memory when it starts, which
-    # models of sentence-transformers alone need themselves.
+    # Created once, when the first model that runs on it is loaded: JAX reserves most of a GPU's memory when it starts,
+    # and a run with only sentence-transformers models needs that memory itself.
     mesh = functools.cache(lambda: mesh_of(args))
     evaluations = _own_data(args, mesh) if args.retrieval or args.bitext else []
     if args.mteb or args.benchmark:
@@ -140,7 +140,7 @@ def _run_mteb(args: argparse.Namespace, mesh: Callable[[], Mesh | None]) -> None
 
 
 def _own_data(args: argparse.Namespace, mesh: Callable[[], Mesh | None]) -> list[Callable[[], Report]]:
-    """What is to be evaluated on data of one's own; all of it is read, and models looked for, before anything is."""
+    """The evaluations on your own data; all data is read and all models are found before the first one runs."""
     from f2llm_jax.evaluation import optional
     from f2llm_jax.evaluation.data import read_bitext, read_retrieval
     from f2llm_jax.evaluation.own_data import parse_dims, parse_outputs, score_bitext, score_retrieval
@@ -165,10 +165,10 @@ def _own_data(args: argparse.Namespace, mesh: Callable[[], Mesh | None]) -> list
 
 
 def _models(args: argparse.Namespace, mesh: Callable[[], Mesh | None]) -> Iterator[Embedder]:
-    """MODEL and what it is compared with, loaded one after the other; all are looked for before the first."""
+    """MODEL and the models to compare, loaded one after the other; all are found before the first is loaded."""
     from f2llm_jax.evaluation.embedders import SENTENCE_TRANSFORMERS, find_embedder, load_embedder
 
-    # Of MODEL whichever library loads it: a comparison of the two is one of the same weights and instructions.
+    # For MODEL and st:MODEL: a comparison of the two libraries needs the same weights and instructions.
     of_model = {"revision": args.revision, "instructions_of": args.instructions_of}
     plain = args.model.removeprefix(SENTENCE_TRANSFORMERS)
     names = dict.fromkeys([args.model, *args.compare])

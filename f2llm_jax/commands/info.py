@@ -1,6 +1,6 @@
-"""What a model is: its sizes, prompts, files, and the memory its weights need.
+"""Show a model's sizes, prompts and files, and the memory that its weights need.
 
-Reads no weights, and for a hub id downloads none.
+Neither reads weights, nor downloads them for a hub id.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _describe(release: Release) -> list[tuple[str, str]]:
 
 def _on_disk(folder: Path) -> str:
     files = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
-    files = [file for file in files if not file.parts[0].startswith(".")]  # a clone's .git holds everything again
+    files = [file for file in files if not file.parts[0].startswith(".")]  # a clone has everything again in .git
     weights = [file for file in files if file.suffix == ".safetensors" or file.parts[0] == "params"]
 
     def size(files: list[Path]) -> str:

@@ -1,14 +1,15 @@
-"""Find hard negatives for pairs of query and passage.
+"""Mine hard negatives for pairs of query and passage.
 
-Reads a Parquet file with columns query and passage, and writes its rows with negative_1, negative_2, …, as f2llm
-prepare reads them. Negatives come from the passages of the file, and of --corpus if there is one.
+Reads a Parquet file with columns query and passage, and writes its rows with negative_1, negative_2, …, in the format
+of f2llm prepare. Negatives come from the passages of the file, and from --corpus if given.
 
-A query is compared with every distinct passage. Of the nearest HI that are no positives of the same query text, those
-go out that score more than --margin times the positive (the lowest, if the query has several; NV-Retriever's rule) or
-more than --max-score. The first LO of what is left are skipped, as they may well be answers, and the next N are the
-negatives. Rows of a query that has fewer, and rows with an empty text, are dropped and counted.
+A query is compared with every distinct passage. The candidates are the HI nearest passages that are not positives of
+the same query text (--range LO,HI). Those are removed that score more than --margin times the positive (the lowest, if
+the query has several; NV-Retriever's rule) or more than --max-score. The first LO of the rest are skipped, as they may
+well be answers, and the next N (--negatives) are the negatives. Rows of a query with fewer than N, and rows with an
+empty text, are dropped and counted.
 
-All texts are held in memory, the embeddings of passages in a temporary file ($TMPDIR).
+All texts are held in memory, and the embeddings of passages in a temporary file ($TMPDIR).
 """
 
 from __future__ import annotations

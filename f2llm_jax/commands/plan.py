@@ -1,13 +1,13 @@
-"""What a TPU slice would do with a model: whether it fits, and how fast it could be. Needs no TPU.
+"""Plan a model on a TPU slice: whether it fits, and how fast it could be. Needs no TPU.
 
-Compiles the real program for the slice with the TPU compiler. Memory and collectives are the compiler's; times are
-estimates: the longest of what arithmetic, memory traffic and exchange would take at the rates of the data sheet.
-Without --mesh, tries the meshes that look best until one fits.
+Compiles the real program for the slice with the TPU compiler. Memory and collectives are from the compiler; times are
+estimates: the longest of the times for arithmetic, memory traffic and communication at the rates of the data sheet.
+Without --mesh, tries the most promising meshes until one fits.
 
-With --dtype int8 projections are counted at the chip's rate for int8, twice that for bfloat16 on v5e, v5p and v6e;
-attention's products stay in bfloat16.
+With --dtype int8, projections are counted at the chip's int8 rate, which is twice the bfloat16 rate on v5e, v5p and
+v6e; attention stays in bfloat16.
 
-Training is planned for batches of retrieval, 7 negatives a query; those of clustering have 9.
+Training is planned for retrieval batches, with 7 negatives per query; clustering batches have 9.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from f2llm_jax.planning.jobs import Job
     from f2llm_jax.train.config import TrainConfig
 
-# Tokens of a text, as the released models were trained with.
+# Tokens per text, as in the training of the released models.
 LENGTH = 1024
 
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from f2llm_jax.planning.counts import Axes
     from f2llm_jax.planning.report import describe, to_json
 
-    # A plan needs no device; a TPU of this machine must not be taken for it.
+    # A plan needs no device, and must not claim a TPU of this machine.
     jax.config.update("jax_platforms", "cpu")
     topology = parse_topology(args.topology)
     mesh = None if args.mesh is None else Axes(**args.mesh)
@@ -96,7 +96,7 @@ def _job(args: argparse.Namespace) -> Job:
 
 
 def _recipe(args: argparse.Namespace, config: ModelConfig) -> TrainConfig:
-    """The recipe, with the changes of --set."""
+    """The recipe, with --set applied."""
     for setting in args.settings:
         key = setting.partition("=")[0]
         if key == "model" or key.startswith("mesh."):
@@ -107,7 +107,7 @@ def _recipe(args: argparse.Namespace, config: ModelConfig) -> TrainConfig:
 
 
 def read_config(model: str) -> ModelConfig:
-    """The sizes of a model: those of a released one by its size or its name on the hub, without asking the hub."""
+    """The sizes of a model; for a released model, named by its size or its hub id, without accessing the hub."""
     from f2llm_jax.configs.models import MODELS
     from f2llm_jax.release import find_release, read_release
 
@@ -118,7 +118,7 @@ def read_config(model: str) -> ModelConfig:
 
 
 def _recipe_of(config: ModelConfig, model: str) -> str:
-    """The stage-2 recipe of the released model that has the same sizes."""
+    """The stage-2 recipe of the released model with the same sizes."""
     from f2llm_jax.configs.models import MODELS
 
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

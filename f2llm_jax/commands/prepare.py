@@ -5,27 +5,27 @@ Reads a folder of .parquet and .jsonl files, one per dataset, with columns (in .
   anchor (or query), positive, negative(_1, _2, …)   sentence-transformers
   query, pos, neg                                    FlagEmbedding: lists of texts
   query, positive_passages, negative_passages        Tevatron: lists of {title, text}
-or those that --columns names; a row of several positives becomes a row for each. Writes
+or the columns named by --columns; a row with several positives becomes one row for each. Writes
   OUT/examples/1.0.0   TFDS in ArrayRecord, splits train and validation (99/1): query tokens, numbers of documents
   OUT/documents/1.0.0  TFDS in ArrayRecord: the tokens of every distinct document, once
   OUT/report.md, .json what was read, dropped, capped and kept
 
 A row is dropped if its query, its passage or one of its negatives is empty, or a negative equals the passage. With
---fill-negatives a row's other negatives are repeated in place of an empty one, as they always are where rows have
-lists of different lengths; a row without any is dropped if others have some. A line of .jsonl that is no such record
-is an error.
+--fill-negatives, an empty negative is replaced by repeating the row's other negatives, as is always done if rows have
+lists of different lengths; a row without negatives is dropped if other rows have some. A .jsonl line that is not such
+a record is an error.
 
-Every text ends with the EOS, also when it is truncated. --stage 1 takes `Instruct: …\\nQuery: ` off the front of all
+Every text ends with the EOS, even if it is truncated. --stage 1 removes the prefix `Instruct: …\\nQuery: ` from all
 texts. --stage 2 keeps texts as they are: queries of the released data carry their instructions; none are added to
-documents, as neither the data nor the paper says which tasks are symmetric. --query-prompt is put before queries that
-do not begin with it; a model that f2llm train exports has it as its query prompt, unless the recipe has another. In
-bash, --query-prompt $'Instruct: Find the answer.\\nQuery: ' has a line break.
+documents, as neither the data nor the paper says which tasks are symmetric. --query-prompt is prepended to queries
+that do not begin with it; models exported by f2llm train have it as their query prompt, unless the recipe sets another.
+In bash, write a line break as in --query-prompt $'Instruct: Find the answer.\\nQuery: '.
 
 A dataset's task type comes from the table in configs/datasets.py, or from --task. GLOB is a dataset's name, with * for
 anything; @stage1 stands for the sources of stage 1, @overlapping for those that overlap MTEB (mkqa_*, sib200).
 
-OUT appears when it is complete, or not at all; after a kill, OUT.incomplete stands beside it, and the same command goes
-on there. What is written depends on the input and these options alone, not on --workers, --memory or interruptions.
+OUT appears when it is complete, or not at all; a command that was killed leaves OUT.incomplete, and the same command
+resumes from there. The output depends only on the input and these options, not on --workers, --memory or interruptions.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""Cut a smaller model out of a larger one, to be trained with the larger as its teacher.
+"""Prune a model to a smaller one, to be trained with the larger one as its teacher.
 
-Keeps the first layers, the hidden channels with the largest activations (one choice for all layers), and the MLP
-channels with the largest activations of each layer; heads stay. OUT is a release, and holds
-  pruning.json   what was kept, and the share of the activations' energy that it has in every layer
-  pruning.png    the same as a picture, and the importance of channels
+Keeps the first layers, the hidden channels with the largest activations (the same channels in all layers), and in each
+layer the MLP channels with the largest activations; all heads stay. OUT is a release, and also has
+  pruning.json   what was kept, and its share of the activations' energy in every layer
+  pruning.png    the same as a plot, and the importance of channels
 
---calibration takes texts (txt, jsonl, csv, parquet), or a folder of f2llm prepare. --importance is that of a channel
-where projections read it: l2 (root mean square), mean (absolute value), or weighted (root mean square times the norm of
-the weights that read it). --layers-by change keeps the layers that turn their input most, instead of the first.
+--calibration takes texts (txt, jsonl, csv, parquet), or a folder written by f2llm prepare. --importance measures a
+channel where projections read it: l2 (root mean square), mean (absolute value), or weighted (root mean square times the
+norm of the weights that read it). --layers-by change keeps the layers that change the direction of their input most,
+instead of the first layers.
 
 Needs the extras [train] and [eval].
 """

@@ -3,17 +3,17 @@
 The search is exact: a query is compared with every text.
 
 --embeddings DIR searches what `f2llm encode --corpus … --out DIR` wrote, without embedding it again: shard by shard, in
-the memory of a shard. The model must be the one that wrote it. It takes a .npy or .parquet file of `f2llm encode
---output`, too, of float32 or float16; such a file does not say which model it is of. Results have ids, not texts. A
-query is compared with what the numbers of int8, binary and ubinary stand for: the middle of a step, and 1 or -1 for a
-bit.
+the memory of one shard. The model must be the one that wrote it. A .npy or .parquet file of `f2llm encode --output` in
+float32 or float16 is also accepted; such a file does not record its model. Results have ids, not texts. int8, binary
+and ubinary embeddings are dequantised before they are compared with a query: to the middle of a step, and to 1 or -1
+for a bit.
 
---corpus FILE embeds the texts of a file first, at every search. They are held in memory, their embeddings only some
-tens of thousands at a time.
+--corpus FILE embeds the texts of a file first, at every search. The texts are held in memory, their embeddings only in
+blocks of some tens of thousands.
 
---output FILE writes the results of all queries, ids as in the input, else row numbers from 0:
+--output FILE writes the results of all queries, with the ids of the input, or else row numbers from 0:
   .tsv      a TREC run: query id, Q0, id, rank from 1, score, f2llm
-  .jsonl    a line a query, as --json prints them
+  .jsonl    one line per query, as printed by --json
   .parquet  columns query_id, id, rank, score
 """
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from f2llm_jax.encoder import Encoder
     from f2llm_jax.stored import StoredEmbeddings
 
-# Texts embedded and compared at a time: at the 14B's 5,120 values that is 1.3 GB, a twentieth of its weights.
+# Texts embedded and compared at a time: 1.3 GB at the 14B's 5,120 values, a twentieth of its weights.
 BLOCK_TEXTS = 65536
 
 
@@ -79,12 +79,12 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 class Found(NamedTuple):
-    """What was found for a query.
+    """The results of a query.
 
     Attributes:
         query: its text.
-        query_id: its id, else its row number.
-        results: best first: rank, score, row, and of what the corpus has id and text.
+        query_id: its id, or else its row number.
+        results: best first: rank, score, row, and id and text if available.
     """
 
     query: str
@@ -97,11 +97,11 @@ def run(args: argparse.Namespace) -> None:
     queries = _read_queries(args)
     search = _search_corpus if args.embeddings is None else _search_stored
     if write is not None:
-        with new_file(args.output) as stream:  # opened before the work, so that it is known that it can be written
+        with new_file(args.output) as stream:  # opened before the work, to find out now whether it can be written
             write(stream, search(queries, args))
         print(f"{args.output}: results of {len(queries.texts)} queries")
         return
-    # JSON is UTF-8; where standard output is not, escapes say the same.
+    # JSON is UTF-8; if standard output is not, escapes are equivalent.
     escaped = codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"
     for found in search(queries, args):
         if args.json:
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_arguments(args: argparse.Namespace) -> Callable[[BinaryIO, Iterator[Found]], None] | None:
-    """What writes the output, if there is to be one."""
+    """The function that writes the output, or None without --output."""
     if args.corpus == args.queries == STDIN:
         raise InputError("--corpus and --queries cannot both be read from stdin")
     if args.embeddings is not None and args.corpus_format is not None:
@@ -175,7 +175,7 @@ def _search_stored(queries: Texts, args: argparse.Namespace) -> Iterator[Found]:
 
 
 def _open_stored(args: argparse.Namespace) -> StoredEmbeddings:
-    """The embeddings, if they are of this model and this size."""
+    """Opens the embeddings, and checks that they are from this model and of this size."""
     from f2llm_jax.convert.digest import model_digest
     from f2llm_jax.release import find_release
     from f2llm_jax.stored import open_stored
@@ -214,7 +214,7 @@ def _options(args: argparse.Namespace, dim: int | None) -> dict[str, Any]:
 def _results(
     queries: Texts, scores_qk: np.ndarray, rows_qk: np.ndarray, fields: dict[str, list[Any]]
 ) -> Iterator[Found]:
-    """Query by query; ``fields`` has a value for each of ``rows_qk``, row by row."""
+    """The results, query by query; ``fields`` has a value for each of ``rows_qk``, in row-major order."""
     top = rows_qk.shape[1]
     for number, query in enumerate(queries.texts):
         hits = zip(scores_qk[number].tolist(), rows_qk[number].tolist(), strict=True)
@@ -264,7 +264,7 @@ def _trec_id(id_: Any) -> str:
 
 def _write_jsonl(stream: BinaryIO, results: Iterator[Found]) -> None:
     for found in results:
-        # An id may hold half a surrogate pair, which becomes an escape of JSON.
+        # An id may hold half of a surrogate pair, which becomes a JSON escape.
         stream.write(_to_json(found, with_id=True, escaped=False).encode(errors="backslashreplace") + b"\n")
 
 

@@ -1,12 +1,12 @@
 """Compute a teacher's states of prepared data once, for f2llm train to read.
 
-DATA is a folder of f2llm prepare. OUT gets the teacher's unnormalised state of every distinct document and of every
-training query, in ArrayRecord. With --set teacher_states=OUT, f2llm train distils from these instead of computing them
-in every step of every epoch. --dim keeps the first values of a state, as many as the student is wide (320 for the 80M):
-a state takes 2 bytes a value, 4 with --dtype float32.
+DATA is a folder written by f2llm prepare. OUT gets the teacher's unnormalised state of every distinct document and of
+every training query, in ArrayRecord. With --set teacher_states=OUT, f2llm train distils from these instead of computing
+them in every step of every epoch. --dim keeps the first values of a state, as many as the student's hidden size (320
+for the 80M): a value takes 2 bytes, or 4 with --dtype float32.
 
-OUT appears when it is complete, or not at all; after a kill, OUT.incomplete stands beside it, and the same command goes
-on there. Training refuses states of other data, of another --max-length, or of a teacher with other weights.
+OUT appears when it is complete, or not at all; a command that was killed leaves OUT.incomplete, and the same command
+resumes from there. Training refuses states of other data, of another --max-length, or of a teacher with other weights.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 """Train a model: contrastive losses, Matryoshka, distillation, on any mesh.
 
 RECIPE is a Python file with a function get_config() that returns a TrainConfig, or the name of a recipe that comes with
-f2llm (--list); tiny is for what f2llm demo --folder tiny writes. --set changes single values:
+f2llm (--list); the recipe tiny is for the output of f2llm demo --folder tiny. --set changes single values:
 --set optim.learning_rate=1e-5 --set loss.mrl_dims=8,16,32
 
-OUT gets checkpoints/, tensorboard/ (tensorboard --logdir OUT) and scalars.jsonl, and standard error a line for every
-every.log steps and for each validation. With --resume auto, the same command starts a run or goes on with it: after a
-kill the next batch is the very next batch, also on another mesh. While a run goes on, others are kept out of OUT.
+OUT gets checkpoints/, tensorboard/ (tensorboard --logdir OUT) and scalars.jsonl; standard error gets a line every
+every.log steps and for each validation. With --resume auto, the same command starts a run or resumes it: after a kill
+it continues with exactly the next batch, also on another mesh. While a run is active, other runs cannot use OUT.
 
-Exit status: 0 when all steps are done; 143 after a SIGTERM, which saves a checkpoint and cuts a validation short: start
-again with --resume auto, which does the validation anew and exports; 2 after an error. A loss that is not finite is
-one: it names the step, the dataset and the last good checkpoint.
+Exit status: 0 when all steps are done; 143 after a SIGTERM, which saves a checkpoint and cuts a validation short:
+--resume auto then repeats the validation and exports; 2 after an error. A loss that is not finite is an error, which
+names the step, the dataset and the last good checkpoint.
 """
 
 from __future__ import annotations

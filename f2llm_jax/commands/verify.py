@@ -1,7 +1,7 @@
-"""Tell whether two models are the same: settings, tensors bit by bit, and embeddings.
+"""Check whether two models are the same: settings, tensors bit by bit, and embeddings.
 
 A and B are release folders, converted folders or hub ids. If one is in a narrower dtype, the tensors of the other are
-rounded to that before they are compared. The exit status is 0 if they agree, 1 if they differ, 2 after an error.
+rounded to it before the comparison. The exit status is 0 if they agree, 1 if they differ, 2 after an error.
 """
 
 from __future__ import annotations
