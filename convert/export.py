@@ -116,7 +116,7 @@ def export_release(
     """
     place = output_path(out)
     source = find_release(like, weights=False)
-    if source.resolve() != place.resolve():  # other weights may replace those of the same folder
+    if source.resolve() != place.resolve():  # out may be like itself: its weights are replaced
         refuse_to_delete(source, place)
     table = tensor_table(config)
     flat = flatten_dict(params, sep=".")
