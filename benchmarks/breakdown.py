@@ -1,8 +1,8 @@
-"""Where the time of encoding on a CPU goes: by kind of work within a batch, and around the batches.
+"""Breaks down the time of encoding on a CPU: by kind of work within a batch, and around the batches.
 
     python benchmarks/breakdown.py --size 80M --dtype bfloat16 --texts long
 
-A batch is timed on one core, thunk by thunk, by JAX's profiler; the compiled program says what a thunk does. The
+A batch is timed on one core, thunk by thunk, with JAX's profiler; the compiled program tells what each thunk does. The
 release and the texts are those of encode.py.
 """
 
@@ -28,7 +28,7 @@ KINDS = {
     "activation": r"mlp/(mul|down_proj|silu|jit\(silu\))",
     "norms, residual sums, the rest": r"",
 }
-"""What the source of a thunk's instruction says that it does; the first that matches."""
+"""{kind of work: pattern of the source of a thunk's instruction}; the first match counts."""
 
 
 def main() -> None:
@@ -42,10 +42,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=data)
     parser.add_argument("--cache", type=Path, default=cache)
     args = parser.parse_args()
-    # One core: a thunk's time is then its own, and nothing runs beside it.
+    # One core, so that nothing runs at the same time as a thunk.
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # JAX's profiler asks a libtpu that is installed to take part, which crashes where there is no TPU.
+    # JAX's profiler uses libtpu if it is installed, which crashes without a TPU.
     sys.modules["libtpu"] = None  # type: ignore[assignment]
     import jax
 
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def profile(model: Any, batch: Any) -> dict[str, float]:
-    """{kind of work: milliseconds} of a batch of an ``Encoder``."""
+    """{kind of work: milliseconds} for one batch of an ``Encoder``."""
     import jax
     from jax.profiler import ProfileData
 
@@ -107,7 +107,7 @@ def profile(model: Any, batch: Any) -> dict[str, float]:
     found = dict.fromkeys(KINDS, 0.0)
     for event in (event for plane in data.planes for line in plane.lines for event in line.events):
         name, module = event.name, dict(event.stats).get("hlo_module")
-        # A call or a loop is the sum of what is in it.
+        # The time of a call or a loop is the sum of its contents, which are counted themselves.
         if module is None or name.startswith(("call", "while")):
             continue
         source = ""

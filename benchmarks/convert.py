@@ -1,10 +1,10 @@
-"""Converting a release both ways, against copying its bytes: time, peak memory, and that no bit changes.
+"""Compares converting a release both ways with copying it: time, peak memory, and that no bit changes.
 
     python benchmarks/convert.py FOLDER --size 14B
 
-makes a bfloat16 release of random weights in FOLDER, copies it, converts it to Flax and that back to a release, each
-from a cold page cache and until the bytes are on the disk, and compares the SHA-256 of every tensor before and after.
-At most two copies of the weights are on the disk at a time (2 x 28 GB for the 14B); FOLDER is deleted at the end.
+writes a bfloat16 release with random weights to FOLDER, copies it, converts it to Flax and back to a release, each from
+a cold page cache and until the bytes are on the disk, and compares the SHA-256 of every tensor before and after. At
+most two copies of the weights are on the disk at a time (2 x 28 GB for the 14B); FOLDER is deleted at the end.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def write_random_release(folder: Path, config: ModelConfig) -> tuple[dict[str, str], int]:
-    """A release in shards of 5 GB; returns the SHA-256 of every tensor, and the bytes of all."""
+    """Writes a release in shards of 5 GB; returns the SHA-256 of every tensor, and the bytes of all tensors."""
     import tokenizers
 
     folder.mkdir()
@@ -79,7 +79,7 @@ def write_random_release(folder: Path, config: ModelConfig) -> tuple[dict[str, s
         rows = max(1, (8 << 20) // (2 * int(np.prod(info.shape[1:]))))
         for first in range(0, info.shape[0], rows):
             shape = (min(rows, info.shape[0] - first), *info.shape[1:])
-            # Without the highest bit of the exponent every pattern is a finite number below 2.
+            # With the highest exponent bit cleared, every bit pattern is a finite number below 2.
             bits = random.integers(0, 1 << 16, shape, np.uint16) & np.uint16(0xBFFF)
             write_part(info, info.shape, (slice(first, first + shape[0]), *rest), bits.view(DTYPES["BF16"]))
             digest.update(bits)
@@ -107,7 +107,7 @@ def converting(source: Path, out: Path, to: str) -> list[str]:
 
 
 def measure(name: str, command: list[str], source: Path, out: Path) -> Step:
-    """Runs a command until its output is on the disk; peak memory is that of its process."""
+    """Times a command until its output is on the disk; peak memory is that of its process."""
     each_file(source, os.fsync)
     each_file(source, lambda descriptor: os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED))
     start = time.perf_counter()

@@ -1,11 +1,11 @@
-"""The memory of ``f2llm encode --corpus``: the same for a few shards and for a million rows.
+"""Measures the memory of ``f2llm encode --corpus``: the same for a few shards and for a million rows.
 
     python benchmarks/corpus.py FOLDER --rows 1000000
 
-makes Parquet files of short texts (Tatoeba sentences, numbered, so that no two are equal) and a tiny model around the
-real tokenizer in FOLDER, encodes a few shards of rows and all of them, each in a process of its own, and prints the
-peak of resident memory above that of a process that has just loaded the model. A tiny model shows the memory of the
-command itself; every model adds its weights and the activations of one batch.
+writes Parquet files of short texts (Tatoeba sentences, numbered to make them distinct) and a tiny model with the real
+tokenizer to FOLDER, encodes a few shards of rows, then all rows, each in its own process, and prints the peak resident
+memory above that of a process that has just loaded the model. A tiny model shows the memory of the command itself;
+every model adds its weights and the activations of one batch. FOLDER is deleted at the end.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def write_model(folder: Path, tokenizer: Path) -> Path:
-    """A random model of one narrow layer around the real vocabulary."""
+    """A random model with one narrow layer and the real vocabulary."""
     config = dataclasses.replace(
         MODELS["80M"], hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, head_dim=32, max_position_embeddings=512,
