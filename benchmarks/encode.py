@@ -1,16 +1,16 @@
-"""How fast texts become embeddings: f2llm_jax beside the engines that a user would pick instead.
+"""Measures encoding speed: f2llm_jax beside the engines that a user would otherwise choose.
 
     python benchmarks/encode.py --sizes 80M,330M,0.6B --texts short,medium,long,mix --json results.json
     python benchmarks/encode.py --device gpu --sizes 0.6B --no-tune --seconds 0.2
 
-Random weights of the real shapes, real texts, tokenising included. Every engine has a process of its own, loaded and
-warmed before the clock starts; then, in rounds, each is given the same texts in turn while the others wait, and medians
-over the rounds are reported. Ratios are medians of the ratios within a round, so that what slows the machine for a
-while slows both. f2llm in int8 stands among the engines of bfloat16. Peers first find their best batch size for each
-kind of texts, once: it is kept in the cache folder.
+Random weights of the real shapes, real texts, tokenising included. Every engine has its own process, loaded and warmed
+up before the clock starts. In each round, the engines encode the same texts in turn while the others wait; the figures
+are medians over the rounds. Ratios are medians of the ratios within a round, so that a temporary slowdown of the
+machine affects both sides. f2llm in int8 is listed with the bfloat16 engines. Peers first find their best batch size
+for each kind of texts, once: it is kept in the cache folder.
 
-On a GPU it is sentence-transformers in bfloat16 that is compared with, memory is that of the card, and the ceiling the
-rate of one large product.
+On a GPU, the peer is sentence-transformers in bfloat16, memory is that of the card, and the ceiling is the rate of one
+large product.
 
 Needs the ``bench`` and ``test`` extras, Linux, and the folders ``qwen3-tokenizer``, ``bitext`` and ``xquad`` in --data.
 """
@@ -41,20 +41,20 @@ from f2llm_jax.configs.models import MODELS
 
 OURS = {"float32": "f2llm-fp32", "bfloat16": "f2llm-bf16"}
 
-# What is measured unless something else is asked for.
+# What is measured by default.
 _SIZES = {"cpu": ("80M", "330M", "0.6B"), "gpu": ("80M", "0.6B", "4B")}
 _ENGINES = {"cpu": tuple(name for name in ENGINES if name != "ceiling"), "gpu": ("torch-bf16", "f2llm-bf16")}
 
-# What a turn is sized for: the matmul rate of a middling engine on a middling machine.
+# Turns are sized for this rate of matrix products, that of an average engine on an average machine.
 _ASSUMED_FLOPS = {"cpu": 200e9, "gpu": 200e12}
 
-# At least this many texts in a turn: fewer do not stand for their kind, and leave batches part-filled.
+# Minimum number of texts in a turn: fewer do not represent their kind, and leave batches partly filled.
 _LEAST_TEXTS = {"short": 128, "medium": 64, "long": 16, "mix": 40}
 
-# Of each kind, so many are compared with exact embeddings.
+# Number of texts of each kind whose embeddings are compared with exact ones.
 _COMPARED_TEXTS = 128
 
-# A turn in which other processes took more than this share of the cores is a disturbed one.
+# A turn counts as disturbed if other processes took more than this share of the cores.
 _DISTURBED = 0.05
 
 
@@ -63,11 +63,11 @@ def is_ours(engine: str) -> bool:
 
 
 class Lost(SystemExit):
-    """A worker process ended by itself."""
+    """A worker process ended unexpectedly."""
 
 
 class Worker:
-    """An engine in a process of its own."""
+    """An engine in its own process."""
 
     def __init__(self, name: str, release: Path, device: str):
         context = multiprocessing.get_context("spawn")
@@ -90,7 +90,7 @@ class Worker:
         self.process.join()
 
     def turn(self, texts: list[str] | None, setting: Setting | None = None, repeats: int = 0) -> Turn:
-        """A timed call; one that other processes disturbed is repeated, and the least disturbed one counts."""
+        """A timed call; if other processes disturb it, it is repeated, and the least disturbed call counts."""
         turns: list[Turn] = []
         while len(turns) <= repeats and not (turns and turns[-1].quiet):
             busy = _busy_seconds()
@@ -104,9 +104,9 @@ class Turn(NamedTuple):
     """What a timed call took, and what it returned.
 
     Attributes:
-        seconds: by the clock.
-        cpu_seconds: of processor time, all threads together.
-        others: the share of the cores that other processes took meanwhile.
+        seconds: wall time.
+        cpu_seconds: CPU time of all threads together.
+        others: the share of the cores that other processes took during the call.
         result: what the engine returned.
     """
 
@@ -121,21 +121,21 @@ class Turn(NamedTuple):
 
 
 def _busy_seconds() -> float:
-    """Processor time spent by everybody, since boot."""
+    """CPU time of all processes since boot."""
     user, nice, system, _idle, _wait, *rest = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:])
     return (user + nice + system + sum(rest[:3])) / os.sysconf("SC_CLK_TCK")
 
 
 class Texts:
-    """A kind of texts, as many of it as fill a turn for a model.
+    """Texts of one kind, as many as fill a turn for a model.
 
     Attributes:
         kind: one of ``TEXTS``.
         texts: the texts.
-        tokens: how many tokens they have, EOS included.
-        flops_per_token: the matmul work of a token with the layers' weights; attention's own products do not count.
-        spared_per_token: what of it f2llm does not compute: of the last layer all but keys and values. (It does compute
-            that for the ends of texts, which does not count.)
+        tokens: total number of tokens, EOS included.
+        flops_per_token: FLOPs per token of the products with the layers' weights, without those of attention itself.
+        spared_per_token: the part that f2llm does not compute: the last layer except keys and values. (It computes
+            the rest of the last layer only for the ends of texts, which is not counted.)
     """
 
     def __init__(self, kind: str, size: str, data: Path, release: Path, flops: float):
@@ -160,19 +160,19 @@ class Texts:
 
     @property
     def key(self) -> str:
-        """A name that changes with the texts."""
+        """A name that identifies the texts."""
         return f"{self.kind}-{hashlib.sha256(repr(self.texts).encode()).hexdigest()[:8]}"
 
 
 class Tuning:
-    """The best setting of each engine for each kind of texts; what was found on a quiet machine is kept in a file."""
+    """The best setting of each engine for each kind of texts; settings found on a quiet machine are kept in a file."""
 
     def __init__(self, file: Path, tune: bool, device: str):
         self.file = file
         self.tune = tune
         self.device = device
         self.settings: dict[str, Setting] = json.loads(file.read_text()) if file.exists() else {}
-        self.worker: Worker | None = None  # of the engine tuned last: it serves all kinds of texts
+        self.worker: Worker | None = None  # of the engine tuned last, reused for all kinds of texts
 
     def setting(self, engine: str, size: str, texts: Texts, release: Path) -> Setting:
         kind = ENGINES[engine].kind
@@ -191,10 +191,10 @@ class Tuning:
         return self.settings[key]
 
     def _climb(self, engine: str, release: Path, ladder: list[Setting], texts: list[str]) -> list[tuple[Turn, Setting]]:
-        """A turn with each setting; larger batches are tried until one is clearly slower than the best.
+        """Runs a turn with each setting, with larger and larger batches until one is clearly slower than the best.
 
-        OpenVINO 2026.4 divides by zero where it has AMX, bfloat16 and one thread for a batch: a setting that ends the
-        process is none to choose.
+        A setting that ends the process is not used: OpenVINO 2026.4 divides by zero with AMX, bfloat16 and one thread
+        per batch.
         """
         tried: list[tuple[Turn, Setting]] = []
         worker = self._worker(engine, release)
@@ -234,7 +234,7 @@ def compare(
     data: Path,
     cache: Path,
 ) -> tuple[list[Row], dict[str, int]]:
-    """A row for each kind of texts and engine of a model size, and {engine: the most bytes that its process had}."""
+    """A row for each kind of texts and engine, for one model size, and {engine: peak bytes of its process}."""
     release = cache / size
     _in_process(write_release, release, size, data / "qwen3-tokenizer")
     if device == "cpu" and not (release / EXPORT).exists():
@@ -260,7 +260,7 @@ def compare(
 
 
 def _in_process(function: Any, *arguments: Any) -> None:
-    """Runs a function in a process that ends with it: what it imports takes no memory from those that are timed."""
+    """Runs a function in its own process, so that its imports take no memory from the timed processes."""
     process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
     process.start()
     process.join()
@@ -269,7 +269,7 @@ def _in_process(function: Any, *arguments: Any) -> None:
 
 
 def _exact_embeddings(workload: list[Texts], release: Path, folder: Path, device: str) -> dict[str, np.ndarray]:
-    """The embeddings of the first texts of each kind by sentence-transformers in float32, computed once."""
+    """Embeddings of the first texts of each kind by sentence-transformers in float32, computed once."""
     folder.mkdir(exist_ok=True)
     files = {texts.kind: folder / f"{texts.key}.npy" for texts in workload}
     if not all(file.exists() for file in files.values()):
@@ -282,9 +282,9 @@ def _exact_embeddings(workload: list[Texts], release: Path, folder: Path, device
 
 
 def _groups(engines: Sequence[str], release: Path) -> list[list[str]]:
-    """Engines that stay in memory together, each peer with f2llm_jax in its dtype: all at once, if memory allows."""
-    # The weights lie there in bfloat16. In float32 they take twice that, once more as an engine repacks them; 1 GiB for
-    # code and batches.
+    """Engines that are in memory together, each peer with f2llm_jax in its dtype: all at once, if memory allows."""
+    # The files are in bfloat16. In float32, weights take twice that, and as much again while an engine repacks them;
+    # plus 1 GiB for code and batches.
     each = 4 * sum(file.stat().st_size for file in release.glob("*.safetensors")) + (1 << 30)
     available = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
     most = int(0.8 * available / each)
@@ -310,7 +310,7 @@ def _compare_together(
     rounds: int,
     repeats: int,
 ) -> dict[str, int]:
-    """Fills the rows of some engines; returns the most bytes that each one's process had, over all kinds of texts."""
+    """Fills the rows of a group of engines; returns the peak bytes of each process over all kinds of texts."""
     note(f"loading and warming {', '.join(group)}")
     workers = {engine: Worker(engine, release, device) for engine in group}
     ceiling = Worker("ceiling", release, device)
@@ -344,7 +344,7 @@ def _compare_together(
 
 
 class Row:
-    """What one engine did with one kind of texts; the lists have an entry for each round."""
+    """Results of one engine on one kind of texts; the lists have one entry per round."""
 
     def __init__(self, size: str, texts: Texts, engine: str, setting: Setting, exact: np.ndarray):
         self.size = size
@@ -360,7 +360,7 @@ class Row:
         self.ratios: list[float] = []
 
     def check(self, embeddings: np.ndarray) -> None:
-        """Keeps the least cosine with the exact embeddings; engines that compute something else do not take part."""
+        """Stores the smallest cosine with the exact embeddings; ends the benchmark if it is not above 0.99."""
         pairs = (embeddings[: len(self.exact)], self.exact)
         a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in map(np.float64, pairs))
         self.cosine = float((a * b).sum(axis=1).min())
@@ -373,12 +373,12 @@ class Row:
 
     @property
     def flops(self) -> float:
-        """What the engine computed."""
+        """FLOPs that the engine computed."""
         spared = self.texts.spared_per_token if is_ours(self.engine) else 0
         return self.computed_tokens * (self.texts.flops_per_token - spared)
 
     def values(self) -> dict[str, Any]:
-        """Everything, for a JSON file."""
+        """All figures, for a JSON file."""
         rates = [self.flops / turn.seconds for turn in self.turns]
         shares = [rate / ceiling for rate, ceiling in zip(rates, self.ceilings, strict=True)]
         return {
@@ -403,7 +403,7 @@ class Row:
         }
 
 
-# What a user's first lines cost: everything from the start of Python to the embedding of one text.
+# A user's first lines: the time from the start of Python to the embedding of one text.
 _FIRST = {
     "torch": """
 import torch
@@ -419,7 +419,7 @@ f2llm_jax.load({release!r}, dtype={dtype!r}).encode(["Where is the library?"])
 
 
 def first_results(size: str, rounds: int, data: Path, cache: Path) -> list[dict[str, Any]]:
-    """Seconds from the start of a process to its first embedding; programs and bytecode are compiled already."""
+    """Seconds from the start of a process to its first embedding, with programs and bytecode already compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     release = write_release(cache / size, size, data / "qwen3-tokenizer")
     seconds: dict[tuple[str, str], list[float]] = {(name, dtype): [] for dtype in OURS for name in _FIRST}
@@ -442,7 +442,7 @@ def first_results(size: str, rounds: int, data: Path, cache: Path) -> list[dict[
 
 
 def speed_table(rows: list[dict[str, Any]]) -> str:
-    """Every row, in the order measured."""
+    """All rows, in the order in which they were measured."""
     header = (
         "model", "texts", "tokens", "engine", "setting", "texts/s", "±", "tokens/s", "GFLOP/s", "of ceiling", "cosine",
         "f2llm is", "texts/core-s", "others",
@@ -473,7 +473,7 @@ def speed_table(rows: list[dict[str, Any]]) -> str:
 
 
 def summary_table(rows: list[dict[str, Any]]) -> str:
-    """f2llm_jax against torch and against the best peer of each dtype, and its share of the ceiling."""
+    """f2llm_jax against torch and against the best peer in each dtype, and its share of the ceiling."""
     lines = []
     for own in rows:
         if own["engine"] not in OURS.values():
@@ -502,7 +502,7 @@ def summary_table(rows: list[dict[str, Any]]) -> str:
 
 
 def memory_table(memory: list[dict[str, Any]]) -> str:
-    """The most memory of each engine's process, beside that of torch in the same dtype. It has seen all the texts."""
+    """Peak memory of each engine over all texts, relative to torch in the same dtype."""
     peaks = {(entry["size"], entry["engine"]): entry["peak_bytes"] for entry in memory}
     lines = []
     for (size, engine), peak in peaks.items():
@@ -521,7 +521,7 @@ def first_table(rows: list[dict[str, Any]]) -> str:
 
 
 def machine(device: str, *packages: str) -> str:
-    """Processor and cores, or the card, and the versions of what is compared."""
+    """CPU model and cores, or the GPU, and the versions of the given packages."""
     if device == "gpu":
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         name = "one " + subprocess.check_output(query, text=True).splitlines()[0]

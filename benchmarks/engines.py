@@ -1,7 +1,7 @@
-"""The engines that encode.py compares: each computes the same embeddings from the same texts, in a process of its own.
+"""The engines that encode.py compares: each computes the same embeddings from the same texts, in its own process.
 
-Every engine gets what a user who knows it would give it: its own fast tokenizer, texts of like length together, rows
-padded on the right to the longest of their batch, all cores, and the batch size that was fastest for these texts.
+Every engine is used as an experienced user would: with its own fast tokenizer, texts of similar length in a batch, rows
+padded on the right to the longest in their batch, all cores, and the batch size that was fastest for these texts.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from f2llm_jax.config import ModelConfig
 THREADS = len(os.sched_getaffinity(0))
 DEVICES = ("cpu", "gpu")
 
-# A setting is what is tuned for a kind of texts: {name: value}, handed to ``encode``. A ladder lists them from small
-# batches to large ones; there are some for each device that the engine is compared on.
+# A setting is tuned for a kind of texts: {name: value}, passed to ``encode``. A ladder lists settings from small to
+# large batches; an engine has ladders for each device that it is compared on.
 Setting = dict[str, Any]
 Ladders = dict[str, list[list[Setting]]]
 
@@ -32,7 +32,7 @@ _BATCH_TOKENS = (256, 512, 1024, 2048, 4096)
 
 
 class Torch:
-    """sentence-transformers on PyTorch, attention by ``scaled_dot_product_attention``; it sorts texts by itself."""
+    """sentence-transformers on PyTorch, attention by ``scaled_dot_product_attention``; it sorts texts itself."""
 
     usual: ClassVar[dict[str, Setting]] = {"cpu": {"batch_size": 32}, "gpu": {"batch_size": 64}}
     ladders: ClassVar[Ladders] = {
@@ -52,7 +52,7 @@ class Torch:
         return self.model.encode(texts, batch_size=batch_size, show_progress_bar=False)
 
     def peak_bytes(self) -> int:
-        """Of the card's memory."""
+        """Peak memory of the GPU."""
         import torch
 
         return torch.cuda.max_memory_allocated()
@@ -77,13 +77,13 @@ class F2LLM:
         return self.model.encode(texts)
 
     def computed_tokens(self, texts: list[str]) -> int:
-        """Those of the texts, a prefix that they share once a row; without padding."""
+        """Tokens computed for the texts, without padding; a common prefix counts once per row."""
         ids, _ = self.model.tokenizer.encode(texts, self.model.max_length)
         _, batches = self.model._batches(iter([ids]), "auto", self.model._batch_tokens(), self.model.max_length)
         return sum(rows.batch.tokens_bt.size - rows.padding for rows in batches)
 
     def peak_bytes(self) -> int:
-        """Of the card's memory."""
+        """Peak memory of the GPU."""
         import jax
 
         return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
@@ -113,7 +113,7 @@ class OnnxRuntime:
 
 
 class OpenVino:
-    """OpenVINO, float32 or bfloat16; its hint decides between all cores for a batch, and a batch for each core."""
+    """OpenVINO, float32 or bfloat16; its hint selects between all cores for one batch and one batch per core."""
 
     usual: ClassVar[dict[str, Setting]] = {"cpu": {"hint": "LATENCY", "batch_tokens": 512}}
     ladders: ClassVar[Ladders] = {
@@ -158,7 +158,7 @@ class OpenVino:
             "PERFORMANCE_HINT": hint,
             "INFERENCE_NUM_THREADS": THREADS,
         }
-        self.requests: list[Any] = []  # frees the model before this one
+        self.requests: list[Any] = []  # frees the previous model
         model = openvino.Core().compile_model(self.graph, "CPU", settings)
         at_a_time = model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
         self.requests = [model.create_infer_request() for _ in range(at_a_time)]
@@ -172,7 +172,7 @@ def _tokenizer(release: Path) -> Any:
 
 
 def _batches(tokenizer: Any, texts: list[str], batch_tokens: int) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
-    """Which texts, and the exported graph's inputs for them: longest first, rows · longest within ``batch_tokens``."""
+    """(texts, inputs of the exported graph), longest texts first, with at most ``batch_tokens`` per batch."""
     ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
     order = sorted(range(len(ids)), key=lambda text: -len(ids[text]))
     first = 0
@@ -196,20 +196,20 @@ def _batches(tokenizer: Any, texts: list[str], batch_tokens: int) -> Iterator[tu
 
 @functools.lru_cache(maxsize=64)
 def _causal_mask(length: int) -> np.ndarray:
-    """Additive float32 [1, 1, length, length]. Padding lies behind the EOS, so the causal mask hides it too."""
+    """Additive float32 [1, 1, length, length]. Padding comes after the EOS, so the causal mask hides it too."""
     return np.triu(np.full((length, length), np.finfo(np.float32).min, np.float32), 1)[None, None]
 
 
-# What an export writes into the release folder.
+# The file that ``export`` writes to the release folder.
 EXPORT = "onnx/model.onnx"
 
 
 def export(release: Path) -> None:
     """Writes transformers' Qwen3Model with EOS pooling and normalisation as an ONNX graph, in float32.
 
-    The mask is an input: transformers makes its own with operations that depend on values, which do not trace. Of the
-    exporters (TorchScript, dynamo) and attentions (eager, sdpa), TorchScript's graph of the eager one ran fastest, by
-    15 % over dynamo's in ONNX Runtime, by 5 % over OpenVINO's own conversion in OpenVINO.
+    The mask is an input: transformers creates its own with value-dependent operations, which cannot be traced. Of the
+    exporters (TorchScript, dynamo) and attentions (eager, sdpa), TorchScript's graph with eager attention ran fastest:
+    15 % faster than dynamo's in ONNX Runtime, 5 % faster than OpenVINO's own conversion in OpenVINO.
     """
     import torch
     import transformers
@@ -256,11 +256,11 @@ def export(release: Path) -> None:
 
 
 class Ceiling:
-    """The rate of this machine's matrix products in JAX: what no engine on JAX can exceed.
+    """The rate of this machine's matrix products in JAX, which no engine on JAX can exceed.
 
-    On a CPU at a model's own shapes. A layer's weights are taken apart and joined (query, key and value; gate and up),
-    in both orientations, with several numbers of rows, and the fastest of all that counts. On a GPU that of one large
-    product of bfloat16, which is what the card is sold by.
+    On a CPU, it is measured at the model's own shapes: with weights of a layer separate and joined (query, key and
+    value; gate and up), in both orientations, and with several numbers of rows; the fastest counts. On a GPU, it is the
+    rate of one large bfloat16 product, the figure that cards are advertised with.
     """
 
     ROWS = (512, 1024, 2048)
@@ -279,7 +279,7 @@ class Ceiling:
         c = ModelConfig.from_release(release)
         d, f = c.hidden_size, c.intermediate_size
         q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        # Ways to do each part of a layer, as (inputs, outputs) of the products it takes.
+        # For each part of a layer, the ways to compute it, as (inputs, outputs) of the products.
         self.parts = (
             (((d, q), (d, kv), (d, kv)), ((d, q + 2 * kv),)),
             (((q, d),),),
@@ -294,7 +294,7 @@ class Ceiling:
         }
 
     def encode(self) -> dict[str, float]:
-        """FLOP/s of a whole layer's products, by dtype of the operands; results are float32."""
+        """FLOP/s of the products of a whole layer, by dtype of the operands; results are float32."""
         flops = 2 * sum(math.prod(shape) for ways in self.parts for shape in ways[0])
         rates = {}
         for dtype in self.dtypes:
@@ -334,7 +334,7 @@ class _Product:
         self.multiply(self.x, self.w).block_until_ready()
 
     def seconds_per_row(self, calls: int) -> float:
-        """The least of a few calls, each over enough products that the clock and the call do not count."""
+        """The minimum over a few calls, divided by the rows of the product."""
         return min(self._call() for _ in range(calls)) / self.rows
 
     def _call(self) -> float:
@@ -344,12 +344,12 @@ class _Product:
 
 
 class Engine(NamedTuple):
-    """What serves a release.
+    """An engine.
 
     Attributes:
         kind: its class.
-        dtype: of whom it is compared with.
-        weights: what it loads, if not that.
+        dtype: the dtype of the engines that it is compared with.
+        weights: the dtype that it loads, if another.
     """
 
     kind: Any
@@ -371,11 +371,11 @@ ENGINES = {
 
 
 def serve(connection: Any, name: str, release: Path, device: str) -> None:
-    """A worker process: loads an engine, then answers ``Worker`` of encode.py until it is told None.
+    """A worker process: loads an engine, then answers requests of ``Worker`` in encode.py until it receives None.
 
-    A request is (method, texts, setting): ``encode`` returns its result, ``time`` the wall and the processor seconds
-    (of all threads) that it took and its result, ``computed`` the tokens that f2llm computes, ``peak`` the most memory
-    so far in bytes: resident memory of the process, or memory of the card.
+    A request is (method, texts, setting). ``encode`` returns the result; ``time`` the wall seconds, the CPU seconds of
+    all threads, and the result; ``computed`` the tokens that f2llm computes; ``peak`` the peak memory so far in bytes:
+    resident memory of the process, or memory of the GPU.
     """
     engine = ENGINES[name].kind(release, ENGINES[name].weights or ENGINES[name].dtype, device)
     for method, texts, setting in iter(functools.partial(_receive, connection), None):
@@ -393,7 +393,7 @@ def serve(connection: Any, name: str, release: Path, device: str) -> None:
 
 
 def _receive(connection: Any) -> Any:
-    """The next request; None also when the parent is gone."""
+    """The next request; also None if the parent process has gone."""
     try:
         return connection.recv()
     except EOFError:
@@ -401,6 +401,6 @@ def _receive(connection: Any) -> Any:
 
 
 def _peak_bytes() -> int:
-    """Not getrusage's, which starts at the parent's."""
+    """Peak resident memory. getrusage would start at the peak of the parent process."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024

@@ -1,4 +1,4 @@
-"""What the benchmarks run on: random models of the real shapes, real texts of several lengths, and room on the disk."""
+"""Inputs of the benchmarks: random models of the real shapes, real texts of several lengths, and folders on disk."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QUERY_PROMPT = "Instruct: Given a question, retrieve passages that can help answ
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[None]:
-    """Makes a folder for a with block, and deletes it with all that it then holds; one that exists is refused."""
+    """Creates a folder for a with block, and deletes it with its contents at the end; refuses an existing folder."""
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
@@ -39,7 +39,7 @@ def new_folder(folder: Path) -> Iterator[None]:
 
 
 def write_release(folder: Path, size: str, tokenizer: Path) -> Path:
-    """A release of a released size with random bfloat16 weights; kept if it is there already."""
+    """Writes a release of a released size with random bfloat16 weights, unless it exists already."""
     if not folder.exists():
         config = MODELS[size]
         write_params(folder, random_params(config), config, tokenizer, dtype="bfloat16")
@@ -47,7 +47,7 @@ def write_release(folder: Path, size: str, tokenizer: Path) -> Path:
 
 
 def random_params(config: ModelConfig) -> Params:
-    """Float32; norm weights lie within 0.5 … 1.5, so that a wrong norm shows in the cosines."""
+    """Random float32 parameters; norm weights are within 0.5 … 1.5, so that a wrong norm shows in the cosines."""
     import jax
     import jax.numpy as jnp
 
@@ -69,7 +69,7 @@ def write_params(
     dtype: str = "float32",
     query_prompt: str = QUERY_PROMPT,
 ) -> Path:
-    """Parameters as a release, laid out as F2LLM-v2's are, around a tokenizer."""
+    """Writes parameters and a tokenizer as a release in the layout of F2LLM-v2."""
     from f2llm_jax.convert.export import export_release
 
     with tempfile.TemporaryDirectory() as settings:
@@ -84,11 +84,11 @@ TEXTS = ("short", "medium", "long", "mix")
 
 
 def read_texts(kind: str, count: int, data: Path) -> list[str]:
-    """``count`` texts that stand for all of their kind: evenly spaced in order of length, then shuffled.
+    """``count`` texts that represent their kind: evenly spaced in order of length, then shuffled.
 
-    short: English sentences of Tatoeba, those with a German one. medium: English questions of XQuAD behind the query
-    prompt, as a search sends them. long: English paragraphs of XQuAD. mix: of ten texts six sentences, three questions
-    and a paragraph, in all languages.
+    short: English sentences of Tatoeba with a German translation. medium: English questions of XQuAD after the query
+    prompt, as in a search. long: English paragraphs of XQuAD. mix: six sentences, three questions and one paragraph in
+    ten texts, in all languages.
     """
     if kind == "short":
         texts = _spaced(_column(data / "bitext" / "deu.parquet", "english"), count)
@@ -109,7 +109,7 @@ def read_texts(kind: str, count: int, data: Path) -> list[str]:
 
 
 def _spaced(texts: list[str], count: int) -> list[str]:
-    """Sorted by length; the middles of ``count`` equal parts, repeated where there are fewer texts than that."""
+    """The middles of ``count`` equal parts of the texts sorted by length; texts repeat if there are fewer than that."""
     texts = sorted(dict.fromkeys(texts), key=len)
     return [texts[int((i + 0.5) * len(texts) / count)] for i in range(count)]
 
