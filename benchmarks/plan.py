@@ -1,10 +1,10 @@
-"""The README's table of plans: every size on a slice of 16 chips of four kinds, encoding and training.
+"""Makes the README's tables of plans: encoding and training with every size on slices of 16 chips of four kinds.
 
     python benchmarks/plan.py plans.jsonl
 
-compiles each program for each slice (an hour on two cores), each in a process of its own (the compiler keeps what it
-has taken), appends what it finds to plans.jsonl, goes on from there when it is started again, and prints the tables.
---seconds stops a run after so many.
+compiles each program for each slice (an hour on two cores), each in its own process (as the compiler does not free its
+memory), appends the plans to plans.jsonl, resumes from there if it is run again, and prints the tables. No compilation
+begins after --seconds.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def compile_plan(do: str, size: str, topology: str) -> dict[str, Any]:
 
 
 def read(file: Path) -> dict[tuple[str, str, str], Any]:
-    """{(do, size, topology): plan} of an earlier run; a line that was cut short does not count."""
+    """{(do, size, topology): plan} from an earlier run; an incomplete line does not count."""
     plans = {}
     for line in file.read_text().splitlines() if file.exists() else ():
         try:

@@ -1,4 +1,4 @@
-"""Commands run as processes of their own, and the memory they had."""
+"""Runs commands as processes of their own, and measures their memory."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def run(command: list[str]) -> int:
-    """Runs a command, without what it prints; returns the most memory that it had resident, in bytes.
+    """Runs a command, discarding its standard output; returns its peak resident memory in bytes.
 
-    Looked up in /proc until it ends. What ``getrusage`` says of a process begins at what its parent had, and of the
-    children at the largest of all so far.
+    The peak is read from /proc until the command ends. ``getrusage`` starts a process at the peak of its parent, and
+    reports for children the largest of all so far.
     """
     process, peak = subprocess.Popen(command, stdout=subprocess.DEVNULL), 0
     while process.poll() is None:
@@ -23,7 +23,7 @@ def run(command: list[str]) -> int:
 
 
 def _high_water(pid: int) -> int:
-    """The most memory that a running process has had resident so far, in bytes."""
+    """The peak resident memory of a running process so far, in bytes."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -1,9 +1,9 @@
-"""The three pruned sizes of the 0.6B at their real shapes: parameters, and that everybody computes the same embeddings.
+"""Checks the three pruned sizes of the 0.6B at their real shapes: parameters, and equal embeddings in all libraries.
 
     python benchmarks/prune.py FOLDER --tokenizer ../shared/data/qwen3-tokenizer
 
-makes a float32 0.6B release of random weights in FOLDER, prunes it with f2llm prune, and compares embeddings with
-sentence-transformers and with transformers alone. FOLDER is deleted at the end.
+writes a float32 0.6B release with random weights to FOLDER, prunes it with f2llm prune, and compares embeddings with
+those of sentence-transformers and of transformers alone. FOLDER is deleted at the end.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def compare(folder: Path) -> tuple[int, float]:
-    """Parameters as PyTorch counts them, and the largest difference of an element to either reference."""
+    """Number of parameters in PyTorch, and the largest difference of an embedding element from either reference."""
     import torch
     from sentence_transformers import SentenceTransformer
     from transformers import Qwen3Model

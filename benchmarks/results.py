@@ -2,7 +2,7 @@
 
     python benchmarks/results.py --data ../shared/data
 
-No released weights are needed, and none are used: the models are made here, and the page says what they are. DATA holds
+Uses no released weights: the models are made here, and the page describes them. --data is a folder with
 xquad/LANGUAGE_corpus.parquet and _queries.parquet, bitext/LANGUAGE.parquet and qwen3-tokenizer/.
 """
 
@@ -33,7 +33,7 @@ from f2llm_jax.tokens import Tokenizer
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
-# As wide as the released 80M; one layer that only averages.
+# As wide as the released 80M, with one layer that only averages.
 CONFIG = ModelConfig(
     vocab_size=151936,
     hidden_size=320,
@@ -129,7 +129,10 @@ def main() -> None:
 
 
 def bag_of_words(tokenizer: Tokenizer, bitext: Path) -> F2LLMEmbedder:
-    """Queries of zero make attention uniform; rows far below the norms' epsilon pass them with their lengths kept."""
+    """A model that averages word vectors, weighted by rarity.
+
+    Zero queries make attention uniform; embeddings far below the epsilon of the norms keep their relative lengths.
+    """
     texts = [
         text
         for file in sorted(bitext.glob("*.parquet"))
@@ -163,10 +166,10 @@ def without_prompts(name: str, params: dict, tokenizer: Tokenizer) -> F2LLMEmbed
 
 
 def on_xquad(source: Path, language: str, folder: Path, words: F2LLMEmbedder, noise: F2LLMEmbedder) -> Report:
-    """A report on one language: every size and output of one model, the full size of the other."""
+    """A report on one language: all sizes and outputs of one model, and the full size of the other."""
     corpus = parquet.read_table(source / f"{language}_corpus.parquet")
     queries = parquet.read_table(source / f"{language}_queries.parquet")
-    ids = pyarrow.array([f"q{number}" for number in range(len(queries))])  # no ids of documents
+    ids = pyarrow.array([f"q{number}" for number in range(len(queries))])  # distinct from document ids
     beir = folder / language
     (beir / "qrels").mkdir(parents=True)
     parquet.write_table(corpus.rename_columns(["_id", "text"]), beir / "corpus.parquet")

@@ -1,4 +1,4 @@
-"""Tables in Markdown, which read well in a terminal too."""
+"""Markdown tables that are also readable in a terminal."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, text: int 
     """A table with its columns aligned.
 
     Args:
-        header, rows: what its cells say.
-        text: how many columns, from the left, are no numbers; numbers are set to the right. None for all.
+        header, rows: the contents of the cells.
+        text: number of columns from the left that are text; the others are numbers, aligned to the right. None for all.
     """
     lines = [header, *rows]
     widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(header))]
