@@ -419,7 +419,7 @@ def test_a_run_that_is_done_is_exported_and_not_validated_again(command, whole, 
     scalars = (out / "scalars.jsonl").read_text()
     arguments = command(out, "--quiet", "--resume", "auto", "--export", str(tmp_path / "again"), max_steps=STEPS)
     assert main(["train", *arguments]) == 0
-    going_on, of_prompt = capsys.readouterr().err.splitlines()
+    of_prompt, going_on = capsys.readouterr().err.splitlines()
     assert going_on.startswith("f2llm: warning: going on from step")
     assert of_prompt.startswith("f2llm: warning: the exported model will put")
     assert (out / "scalars.jsonl").read_text() == scalars
