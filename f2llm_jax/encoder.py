@@ -29,7 +29,7 @@ from f2llm_jax.layerwise import LONGEST_ROW, Layerwise, bit_views
 from f2llm_jax.model import Params, check_layers
 from f2llm_jax.packing import Packing, choose_layout, packed
 from f2llm_jax.pipeline import lagging
-from f2llm_jax.quantization import check_ranges, output_spec, quantize
+from f2llm_jax.quantization import check_float, check_ranges, output_spec, quantize
 from f2llm_jax.release import find_release, pick_prompt, read_release
 from f2llm_jax.sharding import make_mesh, padded_config, put_batch, replicated
 from f2llm_jax.tokens import Tokenizer
@@ -113,7 +113,10 @@ class Encoder:
         self._compiling = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For ``pickle`` and ``copy``: compiled programs, locks and views of the weights are made anew."""
+        """For ``copy`` and, without a mesh (whose devices cannot be pickled), ``pickle``.
+
+        Compiled programs, locks and views of the weights are made anew.
+        """
         return _unpickle, (functools.partial(self._made_with, mesh=self.mesh), self._params)
 
     @property
@@ -236,7 +239,7 @@ class Encoder:
         Raises:
             InputError: the embeddings are quantised, so that they have no cosine, or their sizes differ.
         """
-        a, b = (_floats(x) for x in (a, b))
+        a, b = (np.atleast_2d(check_float(x, "similarity")) for x in (a, b))
         if a.shape[-1] != b.shape[-1]:
             raise InputError(f"similarity compares embeddings of one size, not of {a.shape[-1]} and {b.shape[-1]}")
         a, b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (a, b))
@@ -407,17 +410,6 @@ def _check_text(name: str, text: Any) -> None:
         text.isascii() or text.encode()
     except UnicodeEncodeError:
         raise InputError(f"{name} holds half of a surrogate pair, which is no character") from None
-
-
-def _floats(embeddings: Any) -> np.ndarray:
-    """float32 [n, dim]; an InputError for the 8-bit embeddings that ``quantize`` makes."""
-    embeddings = np.asarray(embeddings)
-    if embeddings.dtype.kind in "biu" and embeddings.itemsize == 1:
-        raise InputError(
-            f"similarity compares float embeddings, not {embeddings.dtype}: encode with output='float32', or compare "
-            "bits of 'ubinary' by their Hamming distance, np.bitwise_count(a[:, None] ^ b).sum(axis=-1)"
-        )
-    return np.atleast_2d(embeddings.astype(np.float32, copy=False))
 
 
 def load(

@@ -112,3 +112,19 @@ def check_ranges(output: str, ranges: np.ndarray | None, dim: int) -> np.ndarray
     if not (ranges[0] <= ranges[1]).all() or not np.isfinite(ranges).all():
         raise InputError("ranges must be finite, the least value of each dimension before the largest")
     return ranges
+
+
+def check_float(embeddings: np.ndarray, compares: str) -> np.ndarray:
+    """The embeddings as float32; an InputError if they are what ``quantize`` makes of embeddings.
+
+    Args:
+        embeddings: of any shape.
+        compares: the function that compares them, for the message.
+    """
+    embeddings = np.asarray(embeddings)
+    if embeddings.dtype.kind in "biu" and embeddings.itemsize == 1:
+        raise InputError(
+            f"{compares} compares float embeddings, not {embeddings.dtype}: encode with output='float32', or compare "
+            "bits of 'ubinary' by their Hamming distance, np.bitwise_count(a[:, None] ^ b).sum(axis=-1)"
+        )
+    return embeddings.astype(np.float32, copy=False)

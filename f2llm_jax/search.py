@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from f2llm_jax.errors import InputError
+from f2llm_jax.quantization import check_float
 
 # Scores held at a time, which limits the queries compared with a block at once; 0.3 GB with the buffers for sorting.
 SCORES = 1 << 23
@@ -38,14 +39,18 @@ def nearest(
         document index. A NaN ranks below all numbers.
 
     Raises:
-        InputError: ``top`` is below 1.
+        InputError: ``top`` is below 1, or queries or a block are not float arrays [n, dim] of one width.
     """
     if top < 1:
         raise InputError(f"top must be at least 1, not {top}")
+    query_qd = _rows(query_qd, "query_qd")
     # A score and a document index are kept as one integer, which sorts by score, then by index.
     keys_qk = np.empty((len(query_qd), 0), np.uint64)
     count = 0
     for block_nd in filter(len, blocks):
+        block_nd = _rows(block_nd, "a block")
+        if block_nd.shape[1] != query_qd.shape[1]:
+            raise InputError(f"queries have {query_qd.shape[1]} dimensions, a block {block_nd.shape[1]}")
         best_qk = np.empty((len(query_qd), min(top, count + len(block_nd))), np.uint64)
         step = max(1, SCORES // len(block_nd))
         for start in range(0, len(query_qd), step):
@@ -55,6 +60,13 @@ def nearest(
             best_qk[part] = np.partition(keys_pn, -kept, axis=1)[:, -kept:]
         keys_qk, count = best_qk, count + len(block_nd)
     return _from_keys(np.sort(keys_qk, axis=1)[:, ::-1])
+
+
+def _rows(embeddings: np.ndarray, name: str) -> np.ndarray:
+    embeddings_nd = check_float(embeddings, "nearest")
+    if embeddings_nd.ndim != 2:
+        raise InputError(f"{name} must be an array [n, dim], not of shape {embeddings_nd.shape}")
+    return embeddings_nd
 
 
 _SIGN = np.uint32(1 << 31)

@@ -31,6 +31,7 @@ class StoredEmbeddings:
         ranges: float32 [2, dim], for int8.
         model, model_sha256: the name of the model that wrote them, and its ``convert.digest.model_digest``; None for a
             single file, which does not record them.
+        prompt: the text prepended to what was embedded; None for a single file.
     """
 
     source: Path
@@ -40,6 +41,7 @@ class StoredEmbeddings:
     ranges: np.ndarray | None = None
     model: str | None = None
     model_sha256: str | None = None
+    prompt: str | None = None
 
     @property
     def rows(self) -> int:
@@ -65,7 +67,7 @@ class StoredEmbeddings:
         for file, count in self.files:
             own = wanted[(wanted >= first) & (wanted < first + count)] - first
             if len(own):
-                ids += own.tolist() if file.suffix == ".npy" else _read_ids(file, own)
+                ids += own.tolist() if file.suffix.lower() == ".npy" else _read_ids(file, own)
             first += count
         return [ids[number] for number in inverse.reshape(-1)]
 
@@ -101,13 +103,14 @@ def _open_folder(folder: Path) -> StoredEmbeddings:
         ranges=ranges,
         model=manifest["model"],
         model_sha256=settings["model_sha256"],
+        prompt=settings["prompt"],
     )
 
 
 def _open_file(file: Path) -> StoredEmbeddings:
-    if file.suffix == ".npy":
+    if file.suffix.lower() == ".npy":
         shape, dtype = _npy(file).shape, _npy(file).dtype
-    elif file.suffix == ".parquet":
+    elif file.suffix.lower() == ".parquet":
         shape, dtype = _parquet_shape(file)
     else:
         raise InputError(
@@ -147,7 +150,7 @@ def _parquet_shape(file: Path) -> tuple[tuple[int, int], np.dtype]:
 
 def _read_blocks(file: Path) -> Iterator[np.ndarray]:
     """The embeddings of a file as they were written, in blocks [n, values]."""
-    if file.suffix == ".npy":
+    if file.suffix.lower() == ".npy":
         embeddings = _npy(file)
         for first in range(0, len(embeddings), _BLOCK_ROWS):
             yield embeddings[first : first + _BLOCK_ROWS]

@@ -97,13 +97,16 @@ class Digest(Protocol):
     def update(self, data: bytes, /) -> object: ...
 
 
-def read_texts(source: str | Path, *, field: str = "text", file_format: str | None = None) -> Texts:
+def read_texts(
+    source: str | Path, *, field: str = "text", file_format: str | None = None, id_field: str = "id"
+) -> Texts:
     """Reads all texts of a file into memory.
 
     Args:
         source: a file, or ``-`` for standard input.
         field: the column (csv, parquet) or key (jsonl) that holds the text; a txt file has one text per line.
         file_format: one of ``FORMATS``; default: by the file's extension, txt for standard input.
+        id_field: the column or key of the ids, if there is one.
 
     Raises:
         InputError: there is no such format or field, a cell is missing or not a string, or the JSON, CSV, Parquet or
@@ -112,9 +115,9 @@ def read_texts(source: str | Path, *, field: str = "text", file_format: str | No
     """
     file_format = format_of(source, file_format)
     if str(source) == STDIN:
-        return _read(sys.stdin.buffer, "standard input", field, file_format)
+        return _read(sys.stdin.buffer, "standard input", field, id_field, file_format)
     with Path(source).open("rb") as stream:
-        return _read(stream, str(source), field, file_format)
+        return _read(stream, str(source), field, id_field, file_format)
 
 
 def format_of(source: str | Path, file_format: str | None = None) -> str:
@@ -175,11 +178,11 @@ def json_objects(lines: Lines) -> Iterator[dict[Any, Any]]:
             yield read_object(line, lines.where)
 
 
-def _read(stream: BinaryIO, name: str, field: str, file_format: str) -> Texts:
+def _read(stream: BinaryIO, name: str, field: str, id_field: str, file_format: str) -> Texts:
     if file_format == "parquet":
-        return _read_parquet(stream, name, field)
+        return _read_parquet(stream, name, field, id_field)
     texts, ids = [], []
-    for text, id_ in RECORDS[file_format](Lines(stream, name), field, "id", Position()):
+    for text, id_ in RECORDS[file_format](Lines(stream, name), field, id_field, Position()):
         texts.append(text)
         ids.append(id_)
     return Texts(texts, ids if any(id_ is not None for id_ in ids) else None)
@@ -235,7 +238,7 @@ RECORDS: dict[str, Callable[[Lines, str, str | None, Position], Records]] = {
 """For each format, the records of a line-based file from a position on: (lines, field, id field, start)."""
 
 
-def _read_parquet(stream: BinaryIO, name: str, field: str) -> Texts:
+def _read_parquet(stream: BinaryIO, name: str, field: str, id_field: str) -> Texts:
     import pyarrow
     from pyarrow import parquet
 
@@ -246,7 +249,7 @@ def _read_parquet(stream: BinaryIO, name: str, field: str) -> Texts:
         if columns.count(field) != 1:
             there = "more than one column" if field in columns else "no column"
             raise InputError(f"{name} has {there} {field!r}; there are {', '.join(columns)}")
-        table = file.read(columns=[column for column in dict.fromkeys((field, "id")) if column in columns])
+        table = file.read(columns=[column for column in dict.fromkeys((field, id_field)) if column in columns])
     except pyarrow.ArrowException as error:
         raise InputError(f"{name} is not valid Parquet: {str(error).splitlines()[0]}") from None
     texts = []
@@ -256,6 +259,6 @@ def _read_parquet(stream: BinaryIO, name: str, field: str) -> Texts:
             texts.append(check_text(value.as_py(), where, field))
         except UnicodeDecodeError as error:
             raise InputError(f"{where}: field {field!r} is not valid UTF-8: {error.reason}") from None
-    if columns.count("id") != 1:
+    if columns.count(id_field) != 1:
         return Texts(texts, None)
-    return Texts(texts, table["id"].to_pylist(), table["id"].type)
+    return Texts(texts, table[id_field].to_pylist(), table[id_field].type)

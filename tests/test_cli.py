@@ -563,6 +563,15 @@ def test_nearest_puts_what_is_no_number_last():
     np.testing.assert_array_equal(scores_qk, [[2, -math.inf, math.nan, math.nan]])
     with pytest.raises(f2llm.InputError, match="top must be at least 1, not 0"):
         f2llm.nearest(np.float32([[1]]), [document_nd], 0)
+    for queries, block, message in (
+        (np.int8([[1]]), document_nd, "nearest compares float embeddings, not int8"),
+        (np.float32([[1]]), np.uint8([[1]]), "not uint8.*Hamming"),
+        (np.float32([1]), document_nd, r"query_qd must be an array \[n, dim\], not of shape \(1,\)"),
+        (np.float32([[1]]), document_nd[0], r"a block must be an array \[n, dim\]"),
+        (np.float32([[1, 2]]), document_nd, "queries have 2 dimensions, a block 1"),
+    ):
+        with pytest.raises(f2llm.InputError, match=message):
+            f2llm.nearest(queries, [block], 3)
 
 
 # --- several devices

@@ -187,7 +187,8 @@ def test_training_passes_are_those_of_the_program(chunk_rows, remat, few_layers,
         ("v5e", "the shape of a v5e slice is 2 numbers, as in v5e:4x4"),
         ("v5p:4x4", "the shape of a v5p slice is 3 numbers"),
         ("v6e:0x4", "the shape of a v6e slice"),
-        ("v5e-16", r"no accelerator type v5e-N is known; there are v4-N, v5litepod-N, v5p-N, v6e-N, and shapes"),
+        ("v3-16", r"no accelerator type v3-N is known; there are v4-N, v5litepod-N, v5e-N, v5p-N, v6e-N, and shapes"),
+        ("v5e:4x4-", "the shape of a v5e slice is 2 numbers"),
         ("v5p-24", r"the shape of '24' is not known, only of v5p-8, 16, .*, 12288; others are written as in v5p:2x2x4"),
     ],
 )
@@ -200,7 +201,7 @@ def test_a_slice_that_does_not_exist_is_refused(text, message):
     ("accelerator_type", "topology"),
     [
         ("v5litepod-16", "v5e:4x4"),
-        ("v5litepod-8", "v5e:2x4"),
+        ("v5e-8", "v5e:2x4"),
         ("v6e-256", "v6e:16x16"),
         ("v5p-32", "v5p:2x2x4"),
         ("v4-8", "v4:2x2x1"),
@@ -411,6 +412,24 @@ def test_rows_of_one_text_have_no_segments():
     mesh = make_mesh(devices=jax.devices()[:1])
     program = encode_program(TINY, mesh, rows=2, length=64, slots=None, dtype="float32")
     assert [array.shape for array in program.lower().in_avals[0][1]] == [(2, 64), (2,)]
+
+
+@pytest.mark.parametrize("layout", ["packed", "bucketed"])
+@pytest.mark.parametrize("chunk_rows", [24, 32, 100_000])
+def test_chunks_are_those_of_the_step(chunk_rows, layout):
+    from f2llm_jax.train.config import load_recipe, override
+    from f2llm_jax.train.step import _chunks
+
+    settings = [f"compute.chunk_rows={chunk_rows}", f"data.layout={layout}", "data.batch_size=512"]
+    job = TrainJob(config=MODELS["80M"], recipe=override(load_recipe("stage2_80m"), settings))
+    axes = counts.Axes(4, 2, 1)
+    (rows_at_once,) = job.rows_at_once(axes)
+    work = job._work(axes, rows_at_once)
+    with jax.set_mesh(make_mesh(*axes)):
+        shapes = [jax.eval_shape(lambda x: _chunks(x, chunk_rows), np.zeros(rows)).shape for rows in job._runs(axes)]
+    assert max(size for _, size in shapes) == rows_at_once == work.chunk_rows
+    assert tuple(chunks * size for chunks, size in shapes) == work.runs
+    assert work.chunks == sum(chunks for chunks, _ in shapes)
 
 
 def test_a_kernel_that_tpus_do_not_have_is_named():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -37,13 +38,15 @@ def digest(tiny_release: Path) -> str:
     return model_digest(tiny_release)
 
 
-def store(folder: Path, embeddings: np.ndarray, digest: str, output: str = "float32", finish: bool = True) -> Path:
+def store(
+    folder: Path, embeddings: np.ndarray, digest: str, output: str = "float32", finish: bool = True, prompt: str = ""
+) -> Path:
     """A folder as ``f2llm encode --corpus`` writes one, of four shards: of ids d-0 …"""
     ranges = f2llm.int8_ranges(embeddings) if output == "int8" else None
     source = folder.with_suffix(".txt")
     source.write_text("text\n" * len(embeddings))
     corpus = index([str(source)], field="text", id_field=None, file_format=None, unit_rows=16)
-    settings = {"model_sha256": digest, "dim": embeddings.shape[1], "output": output}
+    settings = {"model_sha256": digest, "dim": embeddings.shape[1], "output": output, "prompt": prompt}
     work = Output(folder, settings, corpus, model="the/model", ranges=ranges)
     for unit in corpus.units:
         rows = range(unit.first_row, unit.first_row + unit.rows)
@@ -193,8 +196,27 @@ def test_an_output_of_a_corpus_of_texts(tiny_release, tmp_path):
     assert lines == [["0", "Q0", "0", "1"], ["0", "Q0", "1", "2"]]
 
 
-def test_an_id_that_breaks_a_trec_run_is_refused(documents, digest, tiny_release, tmp_path, capsys):
+def test_ids_as_beir_names_them(tiny_release, tmp_path):
+    (tmp_path / "docs.csv").write_text("_id,text\nd1,a fox\nd2,a dog\n")
+    (tmp_path / "queries.jsonl").write_text('{"text": "a fox", "_id": "q1"}\n')
+    source = ["search", "--model", str(tiny_release), "--corpus", str(tmp_path / "docs.csv")]
+    output = str(tmp_path / "RUN.TSV")
+    assert main([*source, "--queries", str(tmp_path / "queries.jsonl"), "--prompt", "", "--output", output]) == 0
+    lines = [line.split("\t")[:4] for line in Path(output).read_text().splitlines()]
+    assert lines == [["q1", "Q0", "d1", "1"], ["q1", "Q0", "d2", "2"]]
+
+
+def test_documents_of_another_prompt_are_a_warning(documents, digest, tiny_release, tmp_path, capsys):
+    folder = store(tmp_path / "out", documents, digest, prompt="passage: ")
+    assert search(tiny_release, folder, "--query", "fox") == 0
+    assert "was embedded with the prompt 'passage: '; documents of" in capsys.readouterr().err
+    assert search(tiny_release, store(tmp_path / "plain", documents, digest), "--query", "fox") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_an_id_that_breaks_a_trec_run_is_refused(documents, digest, tiny_release, tmp_path, capsys, monkeypatch):
     folder = store(tmp_path / "out", documents, digest)
+    monkeypatch.setattr("f2llm_jax.commands.search.load_model", Mock(side_effect=AssertionError))  # before the work
     (tmp_path / "queries.jsonl").write_text('{"text": "fox", "id": "two words"}\n')
     options = ("--queries", tmp_path / "queries.jsonl", "--output", tmp_path / "run.tsv")
     assert "no place for the id 'two words'" in error_of(capsys, search(tiny_release, folder, *options))

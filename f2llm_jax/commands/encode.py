@@ -7,7 +7,8 @@ Reads txt (one text per line), jsonl, csv (first line: column names) or parquet.
   .parquet  columns `id` (from the input if it has ids, else the row number from 0) and `embedding`
 All texts and embeddings are held in memory. The output appears when it is complete, or not at all.
 
---corpus GLOB... --out DIR writes Parquet shards with the same two columns, and manifest.json when all are finished.
+--corpus GLOB... --out DIR writes Parquet shards with the same two columns, `id` being that of --id-field, else the row
+number, and manifest.json when all are finished. Documents to search take --prompt-name document if the model has one.
 Memory use does not grow with the corpus. The same command resumes a run that was killed, also with more or fewer
 processes, and writes the same bytes. All processes must see DIR and the inputs. With --processes and --process-id, each
 process encodes its share on its own; a --mesh over the devices of all processes also needs --coordinator. f2llm search

@@ -65,7 +65,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "--query", action="append", metavar="TEXT", help="what to look for; may be given several times"
     )
     queries.add_argument(
-        "--queries", metavar="FILE", help="a file of queries, by its extension, with --field; - for lines of stdin"
+        "--queries", metavar="FILE", help="queries, as txt, jsonl, csv or parquet (--field is theirs too); - for stdin"
     )
     add_prompt(parser, "each query", "default: query")
     parser.add_argument("--top", type=positive, default=10, metavar="N", help="texts a query; default: %(default)s")
@@ -120,22 +120,35 @@ def _check_arguments(args: argparse.Namespace) -> Callable[[BinaryIO, Iterator[F
         return None
     if args.json:
         raise InputError("--json is for standard output; --output FILE.jsonl writes the same to a file")
-    if args.output.suffix not in WRITERS:
+    suffix = args.output.suffix.lower()
+    if suffix not in WRITERS:
         raise InputError(f"{args.output}: the output is a {', '.join(WRITERS)} file, not {args.output.suffix!r}")
     inputs = [args.corpus, args.queries, args.embeddings]
     check_output(args.output, [str(path) for path in inputs if path is not None], force=args.force)
-    return WRITERS[args.output.suffix]
+    return WRITERS[suffix]
 
 
 def _read_queries(args: argparse.Namespace) -> Texts:
-    if args.queries is not None:
-        return read_texts(args.queries, field=args.field)
-    return Texts([check_unicode(query, "--query") for query in args.query], None)
+    if args.queries is None:
+        return Texts([check_unicode(query, "--query") for query in args.query], None)
+    queries = _read(args.queries, args.field)
+    if args.output is not None and args.output.suffix.lower() == ".tsv":
+        for id_ in queries.ids or ():
+            _trec_id(id_)  # before the work
+    return queries
+
+
+def _read(file: str, field: str, file_format: str | None = None) -> Texts:
+    """The texts of a file, with the ids of its field ``id`` or, as BEIR names it, ``_id``."""
+    texts = read_texts(file, field=field, file_format=file_format)
+    if texts.ids is None and Path(file).is_file():  # a pipe can be read but once
+        texts = read_texts(file, field=field, file_format=file_format, id_field="_id")
+    return texts
 
 
 def _search_corpus(queries: Texts, args: argparse.Namespace) -> Iterator[Found]:
     """Embeds the corpus and searches it."""
-    corpus = read_texts(args.corpus, field=args.field, file_format=args.corpus_format)
+    corpus = _read(args.corpus, args.field, args.corpus_format)
     if not corpus.texts:
         warnings.warn(f"{args.corpus} holds no texts", stacklevel=1)
     model = load_model(args)
@@ -162,6 +175,13 @@ def _search_stored(queries: Texts, args: argparse.Namespace) -> Iterator[Found]:
         raise InputError(
             f"{stored.source} holds embeddings of {stored.dim} dimensions, and {args.model} has but "
             f"{model.config.hidden_size}: name the model that they are of"
+        )
+
+    if stored.prompt not in (None, model.prompts["document"]):
+        warnings.warn(
+            f"{stored.source} was embedded with the prompt {stored.prompt!r}; documents of {args.model} have "
+            f"{model.prompts['document']!r} (f2llm encode --prompt-name document)",
+            stacklevel=1,
         )
 
     def blocks() -> Iterator[np.ndarray]:

@@ -82,11 +82,12 @@ _CUBES = {
 ACCELERATOR_TYPES = {
     "v4": ("v4", _CUBES),
     "v5litepod": ("v5e", _SQUARES),
+    "v5e": ("v5e", _SQUARES),
     "v5p": ("v5p", {**_CUBES, 8192: "16x16x16", 12288: "16x16x24"}),
     "v6e": ("v6e", _SQUARES),
 }
-"""{gcloud's name: (chip, {number in the name: shape})}. The number counts TensorCores, of which a v4 and a v5p have two
-per chip."""
+"""{gcloud's name, and v5e for v5litepod: (chip, {number in the name: shape})}. The number counts TensorCores, of which
+a v4 and a v5p have two per chip."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +140,7 @@ def parse_topology(text: str) -> Topology:
     Raises:
         InputError: the chip or accelerator type is unknown, or the shape does not have two axes (v5e, v6e) or three.
     """
-    if "-" in text:
+    if "-" in text and ":" not in text:
         text = _shape_of(text)
     name, _, shape = text.partition(":")
     examples = ", ".join(chip.example for chip in CHIPS.values())

@@ -229,7 +229,7 @@ class TrainJob(Job):
             elif wanted >= parts and not wanted % parts and not any(rows % min(wanted, rows) for rows in runs):
                 yield wanted  # with any other number, training pads a packed batch with rows
         elif self.recipe.compute.chunk_rows:
-            yield self.recipe.compute.chunk_rows
+            yield max(_chunk(rows, self.recipe.compute.chunk_rows, parts) for rows in runs)
         else:
             yield sum(runs)
             yield from (rows for rows in reversed(divisors(min(runs))) if rows % parts == 0 and rows < sum(runs))
@@ -246,14 +246,18 @@ class TrainJob(Job):
         return f"a batch of {self.recipe.data.batch_size} queries{self._asked} does not divide over {over}"
 
     def _work(self, axes: Axes, rows_at_once: int) -> TrainWork:
-        compute, runs = self.recipe.compute, self._runs(axes)
+        compute, runs, chunk_rows = self.recipe.compute, self._runs(axes), 0
+        if rows_at_once < sum(runs) or (compute.chunk_rows and self.batch_tokens is None):
+            chunk_rows = rows_at_once
+            chunks = [_chunk(rows, chunk_rows, axes.batch_parts) for rows in runs]
+            runs = tuple(math.ceil(rows / chunk) * chunk for rows, chunk in zip(runs, chunks, strict=True))
         return TrainWork(
             queries=self.recipe.data.batch_size,
             negatives=self.negatives,
             runs=runs,
             length=self.row_length,
             slots=self.slots,
-            chunk_rows=0 if rows_at_once == sum(runs) else rows_at_once,
+            chunk_rows=chunk_rows,
             remat=compute.remat,
             kernel="splash" if compute.kernel == "auto" else compute.kernel,
             mrl_dims=self.recipe.loss.mrl_dims,
@@ -265,17 +269,25 @@ class TrainJob(Job):
         return estimate_train(self.config, axes, self._work(axes, rows_at_once), self.teacher)
 
     def program(self, mesh: jax.sharding.Mesh, rows_at_once: int) -> AbstractProgram:
-        work = self._work(Axes(**mesh.shape), rows_at_once)
-        compute = dataclasses.replace(self.recipe.compute, chunk_rows=work.chunk_rows)
+        axes = Axes(**mesh.shape)
+        work = self._work(axes, rows_at_once)
+        asked = self.batch_tokens is None and self.recipe.compute.chunk_rows
+        compute = dataclasses.replace(self.recipe.compute, chunk_rows=asked or work.chunk_rows)
         return train_program(
             dataclasses.replace(self.recipe, compute=compute),
             self.config,
             mesh,
             length=self.length,
             negatives=self.negatives,
-            packed=(work.rows, self.row_length, work.slots) if self.packed else None,
+            packed=(sum(self._runs(axes)), self.row_length, work.slots) if self.packed else None,
             teacher=self.teacher,
         )
+
+
+def _chunk(rows: int, chunk_rows: int, parts: int) -> int:
+    """Rows of a chunk as ``train.step`` makes them: equal chunks of about ``chunk_rows``, a multiple of ``parts``."""
+    chunks = math.ceil(rows / chunk_rows)
+    return math.ceil(rows / (chunks * parts)) * parts
 
 
 def divisors(n: int) -> list[int]:
