@@ -22,7 +22,7 @@ from f2llm_jax.release import read_release
 from f2llm_jax.tokens import Tokenizer
 from f2llm_jax.train import loop
 from f2llm_jax.train.config import TrainConfig
-from f2llm_jax.train.layouts import Conversion, find_layout, own_layout
+from f2llm_jax.train.layouts import RELEASED, Conversion, find_layout, own_layout
 from f2llm_jax.train.prepare import _Work
 from f2llm_jax.train.raw import read_rows
 from f2llm_jax.train.records import Settings
@@ -179,14 +179,70 @@ def test_unknown_columns_are_an_error_that_says_how_to_name_them(tmp_path, tiny_
     write(tmp_path / "known" / "aya.jsonl", LAYOUTS["FlagEmbedding"][0])
     with pytest.raises(InputError, match=r"no file of .*known has the columns question, answer, hard of --columns"):
         run(tmp_path / "known", tiny_release, tmp_path / "no", columns=OWN)
-    with pytest.raises(InputError, match=r"mine.parquet has no column 'bad', as --columns says; it has question"):
-        find_layout(tmp_path / "parquet" / "mine.parquet", own_layout({**OWN, "negatives": "bad"}))
+    bad = {**OWN, "negatives": "bad"}
+    with pytest.raises(InputError, match=r"mine.parquet has the columns .* no known layout \(question, answer, bad; "):
+        find_layout(tmp_path / "parquet" / "mine.parquet", own_layout(bad))
+    with pytest.raises(InputError, match=r"mine.jsonl has no negatives in a column 'bad', as --columns says; .*wrong"):
+        run(tmp_path / "jsonl", tiny_release, tmp_path / "no", columns=bad, tasks={"*": "retrieval"})
     for columns in ({"query": "q"}, {"query": "q", "passage": "p", "negative": "n"}):
         with pytest.raises(InputError, match="columns takes query, passage and, if there are any, negatives"):
             own_layout(columns)
     with pytest.raises(SystemExit):
         main([*command, "--columns", "question"])
     assert "must be query=NAME,passage=NAME,negatives=NAME" in capsys.readouterr().err
+
+
+def test_columns_apply_where_the_negatives_are_too(tmp_path):
+    """Other files are left to other layouts; of a .jsonl, later lines may have the negatives."""
+    columns = {"query": "query", "passage": "passage", "negatives": "hard"}
+    pair = {"query": "q", "passage": "p"}
+    released, plain = {**pair, "negative_1": "n"}, [pair, {**pair, "hard": "m"}]
+    own = own_layout(columns)
+    assert find_layout(write(tmp_path / "a.parquet", [{**released, "hard": "m"}]), own) == own
+    assert find_layout(write(tmp_path / "b.parquet", [released]), own) is None
+    assert find_layout(write(tmp_path / "c.jsonl", [released]), own) == RELEASED
+    assert converted(write(tmp_path / "d.jsonl", plain), columns) == [["q", "p", None], ["q", "p", "m"]]
+
+
+@pytest.mark.parametrize("extension", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("extra", "options", "said"),
+    [
+        ({"negatives": ["a"], "id": "7"}, {}, ["ignored columns: negatives, id."]),
+        ({"negatives": ["a"], "id": "7"}, {"negatives": 0}, []),
+        ({"negatives": ["a"], "id": "7", "negative": "b"}, {}, []),
+        ({}, {}, []),
+    ],
+)
+def test_a_warning_names_columns_that_are_ignored_for_lack_of_negatives(
+    tmp_path, tiny_release, recwarn, extension, extra, options, said
+):
+    for place, positive in enumerate(("positive", "passage")):
+        records = [{"query": f"q {n}", positive: f"p {n}", **extra} for n in range(3)]
+        raw = write(tmp_path / positive / f"aya.{extension}", records).parent
+        out = tmp_path / f"out {place}"
+        recwarn.clear()
+        (dataset,) = run(raw, tiny_release, out, **options)["datasets"]
+        messages = [str(warning.message) for warning in recwarn]
+        assert all(part in message for part, message in zip(said, messages, strict=True))
+        assert all("--columns query=NAME,passage=NAME,negatives=NAME" in message for message in messages)
+        assert re.search(r"\| train \| validation \| negatives \|", (out / "report.md").read_text())
+        assert f"| 2 | 1 | {dataset['negatives']} |" in (out / "report.md").read_text()
+
+
+def test_other_positives_of_a_record_are_no_negatives(tmp_path):
+    records = [{"query": "q", "pos": ["p", "o"], "neg": ["o", "n", "p"]}]
+    assert converted(write(tmp_path / "mine.jsonl", records)) == [["q", "p", "n", "p"], ["q", "o", "o", "n"]]
+
+
+def test_a_file_is_not_converted_again_for_another_task(tmp_path, tiny_release, monkeypatch):
+    write(tmp_path / "raw" / "mine.jsonl", [{"anchor": f"q {n}", "positive": f"p {n}"} for n in range(3)])
+    with pytest.raises(InputError, match="'mine' is for clustering, which trains with hard negatives alone"):
+        run(tmp_path / "raw", tiny_release, tmp_path / "out", tasks={"mine": "clustering"})
+    monkeypatch.setattr(Conversion, "run", Mock(side_effect=AssertionError("converted again")))
+    assert (
+        run(tmp_path / "raw", tiny_release, tmp_path / "out", tasks={"mine": "retrieval"})["datasets"][0]["kept"] == 3
+    )
 
 
 def test_a_name_may_be_of_one_file_alone(tmp_path, tiny_release):
@@ -248,7 +304,7 @@ def test_missing_negatives_are_filled_with_the_rows_own(tmp_path, tiny_release):
     table[0] |= {"negative_2": None, "negative_3": "Instruct: x\nQuery: "}
     kept[0] |= {"negative_2": kept[0]["negative_1"], "negative_3": kept[0]["negative_1"]}
     table[1] |= {"negative_1": " "}
-    kept[1] |= {"negative_1": kept[1]["negative_2"]}
+    kept[1] |= {f"negative_{n}": table[1][f"negative_{m}"] for n, m in ((1, 2), (2, 3), (3, 2))}
     table[2] |= dict.fromkeys(("negative_1", "negative_2", "negative_3"))
     write_raw(tmp_path / "raw", {"aya": table})
     with pytest.warns(UserWarning, match="aya: 3 of 20 rows"):
@@ -260,18 +316,22 @@ def test_missing_negatives_are_filled_with_the_rows_own(tmp_path, tiny_release):
     decode = Tokenizer.from_release(tiny_release).backend.decode
     found = {(decode(e["query"]), *map(decode, e["documents"])) for e in written(tmp_path / "filled")}
     assert found == {tuple(row.values()) for n, row in enumerate(kept) if n != 2}
+    (dataset,) = run(tmp_path / "raw", tiny_release, tmp_path / "cut", negatives=2, **options)["datasets"]
+    assert (dataset["negatives"], dataset["dropped"]["empty_negative"]) == (2, 1)
+    found = {(decode(e["query"]), *map(decode, e["documents"])) for e in written(tmp_path / "cut")}
+    assert found == {tuple(row.values())[:4] for n, row in enumerate(kept) if n != 2}
 
 
 @pytest.mark.parametrize(
     ("bad", "options", "message"),
     [
-        ({"negative_2": None}, {}, r"most of them \(2\) as empty_negative: .*--fill-negatives"),
+        ({"negative_2": None}, {}, r"above all as empty_negative \(2\): .*--fill-negatives"),
         (
             {"negative_1": None, "negative_2": ""},
             {"negatives": 1},  # there is none to repeat
-            r"most of them \(2\) as empty_negative: they have no negative.*--negatives 0",
+            r"above all as empty_negative \(2\): they have no negative.*--negatives 0",
         ),
-        ({"passage": None}, {}, r"most of them \(2\) as empty_positive: .*--columns"),
+        ({"passage": None}, {}, r"above all as empty_positive \(2\): .*--columns"),
     ],
 )
 def test_a_warning_says_what_many_rows_lack(tmp_path, tiny_release, recwarn, bad, options, message):
@@ -318,11 +378,12 @@ def test_a_prompt_goes_before_every_query_that_has_it_not(tmp_path, tiny_release
     table = rows(6, negatives=1, prefix="")
     table[1]["query"] = PROMPT + table[1]["query"]
     table[2]["query"] = " "  # is dropped still
+    table[3]["query"] = "Instruct: Y\nQuery: " + table[3]["query"]  # has its own
     write_raw(tmp_path / "raw", {"aya": table})
     with pytest.warns(UserWarning, match="empty_query"):
         run(tmp_path / "raw", tiny_release, tmp_path / "out", query_prompt=PROMPT)
     tokenizer = Tokenizer.from_release(tiny_release)
-    queries = [PROMPT + row["query"].removeprefix(PROMPT) for row in table if row["query"] != " "]
+    queries = [table[1]["query"], table[3]["query"], *(PROMPT + table[n]["query"] for n in (0, 4, 5))]
     expected, _ = tokenizer.encode(queries, 2048)
     found = sorted(example["query"] for example in written(tmp_path / "out"))
     assert found == sorted(tokens.tolist() for tokens in expected)
@@ -338,24 +399,26 @@ def prepared_with(folder: Path, *, stage: int = 2, query_prompt: str | None = No
 
 
 @pytest.fixture
-def exported(tmp_path, tiny_release, monkeypatch, capsys):
-    """Gives the query prompt of what ``f2llm train`` exports, and the warnings, without training or writing any."""
+def exported(tmp_path, tiny_release, monkeypatch):
+    """Gives the query prompt of what ``train`` exports, and its warnings, without training or writing any."""
     releases: list[dict[str, str] | None] = []
     monkeypatch.setattr(loop, "export_release", lambda *args, prompts, **options: releases.append(prompts))
-    monkeypatch.setattr("f2llm_jax.train.source.open_loader", lambda config: Mock(close=Mock()))
 
-    def train(config: TrainConfig, loader: object, out: str, **options: object) -> loop.Outcome:
-        loop.export_run({}, config, read_release(tiny_release), out)
-        return loop.Outcome(1, 1, Path(out), finished=True)
+    def export_now(config: TrainConfig, *rest: object) -> None:
+        loop.export_run({}, config, read_release(tiny_release), tmp_path / "export")
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(loop, "check_batch", export_now)
 
     def run_with(prepared: dict[str, Any], **settings: str) -> tuple[str, list[str]]:
-        values = {"model": tiny_release, "data.path": prepared_with(tmp_path / "data", **prepared), **settings}
-        changes = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
-        assert main(["train", "tiny", "--out", str(tmp_path / "run"), *changes]) == 0
+        values = {"model": tiny_release, "data.path": "data", **settings}
+        config = override(load_recipe("tiny"), [f"{key}={value}" for key, value in values.items()])
+        loader = Mock(settings=Settings.read(prepared_with(tmp_path / "data", **prepared)))
+        with warnings.catch_warnings(record=True) as caught, pytest.raises(KeyboardInterrupt):
+            warnings.simplefilter("always")
+            loop.train(config, loader, tmp_path / "run")
         prompts = releases.pop() or read_release(tiny_release).prompts
-        return prompts["query"], capsys.readouterr().err.splitlines()
+        return prompts["query"], [str(warning.message) for warning in caught]
 
     return run_with
 

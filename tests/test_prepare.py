@@ -356,6 +356,14 @@ def test_strings_are_read_from_any_type_of_column(tmp_path):
         assert query == passage == ["a", *texts[1:]]
         assert negatives in ([], [[None, *texts[1:]]])
         assert faults(columns)[[1, 3]].tolist() == [1, 1] and len(digests(columns)) == len(texts)
+        ((_, columns),) = read_rows(dataset, strip_instructions=False, query_prompt="P: ")
+        assert columns[0].to_pylist() == [texts[0], None, "P: " + texts[2], " "]
+
+
+def test_only_numbered_columns_are_negatives(tmp_path):
+    names = ("query", "passage", "negative_1", "negative_1_score", "negative_passages")
+    parquet.write_table(pyarrow.table({name: [name] for name in names}), tmp_path / "xquad_en.parquet")
+    assert open_dataset(tmp_path / "xquad_en.parquet", negatives=24).negatives == 1
 
 
 @pytest.mark.parametrize("memory", [1 << 30, 1 << 16, 4096, 400])

@@ -9,7 +9,6 @@ negatives repeats its own (``RawDataset.fill_negatives``).
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from pyarrow import parquet
 
 from f2llm_jax.errors import InputError
 from f2llm_jax.texts import Lines, check_text, field_of, read_object
-from f2llm_jax.train.raw import RawDataset, open_parquet
+from f2llm_jax.train.raw import RawDataset, negative_columns, open_parquet
 from f2llm_jax.train.units import Worker, new_folder
 
 _ROWS = "rows.parquet"
@@ -54,8 +53,17 @@ class Layout:
     def fits(self, columns: list[str]) -> bool:
         return self.query in columns and self.passage in columns
 
+    def used(self, columns: list[str]) -> list[str]:
+        """The columns that are read, of those of a file that it fits."""
+        return [self.query, self.passage, *negative_columns(self.negatives, tuple(columns))]
+
+    def finds_negatives(self, columns: list[str]) -> bool:
+        return bool(negative_columns(self.negatives, tuple(columns)))
+
     def rows(self, record: dict[str, Any], where: str) -> Iterator[tuple[str | None, str | None, list[str]]]:
         """The query, passage and negatives of each row that a record becomes; None for what is missing.
+
+        Other positives of the record are left out of a row's negatives.
 
         Raises:
             InputError: the record lacks a column, or the column holds something other than texts.
@@ -66,12 +74,13 @@ class Layout:
         passages = _texts(field_of(record, self.passage, where), where, self.passage)
         negatives = [
             text
-            for column in _negative_columns(self.negatives, tuple(record))
+            for column in negative_columns(self.negatives, tuple(record))
             for text in _texts(record[column], where, column)
             if text is not None and text.strip()
         ]
         for passage in passages or [None]:
-            yield query, passage, negatives
+            others = {other for other in passages if other != passage}
+            yield query, passage, [negative for negative in negatives if negative not in others]
 
 
 LAYOUTS = (
@@ -82,19 +91,6 @@ LAYOUTS = (
     Layout("Tevatron", "query", "positive_passages", "negative_passages"),
 )
 RELEASED = LAYOUTS[0]
-
-
-@functools.lru_cache
-def _negative_columns(name: str | None, columns: tuple[str, ...]) -> tuple[str, ...]:
-    """The columns that hold negatives: ``name`` itself, then ``name_1``, ``name_2``, …"""
-    numbers: dict[str, int] = {}
-    for column in columns:
-        base, _, number = column.rpartition("_")
-        if column == name:
-            numbers[column] = 0
-        elif base == name and number.isdecimal():
-            numbers[column] = int(number)
-    return tuple(sorted(numbers, key=numbers.__getitem__))
 
 
 def _texts(value: Any, where: str, column: str) -> list[str | None]:
@@ -129,28 +125,37 @@ def find_layout(file: Path, own: Layout | None) -> Layout | None:
 
     Args:
         file: .parquet or .jsonl.
-        own: a layout that takes precedence over ``LAYOUTS``.
+        own: a layout that takes precedence over ``LAYOUTS``. If it names negatives, a file without them is left to
+            those that fit; later lines of a .jsonl may have them, so there only to those that find negatives.
 
     Raises:
-        InputError: the file is damaged or empty, its columns match no known layout, or it lacks the negatives that
-            ``own`` names.
+        InputError: the file is damaged or empty, or its columns match no known layout.
     """
     schema = _schema(file) if file.suffix == ".parquet" else None
     columns = schema.names if schema is not None else _first_keys(file)
     layouts = LAYOUTS if own is None else (own, *LAYOUTS)
-    layout = next((layout for layout in layouts if layout.fits(columns)), None)
+    fitting = [layout for layout in layouts if layout.fits(columns)]
+    if own in fitting and own.negatives and not own.finds_negatives(columns):
+        others = [layout for layout in fitting if layout != own]
+        if schema is not None or any(layout.finds_negatives(columns) for layout in others):
+            fitting = others
+    layout = next(iter(fitting), None)
     if layout is None:
         known = "; ".join(map(str, layouts))
         raise InputError(
             f"{file} has the columns {', '.join(columns)}, which are of no known layout ({known}): say which they are "
             "with --columns query=NAME,passage=NAME,negatives=NAME, or leave it out with --exclude"
         )
-    if layout is own and own.negatives and not _negative_columns(own.negatives, tuple(columns)):
-        raise InputError(f"{file} has no column {own.negatives!r}, as --columns says; it has {', '.join(columns)}")
     if schema is None or layout != RELEASED or "negative" in columns:
         return layout
-    used = [RELEASED.query, RELEASED.passage, *_negative_columns(RELEASED.negatives, tuple(columns))]
-    return RELEASED if any(pyarrow.types.is_nested(schema.field(name).type) for name in used) else None
+    nested = any(pyarrow.types.is_nested(schema.field(name).type) for name in layout.used(columns))
+    return RELEASED if nested else None
+
+
+def ignored_columns(file: Path, layout: Layout) -> list[str]:
+    """The columns of a file, or the keys of its first line, that its layout does not read."""
+    columns = _schema(file).names if file.suffix == ".parquet" else _first_keys(file)
+    return [column for column in columns if column not in layout.used(columns)]
 
 
 def _schema(file: Path) -> pyarrow.Schema:
@@ -214,8 +219,7 @@ class Conversion:
         try:
             with open_parquet(self.file) as opened:
                 names = opened.schema_arrow.names
-                negatives = _negative_columns(self.layout.negatives, tuple(names))
-                columns = [self.layout.query, self.layout.passage, *negatives]
+                columns = self.layout.used(names)
                 for batch in opened.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
                     yield from ((f"{self.file}, row {row + n}", r) for n, r in enumerate(self._as_dicts(batch, row)))
                     row += batch.num_rows

@@ -14,13 +14,13 @@ in each worker.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from f2llm_jax.errors import InputError, warn
 from f2llm_jax.release import find_release
 from f2llm_jax.tokens import Tokenizer
 from f2llm_jax.train.dedupe import Digests, number_documents
-from f2llm_jax.train.layouts import RELEASED, Conversion, Layout, find_layout, own_layout
+from f2llm_jax.train.layouts import RELEASED, Conversion, Layout, find_layout, ignored_columns, own_layout
 from f2llm_jax.train.prepare_units import Piece, Scan
 from f2llm_jax.train.raw import DIGEST_BYTES, REASONS, RawDataset, find_files, open_dataset
 from f2llm_jax.train.records import (
@@ -100,7 +100,8 @@ def prepare(
         columns: the columns of files in another layout: {``query``, ``passage``, optionally ``negatives``: name}.
         negatives: maximum negatives per example; the first ones are taken.
         fill_negatives: repeat a row's own negatives in place of missing ones, also in the released layout.
-        query_prompt: prepended to every query that does not begin with it (after the stripping in stage 1).
+        query_prompt: prepended to every query that begins neither with it nor with ``Instruct:`` (after the stripping
+            in stage 1).
         max_length: maximum tokens per text, EOS included; longer texts are truncated, and counted.
         seed: determines the choice of rows under a cap, and the split.
         workers: number of processes; default: one per core.
@@ -128,7 +129,8 @@ def prepare(
     files, excluded = _find(Path(raw).expanduser(), include, exclude, sources, list(tasks or ()))
     sources = expand(sources)
     by_dataset = tasks_of([file.stem for file in files], tasks)
-    layouts = _find_layouts(files, own_layout(columns))
+    own = own_layout(columns)
+    layouts = _find_layouts(files, own)
     released = {
         file: open_dataset(file, negatives=negatives, fill_negatives=fill_negatives)
         for file, layout in layouts.items()
@@ -156,18 +158,23 @@ def prepare(
     }
     run = functools.partial(run_units, tokenizer=release, workers=workers, show_progress=show_progress)
     workplace = Workplace(place, plan, marker=SETTINGS_FILE, force=force)
-    with closing(workplace):
+    with contextlib.closing(workplace):
         converted = workplace.home / "converted"
         conversions = [
             Conversion(file, layout, negatives, converted / file.stem)
             for file, layout in layouts.items()
             if layout is not None
         ]
-        try:
+        with _discarded_on_error(workplace):
             run(conversions, label="convert", unit="B")
             found = released | {conversion.file: conversion.dataset() for conversion in conversions}
             datasets = [found[file] for file in files]
-            _check_negatives(datasets, by_dataset)
+            if negatives:
+                _check_own_negatives(own, layouts, found)
+        _check_negatives(datasets, by_dataset)  # other tasks mend that, and the conversions are resumed with them
+        if negatives:
+            _warn_of_ignored(layouts, found)
+        with _discarded_on_error(workplace):
             work = _Work(
                 folder=workplace.home,
                 datasets=datasets,
@@ -192,12 +199,19 @@ def prepare(
                 if sum(work.dropped(dataset).values()) > _MANY_DROPPED * dataset.rows:
                     warn(work.describe_dropped(dataset))
             run(pieces, label="tokenise")
-        except InputError:  # an error in the raw data: once it is fixed, this work cannot be resumed
-            workplace.discard()
-            raise
         report = work.assemble(pieces, workplace.folder)
         workplace.commit()
     return report
+
+
+@contextlib.contextmanager
+def _discarded_on_error(workplace: Workplace) -> Iterator[None]:
+    """For errors in the raw data: once they are fixed, unfinished work cannot be resumed."""
+    try:
+        yield
+    except InputError:
+        workplace.discard()
+        raise
 
 
 def _find(
@@ -224,6 +238,26 @@ def _find_layouts(files: Sequence[Path], own: Layout | None) -> dict[Path, Layou
     if own is not None and own not in layouts.values():
         raise InputError(f"no file of {files[0].parent} has the columns {own} of --columns")
     return layouts
+
+
+def _check_own_negatives(
+    own: Layout | None, layouts: Mapping[Path, Layout | None], datasets: Mapping[Path, RawDataset]
+) -> None:
+    """Raises an InputError if no file has the negatives that --columns names."""
+    files = [file for file, layout in layouts.items() if layout is not None and layout == own]
+    if own is not None and own.negatives and not any(datasets[file].negatives for file in files):
+        has = ", ".join(own.used([]) + ignored_columns(files[0], own))
+        raise InputError(f"{files[0]} has no negatives in a column {own.negatives!r}, as --columns says; it has {has}")
+
+
+def _warn_of_ignored(layouts: Mapping[Path, Layout | None], datasets: Mapping[Path, RawDataset]) -> None:
+    """Warns of files without negatives that have other columns, which may be those of the negatives."""
+    for file, layout in layouts.items():
+        if not datasets[file].negatives and (ignored := ignored_columns(file, layout or RELEASED)):
+            warn(
+                f"{file} gives no negatives; ignored columns: {', '.join(ignored)}. If one of them holds negatives, "
+                "--columns query=NAME,passage=NAME,negatives=NAME takes it; --negatives 0 asks for none"
+            )
 
 
 def _check_negatives(datasets: Iterable[RawDataset], tasks: Mapping[str, Task]) -> None:
@@ -285,8 +319,8 @@ class _Work:
             advice = "the text is missing or blank; --columns query=NAME,passage=NAME takes it from other columns"
         share = f"{total / max(dataset.rows, 1):.1%}"
         return (
-            f"{dataset.name}: {total:,} of {dataset.rows:,} rows ({share}) are dropped, most of them ({count:,}) as "
-            f"{reason}: {advice}"
+            f"{dataset.name}: {total:,} of {dataset.rows:,} rows ({share}) are dropped, above all as {reason} "
+            f"({count:,}): {advice}"
         )
 
     def _scan(self, dataset: RawDataset) -> Path:

@@ -7,6 +7,7 @@ single row group, so files are read a few rows at a time, front to back.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 from collections.abc import Iterator
@@ -48,7 +49,8 @@ class RawDataset:
         file: the file.
         rows: number of rows.
         negatives: number of negatives per row.
-        fill_negatives: read another negative of the row in place of an empty one.
+        fill_negatives: read a row's negatives without the empty ones, and repeat them if they are too few.
+        spare: number of further negatives per row in the file, which are read to take the place of empty ones.
     """
 
     name: str
@@ -56,10 +58,12 @@ class RawDataset:
     rows: int
     negatives: int
     fill_negatives: bool = False
+    spare: int = 0
 
     @property
     def columns(self) -> list[str]:
-        return ["query", "passage", *(f"negative_{n}" for n in range(1, self.negatives + 1))]
+        """The columns to read; those after the first 2 + ``negatives`` are spare."""
+        return ["query", "passage", *(f"negative_{n}" for n in range(1, self.negatives + self.spare + 1))]
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -96,14 +100,28 @@ def open_dataset(file: Path, *, negatives: int, fill_negatives: bool = False) ->
     """
     with open_parquet(file) as opened:
         schema, rows = opened.schema_arrow, opened.metadata.num_rows
-    found = sum(name.startswith("negative_") for name in schema.names)
-    dataset = RawDataset(file.stem, file, rows, min(found, negatives), fill_negatives)
+    found = len(negative_columns("negative", tuple(schema.names)))
+    taken = min(found, negatives)
+    dataset = RawDataset(file.stem, file, rows, taken, fill_negatives, spare=found - taken if fill_negatives else 0)
     for name in dataset.columns:
         if name not in schema.names:
             raise InputError(f"{file} has no column {name!r}; it has {', '.join(schema.names)}")
         if not _is_text(schema.field(name).type):
             raise InputError(f"{file}: the column {name!r} holds {schema.field(name).type}, not strings")
     return dataset
+
+
+@functools.lru_cache
+def negative_columns(name: str | None, columns: tuple[str, ...]) -> tuple[str, ...]:
+    """The columns that hold negatives: ``name`` itself, then ``name_1``, ``name_2``, …"""
+    numbers: dict[str, int] = {}
+    for column in columns:
+        base, _, number = column.rpartition("_")
+        if column == name:
+            numbers[column] = 0
+        elif base == name and number.isdecimal():
+            numbers[column] = int(number)
+    return tuple(sorted(numbers, key=numbers.__getitem__))
 
 
 def _is_text(kind: Any) -> bool:
@@ -120,12 +138,12 @@ def read_rows(
     Args:
         dataset: the dataset to read.
         strip_instructions: strip ``Instruct: …\\nQuery: `` from the beginning of every text.
-        query_prompt: prepended to every query that is not empty and does not begin with it.
+        query_prompt: prepended to every query that is not empty and begins neither with it nor with ``Instruct:``.
         first, last: row numbers; default: all rows.
 
     Yields:
-        The number of the batch's first row, and an Arrow array of strings for each of ``dataset.columns``. A text that
-        is not valid Unicode becomes null.
+        The number of the batch's first row, and an Arrow array of strings for each query, passage and negative. A text
+        that is not valid Unicode becomes null.
 
     Raises:
         InputError: the file is damaged.
@@ -144,7 +162,7 @@ def read_rows(
                         columns[0] = _put_before(query_prompt, columns[0])
                     if dataset.fill_negatives and dataset.negatives:
                         columns[2:] = _fill(columns[2:])
-                    yield row + start, columns
+                    yield row + start, columns[: 2 + dataset.negatives]
                 row += batch.num_rows
                 if row >= last:
                     return
@@ -183,13 +201,15 @@ def _decode(value: bytes | None) -> str | None:
 
 
 def _put_before(prompt: str, queries: Any) -> Any:
-    prompted = pc.binary_join_element_wise(pyarrow.scalar(prompt, queries.type), queries, "")
-    as_they_are = pc.or_(pc.starts_with(queries, prompt), pyarrow.array(_is_empty(queries)))
-    return pc.if_else(as_they_are, queries, prompted)
+    prompted = pc.binary_join_element_wise(
+        pyarrow.scalar(prompt, queries.type), queries, pyarrow.scalar("", queries.type)
+    )
+    has_one = pc.or_(pc.starts_with(queries, prompt), pc.starts_with(queries, INSTRUCTION))
+    return pc.if_else(pc.or_(has_one, pyarrow.array(_is_empty(queries))), queries, prompted)
 
 
 def _fill(negatives: list[Any]) -> list[Any]:
-    """The columns with each row's empty cells filled by its other negatives in turn; a row without any stays empty."""
+    """The columns with each row's negatives moved up over its empty cells, then repeated; a row of none stays empty."""
     empty = np.array([_is_empty(column) for column in negatives])
     rows = np.flatnonzero(empty.any(axis=0) & ~empty.all(axis=0))
     if not len(rows):
@@ -197,8 +217,8 @@ def _fill(negatives: list[Any]) -> list[Any]:
     texts = [column.to_pylist() for column in negatives]
     for row in rows:
         own = itertools.cycle([texts[column][row] for column in np.flatnonzero(~empty[:, row])])
-        for column in np.flatnonzero(empty[:, row]):
-            texts[column][row] = next(own)
+        for column in texts:
+            column[row] = next(own)
     return [pyarrow.array(filled, column.type) for filled, column in zip(texts, negatives, strict=True)]
 
 

@@ -171,7 +171,7 @@ class Settings:
         documents: number of distinct documents.
         content: a digest of all texts and of which documents belong to which query.
         datasets: the datasets in the order of their examples.
-        query_prompt: the prompt that ``f2llm prepare --query-prompt`` prepended to every query; None if there was none.
+        query_prompt: the prompt that ``f2llm prepare --query-prompt`` prepended to queries; None if there was none.
         instructed: share of queries that begin with ``Instruct:``.
     """
 

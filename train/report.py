@@ -74,9 +74,9 @@ def _markdown(report: dict[str, Any]) -> str:
         f"Other layouts: {', '.join(others) or 'none'}.",
         f"Excluded: {', '.join(report['excluded']) or 'none'}.",
         "",
-        "| dataset | task | read | dropped | capped | train | validation | new documents "
+        "| dataset | task | read | dropped | capped | train | validation | negatives | new documents "
         "| query tokens, mean / p95 / max | document tokens, mean / p95 / max | truncated |",
-        "|---|---|" + "---:|" * 9,
+        "|---|---|" + "---:|" * 10,
     ]
     lines += map(_row, report["datasets"])
     return "\n".join(lines) + "\n"
@@ -84,7 +84,7 @@ def _markdown(report: dict[str, Any]) -> str:
 
 def _row(dataset: dict[str, Any]) -> str:
     cells = [dataset["name"], dataset["task"], f"{dataset['read']:,}", f"{sum(dataset['dropped'].values()):,}"]
-    cells += [f"{dataset[key]:,}" for key in ("capped", "train", "validation", "new_documents")]
+    cells += [f"{dataset[key]:,}" for key in ("capped", "train", "validation", "negatives", "new_documents")]
     cells += [_tokens(dataset["query_tokens"]), _tokens(dataset["document_tokens"])]
     cells += [f"{dataset['truncated_queries'] + dataset['truncated_documents']:,}"]
     return f"| {' | '.join(cells)} |"

@@ -11,15 +11,15 @@ or the columns named by --columns; a row with several positives becomes one row 
   OUT/report.md, .json what was read, dropped, capped and kept
 
 A row is dropped if its query, its passage or one of its negatives is empty, or a negative equals the passage. With
---fill-negatives, an empty negative is replaced by repeating the row's other negatives, as is always done if rows have
-lists of different lengths; a row without negatives is dropped if other rows have some. A .jsonl line that is not such
-a record is an error.
+--fill-negatives, empty negatives are left out, and the row's others are repeated if they are too few, as is always done
+if rows have lists of different lengths; a row without negatives is dropped if other rows have some. A .jsonl line that
+is not such a record is an error.
 
 Every text ends with the EOS, even if it is truncated. --stage 1 removes the prefix `Instruct: …\\nQuery: ` from all
 texts. --stage 2 keeps texts as they are: queries of the released data carry their instructions; none are added to
 documents, as neither the data nor the paper says which tasks are symmetric. --query-prompt is prepended to queries
-that do not begin with it; models exported by f2llm train have it as their query prompt, unless the recipe sets another.
-In bash, write a line break as in --query-prompt $'Instruct: Find the answer.\\nQuery: '.
+that begin neither with it nor with Instruct:; models exported by f2llm train have it as their query prompt, unless the
+recipe sets another. In bash, write a line break as in --query-prompt $'Instruct: Find the answer.\\nQuery: '.
 
 A dataset's task type comes from the table in configs/datasets.py, or from --task. GLOB is a dataset's name, with * for
 anything; @stage1 stands for the sources of stage 1, @overlapping for those that overlap MTEB (mkqa_*, sib200).
@@ -61,7 +61,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "--negatives", type=int, default=24, metavar="N", help="keep the first N of a row; default: %(default)s"
     )
     parser.add_argument("--fill-negatives", action="store_true", help="repeat a row's negatives in place of empty ones")
-    parser.add_argument("--query-prompt", default="", metavar="TEXT", help="a text to put before every query")
+    parser.add_argument("--query-prompt", default="", metavar="TEXT", help="a text to put before queries")
     parser.add_argument(
         "--max-length", type=positive, default=2048, metavar="N", help="cut texts to N tokens; default: %(default)s"
     )
