@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from f2llm_jax.errors import InputError
 from f2llm_jax.release import read_release
 from f2llm_jax.tokens import Tokenizer
 from f2llm_jax.train import loop
-from f2llm_jax.train.config import TrainConfig
+from f2llm_jax.train.config import TrainConfig, load_recipe, override
 from f2llm_jax.train.layouts import RELEASED, Conversion, find_layout, own_layout
 from f2llm_jax.train.prepare import _Work
 from f2llm_jax.train.raw import read_rows

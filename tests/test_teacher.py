@@ -257,7 +257,7 @@ def test_the_home_folder_is_a_tilde(data, states, tiny_release, tmp_path, monkey
     with contextlib.closing(open_loader(config)) as loader:
         assert loader.get_state() == {"step": 0, "data": data_digest(data)}
     with pytest.warns(UserWarning, match="in ~/data begin with an instruction"):
-        assert with_query_prompt(config) == config
+        assert with_query_prompt(config, loader.settings) == config
     assert main(["teach", "~/nowhere", str(tmp_path / "out"), "--teacher", str(tiny_release)]) == 2
     assert f"{data.parent / 'nowhere'} holds no prepared data" in capsys.readouterr().err
 

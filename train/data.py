@@ -417,6 +417,11 @@ class DataLoader(grain.DatasetIterator):
         self._iterator: Iterator[Item] | None = None
 
     @property
+    def settings(self) -> Settings:
+        """The settings of the prepared data."""
+        return self._batches.data.settings
+
+    @property
     def steps(self) -> int:
         """The number of batches of all epochs."""
         return len(self._batches)

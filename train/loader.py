@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from f2llm_jax.train.batch import AnyTrainBatch
+from f2llm_jax.train.records import Settings
 
 
 class Item(Protocol):
@@ -26,6 +27,10 @@ class Item(Protocol):
 
 class Loader(Protocol):
     """Batches, the same in every process except for its share."""
+
+    @property
+    def settings(self) -> Settings:
+        """Those of the prepared data, from which an export takes its query prompt."""
 
     @property
     def steps(self) -> int:

@@ -46,6 +46,7 @@ from f2llm_jax.train.placement import (
 )
 from f2llm_jax.train.preemption import Preemption
 from f2llm_jax.train.scalars import Scalars
+from f2llm_jax.train.source import with_query_prompt
 from f2llm_jax.train.step import Teacher, TrainState, train_step
 from f2llm_jax.train.teacher import check_width, find_teacher
 from f2llm_jax.train.validation import make_evaluate, validate
@@ -100,8 +101,9 @@ def train(
     logger ``f2llm_jax``, what it starts with, a line every ``every.log`` steps, and the averages of each validation.
 
     Args:
-        config: the config of the run.
-        loader: the batches.
+        config: the config of the run. If its ``query_prompt`` is empty, checkpoints and the export have the prompt that
+            the loader's data was prepared with; a warning says so if the export's prompt is not that of the queries.
+        loader: the batches, from ``train.source.open_loader``.
         out: the run's folder, for ``checkpoints/``, ``tensorboard/`` and ``scalars.jsonl``; visible to all processes.
         resume: continue from the last checkpoint in ``out``, if there is one.
         export: a folder to write the trained model to, as a release.
@@ -119,6 +121,7 @@ def train(
     from tqdm import tqdm
 
     check_values(config)
+    config = with_query_prompt(config, loader.settings)
     out = local_path(out)
     if export is not None and local_path(export).exists():
         raise InputError(f"{export} exists")

@@ -79,15 +79,18 @@ def check_keep_best(config: TrainConfig, settings: Settings) -> None:
     )
 
 
-def with_query_prompt(config: TrainConfig) -> TrainConfig:
+def with_query_prompt(config: TrainConfig, settings: Settings) -> TrainConfig:
     """The config with the query prompt that its data was prepared with, unless it has one of its own.
 
     Warns if the two differ, or if the queries were prepared without a prompt but the exported model will have one.
 
+    Args:
+        config: the config of a run.
+        settings: of the prepared data, from ``Loader.settings``.
+
     Raises:
-        InputError: there is no prepared data, or no such model.
+        ReleaseError: there is no such model.
     """
-    settings = Settings.read(Path(config.data.path).expanduser())
     recorded = settings.query_prompt
     if recorded is not None and config.query_prompt == "":
         return dataclasses.replace(config, query_prompt=recorded)

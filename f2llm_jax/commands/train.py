@@ -72,9 +72,8 @@ def _train(config: TrainConfig, args: argparse.Namespace) -> int:
     start_processes(args)
     with needs_extra("train"):
         from f2llm_jax.train.loop import train
-        from f2llm_jax.train.source import open_loader, with_query_prompt
+        from f2llm_jax.train.source import open_loader
 
-    config = with_query_prompt(config)
     with contextlib.closing(open_loader(config)) as loader, show_log(args):
         outcome = train(
             config,
