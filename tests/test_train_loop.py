@@ -232,14 +232,15 @@ def test_average_is_the_mean_of_the_last_checkpoints(whole, tmp_path, capsys, ca
     """The run is taken to be one of a hub model, of which no weights are downloaded."""
     read = Checkpoints.read_config
     monkeypatch.setattr(Checkpoints, "read_config", lambda *args: dataclasses.replace(read(*args), model="owner/name"))
-    assert main(["average", str(whole), str(tmp_path / "mean"), "--last", "2"]) == 0
+    monkeypatch.setenv("HOME", str(whole.parent))
+    assert main(["average", f"~/{whole.name}", str(tmp_path / "mean"), "--last", "2"]) == 0
     assert f"steps 10, {STEPS}" in capsys.readouterr().out
     assert hub_of_settings == [("owner/name", None)] and not caplog.records
     parts = [load_params(open_checkpoint(whole / "checkpoints" / str(step)), TINY) for step in (10, STEPS)]
     mean = f2llm_jax.load(tmp_path / "mean").params
     jax.tree.map(lambda x, a, b: np.testing.assert_allclose(x, (a + b) / 2, rtol=1e-6, atol=1e-9), mean, *parts)
-    assert main(["average", str(whole), str(tmp_path / "more"), "--last", "5"]) == 2
-    assert "holds 4 checkpoints, not 5" in capsys.readouterr().err
+    assert main(["average", str(whole), str(tmp_path / "more"), "--last", "4"]) == 2
+    assert "holds 3 checkpoints besides the best, not 4" in capsys.readouterr().err
     assert main(["average", str(tmp_path), str(tmp_path / "more")]) == 2
     assert "holds no run" in capsys.readouterr().err
 
@@ -596,9 +597,10 @@ def test_the_best_step_is_the_highest_or_of_the_lowest_loss(tmp_path):
     with Scalars(tmp_path, 0) as scalars:
         for step, value in values.items():
             scalars.write(step, {"lr": 1.0, "grad_norm": 0.0})
-            scalars.write(step, {"accuracy": value, "loss": value})
+            scalars.write(step, {"accuracy": value, "loss": value, "glossary/valid_accuracy": value})
         assert scalars.best_step("accuracy", range(9)) == 4
     assert best_step(tmp_path, "loss", range(9)) == 8
+    assert best_step(tmp_path, "glossary/valid_accuracy", range(9)) == 4  # a loss only in the dataset's name
     assert best_step(tmp_path, "loss", [2, 5, 6]) == 2
     assert best_step(tmp_path, "loss", [6, 7]) is None
 

@@ -18,7 +18,7 @@ from f2llm_jax.train.scalars import best_step
 
 
 def average_run(
-    run: Path,
+    run: str | Path,
     out: str | Path,
     *,
     last: int = 3,
@@ -32,9 +32,10 @@ def average_run(
     Memory: twice the parameters.
 
     Args:
-        run: the folder of a run, which may still be in progress.
+        run: the folder of a run, which may still be in progress; ``~`` is the home folder.
         out: the folder to write.
-        last: average this many of the latest checkpoints.
+        last: average this many of the latest checkpoints, of which a run keeps ``every.keep``. An older one, kept as
+            the best, is not among them.
         steps: take the checkpoints of these steps instead.
         best: take the best checkpoint by the run's ``every.keep_best`` instead.
         dtype: dtype of the written weights; default: that of the release that training started from.
@@ -46,6 +47,7 @@ def average_run(
     Raises:
         InputError: there are fewer checkpoints than that, none of such a step or no best one, or ``out`` exists.
     """
+    run = Path(run).expanduser()
     folder = run / "checkpoints"
     if not folder.is_dir():
         raise InputError(f"{run} holds no run: there is no {folder}")
@@ -57,9 +59,11 @@ def average_run(
         elif steps is not None:
             chosen = sorted(set(steps))
         else:
-            chosen = checkpoints.steps[-last:]
+            latest = _latest(checkpoints)
+            chosen = latest[-last:]
             if len(chosen) < last:
-                raise InputError(f"{folder} holds {len(chosen)} checkpoints, not {last}")
+                best_too = " besides the best" if len(latest) < len(checkpoints.steps) else ""
+                raise InputError(f"{folder} holds {len(chosen)} checkpoints{best_too}, not {last}")
         if missing := [step for step in chosen if step not in checkpoints.steps]:
             raise InputError(f"{folder} has no checkpoint of {_listed(missing)}, but of {_listed(checkpoints.steps)}")
         config = checkpoints.read_config(chosen[-1])
@@ -67,6 +71,12 @@ def average_run(
         mean = mean_params((checkpoints.path(step) for step in chosen), release.config)
     export_run(mean, config, release, out, dtype=dtype, force=force)
     return chosen
+
+
+def _latest(checkpoints: Checkpoints) -> list[int]:
+    """The steps of the latest checkpoints, as many as a run keeps; an older one is there because it is the best."""
+    every = checkpoints.read_config(checkpoints.steps[-1]).every
+    return checkpoints.steps if every.keep_best is None else checkpoints.steps[-every.keep :]
 
 
 def _best(checkpoints: Checkpoints, run: Path) -> int:

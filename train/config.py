@@ -95,7 +95,8 @@ class IntervalConfig:
         checkpoint: between checkpoints; one is also saved before each validation.
         keep: number of latest checkpoints to keep.
         keep_best: a validation scalar, such as ``Avg/retrieval/valid_accuracy``, whose best checkpoint is kept too: the
-            one with the highest value or, if "loss" is in the name, the lowest; None for no such checkpoint.
+            one with the highest value or, if "loss" is in the part after the slash, the lowest; None for no such
+            checkpoint.
     """
 
     log: int = 100

@@ -82,7 +82,8 @@ def best_step(folder: Path, name: str, steps: Collection[int]) -> int | None:
 
     Args:
         folder: the folder of the run.
-        name: the name of the scalar; the highest value is the best, or the lowest if "loss" is in the name.
+        name: the name of the scalar, as ``DATASET/valid_loss``; the highest value is the best, or the lowest if "loss"
+            is in the part after the last slash.
         steps: the steps to choose from.
 
     Returns:
@@ -90,7 +91,7 @@ def best_step(folder: Path, name: str, steps: Collection[int]) -> int | None:
     """
     lines = [line for line in read_scalars(folder) if line["step"] in steps and math.isfinite(line.get(name, math.nan))]
     values = {int(line["step"]): line[name] for line in lines}
-    return (min if "loss" in name else max)(values, key=values.__getitem__, default=None)
+    return (min if "loss" in name.rpartition("/")[2] else max)(values, key=values.__getitem__, default=None)
 
 
 def read_scalars(folder: Path) -> list[dict[str, float]]:

@@ -1,7 +1,8 @@
 """Make a release from a checkpoint of a training run, or from the mean of several.
 
-RUN is the --out folder of f2llm train; training may still be running. The default is the mean of the last 3
-checkpoints; --last 1 takes the last checkpoint as it is, --steps 1500 the one of step 1500, and --best the best one.
+RUN is the --out folder of f2llm train; training may still be running. The default is the mean of the latest 3
+checkpoints, without an older one that is kept as the best; --last 1 takes the last checkpoint as it is, --steps 1500
+the one of step 1500, and --best the best one.
 """
 
 from __future__ import annotations
