@@ -17,6 +17,7 @@ from sentence_transformers.util import mine_hard_negatives
 
 from f2llm_jax.cli import main
 from f2llm_jax.encoder import Done
+from f2llm_jax.search import nearest
 from f2llm_jax.train import mine as module
 from f2llm_jax.train.mine import Mined, Pairs, Rule, mine
 from f2llm_jax.train.prepare import prepare
@@ -148,6 +149,26 @@ def test_negatives_are_those_of_sentence_transformers(rule, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*truncated")
+def test_a_query_of_many_positives_widens_no_chunk_of_others(tmp_path, monkeypatch):
+    rule, pairs = RULES[0], some_pairs()
+    pairs = [*(("q7", f"p{n}") for n in range(10, 50)), *pairs]
+    model, compared = Fixed(pairs), []
+
+    def spy(query_qd: np.ndarray, blocks: object, top: int) -> tuple[np.ndarray, np.ndarray]:
+        compared.append((len(query_qd), top))
+        return nearest(query_qd, blocks, top)
+
+    monkeypatch.setattr(module, "nearest", spy)
+    monkeypatch.setattr(module, "_NEAREST", 20 * (rule.last + 1))
+    source = Pairs(write(tmp_path / "raw.parquet", pairs))
+    mine(model, source, tmp_path / "out.parquet", rule=rule)
+    assert mined(tmp_path / "out.parquet") == formula(model, pairs, [], rule)
+    assert compared[0] == (20, rule.last + 1) and compared[-1][1] >= rule.last + 40
+    assert sum(queries for queries, _ in compared) == 40
+    assert all(queries * top <= 20 * (rule.last + 1) for queries, top in compared)
+
+
+@pytest.mark.filterwarnings("ignore:.*truncated")
 def test_queries_with_an_instruction_get_no_prompt_unless_it_is_given(tmp_path):
     pairs = [("Instruct: find\nQuery: a", "one"), ("b", "two")]
     model = Fixed(pairs)
@@ -212,7 +233,7 @@ def test_what_is_mined_can_be_prepared(tiny_release, tiny, tmp_path, capsys):
     assert "in.parquet is the input too" in error_of(capsys, same)
 
 
-def test_what_cannot_be_mined_is_one_clear_line(tiny_release, tmp_path, capsys):
+def test_what_cannot_be_mined_is_one_clear_line(tiny_release, tmp_path, capsys, monkeypatch):
     raw = write(tmp_path / "raw.parquet", [("fox 1", "the fox 1"), ("fox 2", "the fox 2")])
     out = tmp_path / "out.parquet"
     parquet.write_table(pyarrow.table({"query": ["a"], "text": ["b"]}), tmp_path / "columns.parquet")
@@ -232,7 +253,16 @@ def test_what_cannot_be_mined_is_one_clear_line(tiny_release, tmp_path, capsys):
     for source, options, message in cases:
         assert message in error_of(capsys, command(tiny_release, source, out, *options))
     assert "is a .parquet file, not '.jsonl'" in error_of(capsys, command(tiny_release, raw, tmp_path / "out.jsonl"))
+    (tmp_path / "no.parquet").rename(tmp_path / "pairs.jsonl")
+    error = error_of(capsys, command(tiny_release, Path("~/pairs.jsonl"), out))
+    assert "mine takes Parquet; f2llm prepare --raw reads JSON Lines" in error
+    (tmp_path / "pairs.jsonl").rename(tmp_path / "no.parquet")
     assert sorted(os.listdir(tmp_path)) == names
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Pairs("~/raw.parquet").queries == ["fox 1", "fox 2"]
+    same = command(tiny_release, Path("~/raw.parquet"), Path("~/raw.parquet"))
+    assert "raw.parquet exists; --force replaces it" in error_of(capsys, same)
+    assert f"{raw} is the input too" in error_of(capsys, [*same, "--force"])
     with pytest.raises(SystemExit):
         main(command(tiny_release, raw, out, "--range", "10"))
     assert "takes two ranks, like 10,100, not '10'" in capsys.readouterr().err

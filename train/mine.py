@@ -24,18 +24,18 @@ from f2llm_jax.errors import InputError, warn, whole_number
 from f2llm_jax.files import local_path, new_file
 from f2llm_jax.release import pick_prompt
 from f2llm_jax.search import nearest
-from f2llm_jax.train.raw import faults, open_dataset, read_rows
+from f2llm_jax.train.raw import INSTRUCTION, faults, open_dataset, read_rows
 
-# Texts at a time: passages embedded, passages compared, and queries embedded and compared with all passages.
+# Texts at a time: passages embedded, passages compared, and at most, queries embedded and compared with all passages.
 _ENCODE_TEXTS = 65536
 _BLOCK = 8192
 _QUERIES = 16384
 
+# Nearest passages held at a time, unless a single query needs more; some 40 bytes each while they are compared.
+_NEAREST = 1 << 23
+
 # Rows per row group: 200 MB with 26 texts of 1 KB per row.
 _GROUP_ROWS = 8192
-
-# Queries of the released data have their own instructions; no prompt must be prepended to them.
-_INSTRUCTED = "Instruct:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,8 @@ class Pairs:
 
     Attributes:
         file: the file.
-        queries, documents: distinct texts in the order of the file; the texts of the corpus follow the passages.
+        queries: distinct queries, those with the fewest positives first, else in the order of the file.
+        documents: distinct passages in the order of the file, then the texts of the corpus.
         query_r, passage_r: indices of the query and the document of each row; -1 for both if either is empty.
     """
 
@@ -134,10 +135,12 @@ class Pairs:
             corpus: texts to take negatives from, besides the file's passages.
 
         Raises:
-            InputError: the file is damaged, lacks a column, or has no row with a query and a passage.
+            InputError: the file is not Parquet, is damaged, lacks a column, or has no row with a query and a passage.
             OSError: the file cannot be read.
         """
-        self.file = Path(file)
+        self.file = Path(file).expanduser()
+        if self.file.suffix == ".jsonl":
+            raise InputError(f"{file}: f2llm mine takes Parquet; f2llm prepare --raw reads JSON Lines, as they are")
         queries: dict[str, int] = {}
         documents: dict[str, int] = {}
         rows: list[tuple[int, int]] = []
@@ -157,8 +160,19 @@ class Pairs:
                 documents.setdefault(text, len(documents))
         self.queries, self.documents = list(queries), list(documents)
         self.query_r, self.passage_r = np.array(rows, np.int64).reshape(-1, 2).T
+        self._sort_queries()
+        self._keys = self._distinct_pairs()
+
+    def _distinct_pairs(self) -> np.ndarray:
         good_r = self.query_r >= 0
-        self._keys = np.unique(self.key(self.query_r[good_r], self.passage_r[good_r]))
+        return np.unique(self.key(self.query_r[good_r], self.passage_r[good_r]))
+
+    def _sort_queries(self) -> None:
+        """Orders queries by their number of positives: one with many must not make more work of those beside it."""
+        order_q = np.argsort(np.bincount(self._distinct_pairs() // len(self.documents)), kind="stable")
+        self.queries = [self.queries[number] for number in order_q]
+        good_r = self.query_r >= 0
+        self.query_r[good_r] = np.argsort(order_q)[self.query_r[good_r]]
 
     def key(self, query: np.ndarray, document: np.ndarray) -> np.ndarray:
         """A unique number for each pair."""
@@ -214,8 +228,8 @@ def mine(
         queries = _with_prompt(model, pairs.queries, prompt_name, prompt)
         negatives_qk = np.concatenate(
             [
-                _negatives(pairs, start, embed(queries[start : start + _QUERIES], ""), documents_nd, rule)
-                for start in range(0, len(queries), _QUERIES)
+                _negatives(pairs, start, embed(queries[start:stop], ""), documents_nd, rule)
+                for start, stop in _chunks(pairs, rule)
             ]
         )
         good_r = pairs.query_r >= 0
@@ -233,7 +247,7 @@ def mine(
 def _with_prompt(model: Encoder, queries: list[str], name: str | None, prompt: str | None) -> list[str]:
     if name is None and prompt is None:
         prefix = model.prompts["query"]
-        return [query if query.startswith(_INSTRUCTED) else prefix + query for query in queries]
+        return [query if query.startswith(INSTRUCTION) else prefix + query for query in queries]
     prefix = pick_prompt(model.prompts, None, name, prompt)
     return [prefix + query for query in queries]
 
@@ -277,6 +291,19 @@ def _embed_to_disk(embed: _Embed, documents: list[str], prompt: str, file: Binar
         embeddings_nd.tofile(file)
     file.flush()
     return np.memmap(file, np.float32, "r", shape=(len(documents), embeddings_nd.shape[1]))
+
+
+def _chunks(pairs: Pairs, rule: Rule) -> Iterator[tuple[int, int]]:
+    """The queries to compare at a time, from … to: as many as ``_QUERIES`` and ``_NEAREST`` allow, at least one."""
+    _, query_p, _ = pairs.positives(0, len(pairs.queries))
+    nearest_q = rule.last + np.maximum.accumulate(np.bincount(query_p))
+    start = 0
+    while start < len(nearest_q):
+        nearest_c = nearest_q[start : start + _QUERIES]
+        fits_c = nearest_c * np.arange(1, len(nearest_c) + 1) <= _NEAREST
+        stop = start + max(1, int(fits_c.sum()))  # both factors ascend
+        yield start, stop
+        start = stop
 
 
 def _negatives(pairs: Pairs, start: int, query_qd: np.ndarray, documents_nd: np.ndarray, rule: Rule) -> np.ndarray:

@@ -29,6 +29,7 @@ from f2llm_jax.commands import (
     show_progress,
 )
 from f2llm_jax.errors import InputError
+from f2llm_jax.files import local_path
 from f2llm_jax.texts import read_texts
 
 
@@ -53,6 +54,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    args.out, args.raw = local_path(args.out), args.raw.expanduser()
     if args.out.suffix != ".parquet":
         raise InputError(f"{args.out}: the output is a .parquet file, not {args.out.suffix!r}")
     inputs = [str(args.raw), *([] if args.corpus is None else [args.corpus])]
