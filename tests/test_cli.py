@@ -385,7 +385,7 @@ def test_ids_that_make_no_column_are_found_before_the_work(second, message, tmp_
     assert message in error_of(capsys, encode(tmp_path / "no-model", source, tmp_path / "out.parquet"))
 
 
-def test_bad_arguments_are_one_clear_line(tiny_release, corpus, tmp_path, capsys):
+def test_bad_arguments_are_one_clear_line(tiny_release, corpus, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out.npy"
     ranges = tmp_path / "ranges.npy"
     ranges.write_bytes(b"no numbers")
@@ -409,6 +409,8 @@ def test_bad_arguments_are_one_clear_line(tiny_release, corpus, tmp_path, capsys
     ]
     for arguments, message in cases:
         assert message in error_of(capsys, encode(tiny_release, *arguments))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert f"{ranges} exists; --force" in error_of(capsys, encode(tiny_release, corpus, "~/ranges.npy"))
     assert "is neither a folder nor a hub id" in error_of(capsys, encode(tmp_path / "no-model", corpus, out))
     assert not out.exists()
 

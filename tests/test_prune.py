@@ -273,11 +273,13 @@ def test_the_report_says_what_was_kept(tmp_path, tiny_release):
         ([], "to which size?"),
         (["--hidden", "50", "--mesh", "fsdp=4,tensor=2"], "50 embed do not divide over fsdp=4"),
         (["--hidden", "8", "--calibration", "EMPTY"], "EMPTY holds no texts to calibrate with"),
+        (["--hidden", "8", "--calibration", "~/EMPTY"], "EMPTY holds no texts to calibrate with"),
         (["--hidden", "8", "--calibration", "FOLDER"], "holds no prepared data"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused(tmp_path, monkeypatch, calibration, tiny_release, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     Path("EMPTY").with_suffix(".txt").touch()
     Path("FOLDER").mkdir()
     arguments = [argument.replace("EMPTY", "EMPTY.txt") for argument in arguments]

@@ -273,7 +273,7 @@ def test_a_file_that_is_not_searched_is_refused(tiny_release, tmp_path, capsys):
         assert message in error_of(capsys, search(tiny_release, tmp_path / name, "--query", "fox"))
 
 
-def test_arguments_that_do_not_go_together(tiny_release, tmp_path, capsys):
+def test_arguments_that_do_not_go_together(tiny_release, tmp_path, capsys, monkeypatch):
     np.save(tmp_path / "e.npy", np.eye(8, dtype=np.float32))
     cases = {
         "--corpus-format is for --corpus": ["--corpus-format", "txt"],
@@ -283,5 +283,9 @@ def test_arguments_that_do_not_go_together(tiny_release, tmp_path, capsys):
     }
     for message, options in cases.items():
         assert message in error_of(capsys, search(tiny_release, tmp_path / "e.npy", "--query", "fox", *options))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.tsv").touch()
+    there = search(tiny_release, tmp_path / "e.npy", "--query", "fox", "--output", "~/run.tsv")
+    assert f"{tmp_path / 'run.tsv'} exists; --force" in error_of(capsys, there)
     both = ["search", "--model", str(tiny_release), "--corpus", "-", "--queries", "-"]
     assert "cannot both be read from stdin" in error_of(capsys, main(both))

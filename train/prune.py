@@ -445,10 +445,11 @@ def _scale(axes: Sequence[str], shrink: float) -> float:
 def _sequences(source: str | Path, release: Release, count: int, max_length: int) -> list[np.ndarray]:
     """Token ids of ``count`` texts drawn at random, or of all texts if there are fewer."""
     rng = np.random.default_rng(0)
-    if Path(source).is_dir():
-        prepared = Settings.read(Path(source))
+    source = Path(source).expanduser()
+    if source.is_dir():
+        prepared = Settings.read(source)
         check_tokenizer(release.path, prepared, source)
-        return _prepared_sequences(Path(source), count, max_length, prepared.eos_id, rng)
+        return _prepared_sequences(source, count, max_length, prepared.eos_id, rng)
     texts = read_texts(source).texts
     if not texts:
         raise InputError(f"{source} holds no texts to calibrate with")

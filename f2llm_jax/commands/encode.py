@@ -49,7 +49,7 @@ from f2llm_jax.commands import (
 )
 from f2llm_jax.dtypes import FILE_OUTPUTS
 from f2llm_jax.errors import InputError
-from f2llm_jax.files import new_file
+from f2llm_jax.files import local_path, new_file
 from f2llm_jax.texts import Texts, check_unicode, read_texts
 
 if TYPE_CHECKING:
@@ -145,6 +145,7 @@ def _run_corpus(args: argparse.Namespace) -> int:
 
 
 def _run_file(args: argparse.Namespace) -> None:
+    args.output = local_path(args.output)
     write = _writer(args.output)
     calibrate = args.output_type == "int8" and args.ranges is None
     ranges_file = args.output.with_suffix(".ranges.npy")

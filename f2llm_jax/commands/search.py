@@ -41,7 +41,7 @@ from f2llm_jax.commands import (
     show_progress,
 )
 from f2llm_jax.errors import InputError
-from f2llm_jax.files import new_file
+from f2llm_jax.files import local_path, new_file
 from f2llm_jax.texts import STDIN, Texts, check_unicode, read_texts
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ def _check_arguments(args: argparse.Namespace) -> Callable[[BinaryIO, Iterator[F
         return None
     if args.json:
         raise InputError("--json is for standard output; --output FILE.jsonl writes the same to a file")
+    args.output = local_path(args.output)
     suffix = args.output.suffix.lower()
     if suffix not in WRITERS:
         raise InputError(f"{args.output}: the output is a {', '.join(WRITERS)} file, not {args.output.suffix!r}")
