@@ -108,6 +108,7 @@ def test_the_index_holds_the_lengths_of_all_texts(tmp_path, tiny_release, usual_
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 1024
 
 
+@pytest.mark.filterwarnings("ignore:.* are dropped")
 def test_bad_rows_are_dropped_and_counted(tmp_path, tiny_release):
     table = rows(40, negatives=3)
     table[1]["passage"] = ""
@@ -123,6 +124,7 @@ def test_bad_rows_are_dropped_and_counted(tmp_path, tiny_release):
     assert dataset["read"] == 40 and dataset["kept"] == 33 == len(written(tmp_path / "out"))
 
 
+@pytest.mark.filterwarnings("ignore:.* are dropped")
 def test_text_that_is_not_unicode_counts_as_empty(tmp_path, tiny_release):
     columns = {name: [row[name] for row in rows(8, negatives=1)] for name in ("query", "passage", "negative_1")}
     binary = pyarrow.array([b"\xff\xfe", *(text.encode() for text in columns["passage"][1:])])
@@ -147,6 +149,7 @@ def test_rows_read_together_may_have_no_text_that_is_unicode(tmp_path, kind, str
     assert [REASONS[fault - 1] for fault in faults(columns)] == ["empty_positive"] * 4
 
 
+@pytest.mark.filterwarnings("ignore:.* are dropped")
 def test_stage_1_strips_instructions_and_stage_2_keeps_them(tmp_path, tiny_release):
     table = rows(12, negatives=2, prefix="Instruct: Find: it\nQuery: ")
     table[0]["query"] = "no instruction"

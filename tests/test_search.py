@@ -245,7 +245,9 @@ def test_a_folder_that_is_not_what_it_says_is_refused(documents, digest, tiny_re
     shard.write_bytes(content[:100] + bytes(len(content) - 100))
     assert "000002.parquet is damaged" in error(folder)
     shard.write_bytes(content)
-    edit_json(folder / "manifest.json", settings={"model_sha256": "0" * 64, "dim": DIM, "output": "float32"})
+    edit_json(
+        folder / "manifest.json", settings={"model_sha256": "0" * 64, "dim": DIM, "output": "float32", "prompt": ""}
+    )
     assert f"out holds embeddings of another model than {tiny_release}" in error(folder)
 
 
