@@ -39,10 +39,6 @@ logger = logging.getLogger(__name__)
 # Texts per chunk of tokenisation, which runs one chunk ahead of computation.
 _CHUNK_TEXTS = 2048
 
-# Batches in flight while the result of the one before them is fetched: on accelerators one computes and one is queued
-# behind it, on CPUs both compute.
-_IN_FLIGHT = 2
-
 # Batches that a CPU computes concurrently, so that one uses the cores that the other leaves idle. XLA runs the calls of
 # a single thread one after another.
 _CPU_THREADS = 2
@@ -286,7 +282,7 @@ class Encoder:
                 bar.set_postfix_str(f"compiling shape {shape}")
 
             started = ((rows, self._start(rows.batch, dim, pool, say_compiling)) for rows in batches)
-            for rows, embeddings in lagging(started, _IN_FLIGHT):
+            for rows, embeddings in lagging(started):
                 values_nd = embeddings().reshape(-1, dim)[rows.slots]
                 done += len(rows.texts)
                 tokens += rows.tokens

@@ -16,7 +16,7 @@ from f2llm_jax.quantization import dequantize
 # Rows read at a time: as many as a shard of a corpus has by default.
 _BLOCK_ROWS = 16384
 
-_FILE_OUTPUTS = ("float32", "float16")
+_FLOAT_OUTPUTS = ("float32", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class StoredEmbeddings:
         for file, _ in self.files:
             for block in _read_blocks(file):
                 values_nd = dequantize(block, self.output, self.dim, self.ranges)
-                if self.output not in _FILE_OUTPUTS:
+                if self.output not in _FLOAT_OUTPUTS:
                     values_nd /= np.maximum(np.linalg.norm(values_nd, axis=1, keepdims=True), 1e-12)
                 yield values_nd
 
@@ -116,9 +116,9 @@ def _open_file(file: Path) -> StoredEmbeddings:
         raise InputError(
             f"{file} is neither a folder of f2llm encode --corpus nor a .npy or .parquet file of f2llm encode --input"
         )
-    if len(shape) != 2 or dtype.name not in _FILE_OUTPUTS:
+    if len(shape) != 2 or dtype.name not in _FLOAT_OUTPUTS:
         raise InputError(
-            f"{file} holds {dtype.name} of shape {shape}; of a single file {' and '.join(_FILE_OUTPUTS)} embeddings "
+            f"{file} holds {dtype.name} of shape {shape}; of a single file {' and '.join(_FLOAT_OUTPUTS)} embeddings "
             f"are taken, of fewer bits those of f2llm encode --corpus, whose {MANIFEST} says what they are"
         )
     return StoredEmbeddings(file, ((file, shape[0]),), shape[1], dtype.name)

@@ -418,15 +418,14 @@ def test_rows_of_one_text_have_no_segments():
 @pytest.mark.parametrize("chunk_rows", [24, 32, 100_000])
 def test_chunks_are_those_of_the_step(chunk_rows, layout):
     from f2llm_jax.train.config import load_recipe, override
-    from f2llm_jax.train.step import _chunks
+    from f2llm_jax.train.step import chunk_shape
 
     settings = [f"compute.chunk_rows={chunk_rows}", f"data.layout={layout}", "data.batch_size=512"]
     job = TrainJob(config=MODELS["80M"], recipe=override(load_recipe("stage2_80m"), settings))
     axes = counts.Axes(4, 2, 1)
     (rows_at_once,) = job.rows_at_once(axes)
     work = job._work(axes, rows_at_once)
-    with jax.set_mesh(make_mesh(*axes)):
-        shapes = [jax.eval_shape(lambda x: _chunks(x, chunk_rows), np.zeros(rows)).shape for rows in job._runs(axes)]
+    shapes = [chunk_shape(rows, chunk_rows, axes.batch_parts) for rows in job._runs(axes)]
     assert max(size for _, size in shapes) == rows_at_once == work.chunk_rows
     assert tuple(chunks * size for chunks, size in shapes) == work.runs
     assert work.chunks == sum(chunks for chunks, _ in shapes)

@@ -10,6 +10,8 @@ import numpy as np
 import optax
 import pytest
 from compilation import jit_as_users
+from hypothesis import example, given
+from hypothesis import strategies as st
 from packs import as_packed
 from releases import SHARED, TINY
 
@@ -267,6 +269,16 @@ def test_validation_is_that_of_a_batch_of_the_examples_alone(monkeypatch):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert float(found[name]) == pytest.approx(float(value), rel=1e-5), name
+
+
+@given(rows=st.integers(1, 5000), chunk_rows=st.integers(1, 600), parts=st.sampled_from([1, 2, 8, 16]))
+@example(rows=4608, chunk_rows=24, parts=16)
+def test_chunks_divide_over_devices_and_pad_little(rows, chunk_rows, parts):
+    chunks, size = step_module.chunk_shape(rows, chunk_rows, parts)
+    assert size % parts == 0 and size < chunk_rows + parts
+    assert 0 <= chunks * size - rows < chunks * parts and (chunks - 1) * size < rows
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((parts, 1, 1), ("data", "fsdp", "tensor"))):
+        assert jax.eval_shape(lambda x: step_module._chunks(x, chunk_rows), np.zeros(rows)).shape == (chunks, size)
 
 
 @pytest.mark.parametrize("warmup", [7, 0])

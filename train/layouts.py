@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 from f2llm_jax.errors import InputError
 from f2llm_jax.texts import Lines, check_text, field_of, read_object
-from f2llm_jax.train.raw import RawDataset, negative_columns, open_parquet
+from f2llm_jax.train.raw import RawDataset, negative_columns, open_parquet, released_columns
 from f2llm_jax.train.units import Worker, new_folder
 
 _ROWS = "rows.parquet"
@@ -259,9 +259,8 @@ class _RowWriter:
     """
 
     def __init__(self, file: Path, negatives: int):
-        names = ["query", "passage", *(f"negative_{n}" for n in range(1, negatives + 1))]
         self.rows = self.longest = 0
-        self._schema = pyarrow.schema([(name, pyarrow.string()) for name in names])
+        self._schema = pyarrow.schema([(name, pyarrow.string()) for name in released_columns(negatives)])
         self._writer = parquet.ParquetWriter(file, self._schema, write_statistics=False)
         self._held: list[list[str | None]] = []
         self._characters = 0

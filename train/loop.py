@@ -29,6 +29,7 @@ from f2llm_jax.convert.table import tensor_table
 from f2llm_jax.errors import F2LLMError, InputError, ReleaseError, warn
 from f2llm_jax.files import local_path, take_lock
 from f2llm_jax.model import Params, count_parameters
+from f2llm_jax.pipeline import IN_FLIGHT
 from f2llm_jax.release import Release, find_release, read_release
 from f2llm_jax.sharding import padded_config, replicated
 from f2llm_jax.tokens import Tokenizer
@@ -55,9 +56,6 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
-
-# Steps in flight while the metrics of an older one are fetched.
-_IN_FLIGHT = 2
 
 # Otherwise, the TPU compiler turns a large product and its reduce-scatter into a loop of small products and permutes: a
 # step of the 8B on fsdp=16 then has 1.2 times the FLOPs and twice the memory traffic.
@@ -262,7 +260,7 @@ class _UnderWay:
 
     def add(self, step: Step) -> None:
         self._steps.append(step)
-        self.settle(_IN_FLIGHT)
+        self.settle(IN_FLIGHT)
 
     def settle(self, left: int = 0) -> None:
         """Waits until all but ``left`` steps are done, and processes their metrics."""

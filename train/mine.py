@@ -24,7 +24,7 @@ from f2llm_jax.errors import InputError, warn, whole_number
 from f2llm_jax.files import local_path, new_file
 from f2llm_jax.release import pick_prompt
 from f2llm_jax.search import nearest
-from f2llm_jax.train.raw import INSTRUCTION, faults, open_dataset, read_rows
+from f2llm_jax.train.raw import INSTRUCTION, faults, open_dataset, read_rows, released_columns
 
 # Texts at a time: passages embedded, passages compared, and at most, queries embedded and compared with all passages.
 _ENCODE_TEXTS = 65536
@@ -323,7 +323,7 @@ def _blocks(documents_nd: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _write(stream: BinaryIO, pairs: Pairs, rows: np.ndarray, negatives_qk: np.ndarray) -> None:
-    names = ["query", "passage", *(f"negative_{n}" for n in range(1, negatives_qk.shape[1] + 1))]
+    names = released_columns(negatives_qk.shape[1])
     with parquet.ParquetWriter(stream, pyarrow.schema([(name, pyarrow.string()) for name in names])) as writer:
         for start in range(0, len(rows), _GROUP_ROWS):
             row_g = rows[start : start + _GROUP_ROWS]

@@ -20,7 +20,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -159,18 +159,11 @@ def prepare(
     run = functools.partial(run_units, tokenizer=release, workers=workers, show_progress=show_progress)
     workplace = Workplace(place, plan, marker=SETTINGS_FILE, force=force)
     with contextlib.closing(workplace):
-        converted = workplace.home / "converted"
-        conversions = [
-            Conversion(file, layout, negatives, converted / file.stem)
-            for file, layout in layouts.items()
-            if layout is not None
-        ]
         with _discarded_on_error(workplace):
-            run(conversions, label="convert", unit="B")
-            found = released | {conversion.file: conversion.dataset() for conversion in conversions}
-            datasets = [found[file] for file in files]
+            found = released | _convert(layouts, negatives, workplace.home / "converted", run)
             if negatives:
                 _check_own_negatives(own, layouts, found)
+        datasets = [found[file] for file in files]
         _check_negatives(datasets, by_dataset)  # other tasks mend that, and the conversions are resumed with them
         if negatives:
             _warn_of_ignored(layouts, found)
@@ -202,6 +195,19 @@ def prepare(
         report = work.assemble(pieces, workplace.folder)
         workplace.commit()
     return report
+
+
+def _convert(
+    layouts: Mapping[Path, Layout | None], negatives: int, folder: Path, run: Callable[..., None]
+) -> dict[Path, RawDataset]:
+    """Converts the files in other layouts to the released one."""
+    conversions = [
+        Conversion(file, layout, negatives, folder / file.stem)
+        for file, layout in layouts.items()
+        if layout is not None
+    ]
+    run(conversions, label="convert", unit="B")
+    return {conversion.file: conversion.dataset() for conversion in conversions}
 
 
 @contextlib.contextmanager

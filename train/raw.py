@@ -63,7 +63,12 @@ class RawDataset:
     @property
     def columns(self) -> list[str]:
         """The columns to read; those after the first 2 + ``negatives`` are spare."""
-        return ["query", "passage", *(f"negative_{n}" for n in range(1, self.negatives + self.spare + 1))]
+        return released_columns(self.negatives + self.spare)
+
+
+def released_columns(negatives: int) -> list[str]:
+    """The columns of the released layout."""
+    return ["query", "passage", *(f"negative_{n}" for n in range(1, negatives + 1))]
 
 
 def find_files(folder: Path) -> list[Path]:

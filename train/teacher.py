@@ -58,9 +58,6 @@ AS_THEY_ARE = "takes the states as they are"
 _FILE_TEXTS = 1 << 14
 _READ_TEXTS = 2048
 
-# Batches in flight while the states of the one before them are fetched.
-_IN_FLIGHT = 2
-
 # One record per group, for random access without reading other records; states do not compress.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
@@ -241,7 +238,7 @@ class _Compute:
         result = np.empty((count, self.settings.dim), DTYPES[self.settings.dtype])
         batches = batched(chunks, buckets, pad_id)
         started = ((rows, on_mesh(self._step, self.params, rows.batch, self.mesh)) for rows in batches)
-        for rows, states_bd in lagging(started, _IN_FLIGHT):
+        for rows, states_bd in lagging(started):
             result[rows.texts] = np.asarray(states_bd)[: len(rows.texts)]
             advance(len(rows.texts))
         return result

@@ -27,9 +27,6 @@ from f2llm_jax.train.placement import global_batch, global_rows
 from f2llm_jax.train.records import Dataset
 from f2llm_jax.train.step import ComputeConfig, LossConfig, batch_states, loss_terms, split_states
 
-# Batches in flight while the results of the one before them are fetched.
-_IN_FLIGHT = 2
-
 
 def validation_step(
     params: Params,
@@ -106,7 +103,7 @@ def validate(
     with tqdm(
         desc="validation", total=loader.validation_batches, leave=False, unit="batch", disable=not show_progress
     ) as bar:
-        for item, means in lagging(started, _IN_FLIGHT):
+        for item, means in lagging(started):
             values[item.task, item.dataset].append(jax.device_get(means))
             examples[item.task, item.dataset].append(item.examples)
             bar.update()

@@ -229,7 +229,7 @@ class TrainJob(Job):
             elif wanted >= parts and not wanted % parts and not any(rows % min(wanted, rows) for rows in runs):
                 yield wanted  # with any other number, training pads a packed batch with rows
         elif self.recipe.compute.chunk_rows:
-            yield max(_chunk(rows, self.recipe.compute.chunk_rows, parts) for rows in runs)
+            yield max(size for _, size in _chunk_shapes(runs, self.recipe.compute.chunk_rows, parts))
         else:
             yield sum(runs)
             yield from (rows for rows in reversed(divisors(min(runs))) if rows % parts == 0 and rows < sum(runs))
@@ -249,8 +249,7 @@ class TrainJob(Job):
         compute, runs, chunk_rows = self.recipe.compute, self._runs(axes), 0
         if rows_at_once < sum(runs) or (compute.chunk_rows and self.batch_tokens is None):
             chunk_rows = rows_at_once
-            chunks = [_chunk(rows, chunk_rows, axes.batch_parts) for rows in runs]
-            runs = tuple(math.ceil(rows / chunk) * chunk for rows, chunk in zip(runs, chunks, strict=True))
+            runs = tuple(chunks * size for chunks, size in _chunk_shapes(runs, chunk_rows, axes.batch_parts))
         return TrainWork(
             queries=self.recipe.data.batch_size,
             negatives=self.negatives,
@@ -271,8 +270,7 @@ class TrainJob(Job):
     def program(self, mesh: jax.sharding.Mesh, rows_at_once: int) -> AbstractProgram:
         axes = Axes(**mesh.shape)
         work = self._work(axes, rows_at_once)
-        asked = self.batch_tokens is None and self.recipe.compute.chunk_rows
-        compute = dataclasses.replace(self.recipe.compute, chunk_rows=asked or work.chunk_rows)
+        compute = dataclasses.replace(self.recipe.compute, chunk_rows=work.chunk_rows)
         return train_program(
             dataclasses.replace(self.recipe, compute=compute),
             self.config,
@@ -284,10 +282,10 @@ class TrainJob(Job):
         )
 
 
-def _chunk(rows: int, chunk_rows: int, parts: int) -> int:
-    """Rows of a chunk as ``train.step`` makes them: equal chunks of about ``chunk_rows``, a multiple of ``parts``."""
-    chunks = math.ceil(rows / chunk_rows)
-    return math.ceil(rows / (chunks * parts)) * parts
+def _chunk_shapes(runs: tuple[int, ...], chunk_rows: int, parts: int) -> list[tuple[int, int]]:
+    from f2llm_jax.train.step import chunk_shape
+
+    return [chunk_shape(rows, chunk_rows, parts) for rows in runs]
 
 
 def divisors(n: int) -> list[int]:
